@@ -1,0 +1,306 @@
+"""IFSeg: words as an artificial image, and an encoder-decoder's one-pass decoder as a segmentation head.
+
+Everything here speaks to the backbone through its encoder and decoder alone: image tokens and text go in, the
+decoder's output at every patch comes out, and the words' own embeddings classify it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_ifseg import IFSegConfig
+from .modeling_ofa import (
+    IFSegModel,
+    IFSegPreTrainedModel,
+    one_photo_size_at_a_time,
+    resize_grid,
+    resized_grid_relative_bias,
+)
+
+
+@dataclass
+class IFSegSegmentationOutput(ModelOutput):
+    """
+    Args:
+        loss: mean cross-entropy over the labelled pixels, with `labels` only.
+        logits: (batch, categories, h, w), one prediction per patch.
+        image_features: (batch, channels, h, w), what post-processing compares; `None` for word maps.
+        patch_mask: bool (batch, h, w), the patches of each photo; the others are padding, zero in every output.
+        encoder_last_hidden_state: (batch, h * w + tokens, d_model).
+        encoder_hidden_states, encoder_attentions, decoder_hidden_states, decoder_attentions, cross_attentions: on
+            request, one tensor a layer; the decoder sees `<s>` and the patches, h * w + 1 positions.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    image_features: torch.FloatTensor | None = None
+    patch_mask: torch.BoolTensor | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class IFSegSegmentationPositions(nn.Module):
+    """Where the decoder's inputs lie: `<s>` in row 0, then a grid_size x grid_size grid, resized to other grids."""
+
+    def __init__(self, config: IFSegConfig):
+        super().__init__()
+        self.side = config.grid_size
+        self.embed_positions = nn.Embedding(self.side**2 + 1, config.d_model)
+        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        rows = (2 * self.side - 1) ** 2 + 3
+        self.rel_pos_tables = nn.ModuleList(
+            nn.Embedding(rows, config.decoder_attention_heads) for _ in range(config.decoder_layers)
+        )
+
+    def forward(self, height: int, width: int) -> torch.Tensor:
+        """Normalised positions of `<s>` and a height x width grid, (1, height * width + 1, d_model)."""
+        start, grid = self.embed_positions.weight[:1], self.embed_positions.weight[1:]
+        grid = resize_grid(grid.T.unflatten(1, (self.side, self.side)), height, width).flatten(1).T
+        return self.layer_norm(torch.cat([start, grid]))[None]
+
+    def relative_bias(self, layer: int, height: int, width: int) -> torch.Tensor:
+        """Relative biases of a layer, (heads, height * width + 1, height * width + 1)."""
+        table = self.rel_pos_tables[layer].weight
+        return with_start_token(resized_grid_relative_bias(table[:-3], self.side, height, width), table[-3:])
+
+
+def with_start_token(bias: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Puts `<s>` before the patches of `bias` (heads, L, L) -> (heads, L + 1, L + 1).
+
+    rows: (3, heads), a table's last rows: `<s>` as query, as key, as both.
+    """
+    heads, patches, _ = bias.shape
+    query, key, both = rows[:, :, None, None].unbind()
+    bias = torch.cat([key.expand(heads, patches, 1), bias], dim=2)
+    return torch.cat([torch.cat([both, query.expand(heads, 1, patches)], dim=2), bias], dim=1)
+
+
+class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
+    """Segments a photo, or an artificial image made of words, into categories that are named by words.
+
+    The decoder reads `<s>` and the encoder's output of every patch in one pass (section 2.2 of the paper); its output
+    before each patch is compared with the mean sub-word embedding of every category.
+    """
+
+    def __init__(self, config: IFSegConfig):
+        super().__init__(config)
+        self.model = IFSegModel(config)
+        if config.decoder_positions == "segmentation":
+            self.segmentation_positions = IFSegSegmentationPositions(config)
+        self.post_init()
+
+    # Words ------------------------------------------------------------------------------------------------------------
+
+    def set_words(
+        self,
+        id2label: dict[int, str],
+        category_ids: list[list[int]],
+        prompt_ids: list[int],
+        prompt: str | None = None,
+        word_ids: list[list[int]] | None = None,
+        word_categories: list[int] | None = None,
+    ):
+        """Makes these the model's own words, which it uses when none are passed and saves with its weights.
+
+        Args:
+            id2label: names of the N categories by index.
+            category_ids: sub-words of each category; prompt_ids: the whole prompt; prompt: its wording.
+            word_ids, word_categories: sub-words of each fine word of a hierarchical vocabulary, and the index of the
+                category that it belongs to. Word maps are then made of these words.
+
+        Raises `ValueError` where they contradict each other.
+        """
+        if len(id2label) != len(category_ids):
+            raise ValueError(f"There are {len(id2label)} names but sub-words for {len(category_ids)} categories.")
+        if (word_ids is None) != (word_categories is None) or len(word_ids or []) != len(word_categories or []):
+            raise ValueError("word_ids and word_categories must be given together and have equal lengths.")
+        if word_categories is not None and set(word_categories) != set(range(len(category_ids))):
+            raise ValueError("word_categories must name every category at least once and no other.")
+        self.config.id2label = dict(id2label)
+        self.config.label2id = {name: i for i, name in id2label.items()}
+        self.config.category_ids = category_ids
+        self.config.prompt_ids = prompt_ids
+        self.config.prompt = prompt
+        self.config.word_ids = word_ids
+        self.config.word_categories = word_categories
+
+    def _padded(self, rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sub-words (1, N, K) padded to the longest, and their mask."""
+        longest = max(map(len, rows))
+        ids = [row + [self.config.pad_token_id] * (longest - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+        return torch.tensor([ids], device=device), torch.tensor([mask], device=device)
+
+    def embed_words(self, word_ids: torch.Tensor, word_mask: torch.Tensor) -> torch.Tensor:
+        """E_c, the mean embedding of each word's sub-words: (batch, N, K) ids and mask -> (batch, N, d_model).
+
+        A row without sub-words becomes zero.
+        """
+        mask = word_mask[..., None].to(self.get_input_embeddings().weight.dtype)
+        return (self.get_input_embeddings()(word_ids) * mask).sum(2) / mask.sum(2).clamp(min=1)
+
+    def _words(self, input_ids, category_ids, category_mask, device):
+        """The words passed, or else the configuration's: prompt, sub-words of the categories and their mask."""
+        config = self.config
+        if input_ids is None:
+            if config.prompt_ids is None:
+                raise ValueError(
+                    "This model carries no words. Pass input_ids, category_ids and category_mask, which "
+                    "IFSegProcessor makes from categories=[...], or tune it on words first."
+                )
+            input_ids = torch.tensor([config.prompt_ids], device=device)
+        if category_ids is None:
+            if config.category_ids is None:
+                raise ValueError("Pass category_ids and category_mask beside input_ids: this model carries no words.")
+            category_ids, category_mask = self._padded(config.category_ids, device)
+        elif category_mask is None:
+            category_mask = category_ids != config.pad_token_id
+        return input_ids, category_ids, category_mask
+
+    def _artificial_image(self, word_map: torch.Tensor, categories: torch.Tensor, own_words: bool) -> torch.Tensor:
+        """Image tokens (batch, h, w, d_model) of a word map (batch, h, w): each patch is its word's embedding."""
+        words = categories
+        if own_words and self.config.word_ids is not None:
+            words = self.embed_words(*self._padded(self.config.word_ids, word_map.device))
+        if words.shape[0] == 1:
+            return words[0][word_map.long()]
+        return torch.stack([row[patches.long()] for row, patches in zip(words, word_map, strict=True)])
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def freeze_for_word_maps(self):
+        """Leaves trainable what image-free training updates (section 3 of the paper, the published settings).
+
+        Frozen are the trunk, `image_proj` and the word embeddings, and whatever takes no part in segmentation.
+        """
+        encoder, decoder = self.model.encoder, self.model.decoder
+        unused = [
+            decoder.embed_positions,
+            decoder.embed_image_positions,
+            decoder.pos_ln,
+            decoder.image_pos_ln,
+            decoder.code_layernorm_embedding,
+            decoder.token_rel_pos_table_list,
+        ]
+        if self.config.decoder_positions == "segmentation":
+            unused.append(decoder.image_rel_pos_table_list)
+        for module in [encoder.embed_images, encoder.image_proj, encoder.embed_tokens, decoder.embed_tokens, *unused]:
+            module.requires_grad_(False)
+
+    # Forward ----------------------------------------------------------------------------------------------------------
+
+    def _decoder_positions(self, height: int, width: int) -> torch.Tensor:
+        """Normalised positions of `<s>` and the patches, (1, height * width + 1, d_model)."""
+        if self.config.decoder_positions == "segmentation":
+            return self.segmentation_positions(height, width)
+        encoder = self.model.encoder
+        start = encoder.embed_image_positions.weight[:1]
+        grid = encoder.image_positions(height, width, interpolate=True)
+        return encoder.image_pos_ln(torch.cat([start, grid]))[None]
+
+    def _decoder_relative_bias(self, layer: int, height: int, width: int) -> torch.Tensor:
+        """Relative biases of a decoder layer, (heads, height * width + 1, height * width + 1)."""
+        if self.config.decoder_positions == "segmentation":
+            return self.segmentation_positions.relative_bias(layer, height, width)
+        decoder = self.model.decoder
+        bias = decoder.image_relative_bias(layer, height, width, interpolate=True)
+        return with_start_token(bias, decoder.image_rel_pos_table_list[layer].weight[-3:])
+
+    @one_photo_size_at_a_time
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        word_map: torch.LongTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        category_ids: torch.LongTensor | None = None,
+        category_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> IFSegSegmentationOutput:
+        r"""
+        Args:
+            pixel_values: (batch, 3, H, W), mean 0.5 and standard deviation 0.5 taken off.
+            pixel_mask: (batch, H, W), 1 inside each photo of a padded batch.
+            word_map: (batch, h, w), the word of each patch of an artificial image, in place of `pixel_values`: an
+                index into the categories or, where the configuration is hierarchical, into its fine words.
+            input_ids: (1 or batch, tokens), the prompt; attention_mask: the same shape, 0 where it is padding.
+            category_ids: (1 or batch, categories, sub-words) and category_mask of the same shape. Categories without
+                sub-words are never predicted. Without prompt and categories, the configuration's words are used.
+            labels: (batch, H, W), category of each pixel, -100 ignored; their size may differ from the photo's.
+        """
+        if (pixel_values is None) == (word_map is None):
+            raise ValueError("Pass either pixel_values (photos) or word_map (artificial images).")
+        image = pixel_values if word_map is None else word_map
+        own_words = category_ids is None
+        input_ids, category_ids, category_mask = self._words(input_ids, category_ids, category_mask, image.device)
+        categories = self.embed_words(category_ids, category_mask)
+        image_embeds = None if word_map is None else self._artificial_image(word_map, categories, own_words)
+
+        encoder_outputs = self.model.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_embeds=image_embeds,
+            interpolate_pos_encoding=True,
+            **kwargs,
+        )
+        height, width = encoder_outputs.patch_mask.shape[1:]
+        patches = encoder_outputs.last_hidden_state[:, : height * width]
+        start = torch.full((len(patches), 1), self.config.decoder_start_token_id, device=patches.device)
+        decoder_outputs = self.model.decoder(
+            inputs_embeds=torch.cat([self.get_input_embeddings()(start), patches], dim=1),
+            position_embeddings=self._decoder_positions(height, width),
+            relative_bias=lambda layer: self._decoder_relative_bias(layer, height, width),
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=encoder_outputs.attention_mask,
+            encoder_position_embeddings=encoder_outputs.position_embeddings,
+            use_cache=False,
+            **kwargs,
+        )
+        # output i has read the patches before i, and all of them through cross-attention: it is patch i's prediction
+        predictions = decoder_outputs.last_hidden_state[:, :-1]
+        logits = (predictions @ categories.transpose(1, 2)).transpose(1, 2).unflatten(2, (height, width))
+        absent = ~category_mask.bool().any(2)
+        logits = logits.masked_fill(absent[:, :, None, None], torch.finfo(logits.dtype).min)
+
+        return IFSegSegmentationOutput(
+            loss=None if labels is None else segmentation_loss(logits, labels),
+            logits=logits,
+            image_features=encoder_outputs.image_features,
+            patch_mask=encoder_outputs.patch_mask,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+        )
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, IFSegSegmentationPositions):
+            for embedding in [module.embed_positions, *module.rel_pos_tables]:
+                init.normal_(embedding.weight, std=0.02)
+
+
+def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of logits (batch, categories, h, w), resized bilinearly to labels (batch, H, W).
+
+    Pixels labelled -100 do not count. Computed in float32.
+    """
+    resized = resize_grid(logits.float(), *labels.shape[1:])
+    return nn.functional.cross_entropy(resized, labels.long(), ignore_index=-100)
+
+
+__all__ = ["IFSegForSemanticSegmentation", "IFSegSegmentationOutput"]
