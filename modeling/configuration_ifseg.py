@@ -1,5 +1,7 @@
 """Configuration of OFA backbones and of IFSeg models built on them."""
 
+import copy
+
 from transformers import PreTrainedConfig
 
 # The published sizes of OFA: (d_model, encoder layers, decoder layers, heads, FFN width, blocks of the trunk's stages).
@@ -9,6 +11,14 @@ _SIZES = {
     "base": (768, 6, 6, 12, 3072, (3, 4, 23)),
     "large": (1024, 12, 12, 16, 4096, (3, 8, 36)),
     "huge": (1280, 24, 12, 16, 5120, (3, 8, 36)),
+}
+
+# What `pipeline()` reads in a saved model: the class that comes with it, in a file of `processing/`.
+_PIPELINES = {
+    "image-segmentation": {
+        "impl": "pipeline_ifseg.IFSegImageSegmentationPipeline",
+        "pt": ["AutoModelForSemanticSegmentation"],
+    }
 }
 
 
@@ -98,6 +108,7 @@ class IFSegConfig(PreTrainedConfig):
         self.trunk_hidden_sizes = tuple(self.trunk_hidden_sizes)
         self.trunk_depths = tuple(self.trunk_depths)
         super().__post_init__(**kwargs)
+        self.label2id = {name: i for i, name in self.id2label.items()}
         self._check()
 
     def _check(self):
@@ -130,6 +141,21 @@ class IFSegConfig(PreTrainedConfig):
     def grid_size(self) -> int:
         """Side of the patch grid of an `image_size` photo, which is also the side of a word map."""
         return self.image_size // self.patch_size
+
+    @property
+    def custom_pipelines(self) -> dict:
+        """The pipeline class that every saved model names, for places where the package is not installed.
+
+        Empty in the package itself, which registers that class: `pipeline()` then asks nobody to trust any code.
+        """
+        return {} if __name__.startswith("ifseg_hf.") else copy.deepcopy(_PIPELINES)
+
+    @custom_pipelines.setter
+    def custom_pipelines(self, value):
+        """The same for every model, whatever its file says; transformers sets what it reads or is about to save."""
+
+    def to_dict(self) -> dict:
+        return {**super().to_dict(), "custom_pipelines": copy.deepcopy(_PIPELINES)}
 
     @classmethod
     def preset(cls, size: str, **kwargs) -> "IFSegConfig":

@@ -35,16 +35,16 @@ class IFSegSegmentationOutput(ModelOutput):
             request, one tensor a layer; the decoder sees `<s>` and the patches, h * w + 1 positions.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    image_features: torch.FloatTensor | None = None
-    patch_mask: torch.BoolTensor | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    image_features: torch.Tensor | None = None
+    patch_mask: torch.Tensor | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
+    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    encoder_attentions: tuple[torch.Tensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    decoder_attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class IFSegSegmentationPositions(nn.Module):
@@ -218,14 +218,14 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        word_map: torch.LongTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
+        word_map: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        category_ids: torch.LongTensor | None = None,
+        category_ids: torch.Tensor | None = None,
         category_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         **kwargs,
     ) -> IFSegSegmentationOutput:
         r"""
@@ -294,13 +294,67 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
                 init.normal_(embedding.weight, std=0.02)
 
 
+def _resized_rows(logits: torch.Tensor, first: int, last: int, height: int, width: int):
+    """Rows first..last-1 of `resize_grid(logits, height, width)` as a function of the few source rows they need.
+
+    Returns the source rows (a slice), and a function from those rows of logits to (batch, categories, rows, width).
+    """
+    pixels = torch.arange(first, last, dtype=logits.dtype, device=logits.device)
+    source = ((pixels + 0.5) * (logits.shape[2] / height) - 0.5).clamp(min=0)
+    above = source.long()
+    below = (above + 1).clamp(max=logits.shape[2] - 1)
+    weight = (source - above)[:, None]
+    start = int(above[0])
+
+    def resize(rows: torch.Tensor) -> torch.Tensor:
+        column = rows[:, :, above - start] * (1 - weight) + rows[:, :, below - start] * weight
+        return resize_grid(column, last - first, width)
+
+    return slice(start, int(below[-1]) + 1), resize
+
+
+class _ResizedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy summed over the pixels of resized logits, and its gradient, a few rows of pixels at a time.
+
+    At no time is there a (batch, categories, H, W) tensor: for 171 categories that would be gigabytes.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        height, width = labels.shape[1:]
+        # on a CPU a block should stay in the cache, on a GPU it should fill the machine
+        limit = 2**20 if logits.device.type == "cpu" else 2**24
+        rows = max(1, limit // (len(logits) * logits.shape[1] * width))
+        loss = logits.new_zeros(())
+        gradient = torch.zeros_like(logits)
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            window, resize = _resized_rows(logits, first, last, height, width)
+            source = logits[:, :, window].detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                block = nn.functional.cross_entropy(
+                    resize(source), labels[:, first:last], ignore_index=-100, reduction="sum"
+                )
+            if ctx.needs_input_grad[0]:
+                gradient[:, :, window] += torch.autograd.grad(block, source)[0]
+            loss += block.detach()
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output: torch.Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output, None
+
+
 def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of logits (batch, categories, h, w), resized bilinearly to labels (batch, H, W).
 
-    Pixels labelled -100 do not count. Computed in float32.
+    Pixels labelled -100 do not count. Computed in float32, or in float64 if the logits are.
     """
-    resized = resize_grid(logits.float(), *labels.shape[1:])
-    return nn.functional.cross_entropy(resized, labels.long(), ignore_index=-100)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    labels = labels.to(logits.device).long()
+    return _ResizedCrossEntropy.apply(logits, labels) / (labels != -100).sum()
 
 
 __all__ = ["IFSegForSemanticSegmentation", "IFSegSegmentationOutput"]

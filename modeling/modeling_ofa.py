@@ -42,10 +42,10 @@ class IFSegEncoderOutput(BaseModelOutput):
         position_embeddings: (1 or batch, L + T, d_model), normalised; batch is 1 where all photos share a grid.
     """
 
-    image_features: torch.FloatTensor | None = None
-    patch_mask: torch.BoolTensor | None = None
-    attention_mask: torch.BoolTensor | None = None
-    position_embeddings: torch.FloatTensor | None = None
+    image_features: torch.Tensor | None = None
+    patch_mask: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    position_embeddings: torch.Tensor | None = None
 
 
 # Photos of several sizes in one batch ---------------------------------------------------------------------------------
@@ -105,9 +105,7 @@ def one_photo_size_at_a_time(forward):
             for size, rows in groups.items()
         ]
         order = [row for rows in groups.values() for row in rows]
-        joined = {
-            name: _join([output[name] for output in outputs], order) for name in outputs[0] if name != "loss"
-        }
+        joined = {name: _join([output[name] for output in outputs], order) for name in outputs[0] if name != "loss"}
         if outputs[0].get("loss") is not None:
             # the mean over all labelled pixels, whichever group they are in
             counts = [(kwargs["labels"][rows] != -100).sum() for rows in groups.values()]
@@ -565,16 +563,15 @@ class IFSegEncoder(_IFSegStack):
         return bias
 
     @one_photo_size_at_a_time
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        image_embeds: torch.FloatTensor | None = None,
+        image_embeds: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> IFSegEncoderOutput:
@@ -662,13 +659,13 @@ class IFSegDecoder(_IFSegStack):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        encoder_hidden_states: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        encoder_position_embeddings: torch.FloatTensor | None = None,
-        position_embeddings: torch.FloatTensor | None = None,
+        encoder_position_embeddings: torch.Tensor | None = None,
+        position_embeddings: torch.Tensor | None = None,
         relative_bias: Callable[[int], torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
@@ -752,16 +749,16 @@ class IFSegModel(IFSegPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: IFSegEncoderOutput | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        image_embeds: torch.FloatTensor | None = None,
-        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         interpolate_pos_encoding: bool = False,
@@ -827,18 +824,18 @@ class IFSegForConditionalGeneration(IFSegPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: IFSegEncoderOutput | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        image_embeds: torch.FloatTensor | None = None,
-        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs,

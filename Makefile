@@ -1,0 +1,50 @@
+# make demo | test | quality | bench | clean
+#
+# Every target first makes its own environment in .venv, with the tested versions; nothing after that needs a network.
+#   make demo PHOTO=a.jpg CATEGORIES="cat, grass"    your own photo and words
+#   make test PYTHON=python3.12                      another Python (3.11 or newer)
+#   make test CONSTRAINTS=                           whatever versions pip finds, where a tested one has no build
+# On Linux PyPI's torch is the CUDA build. A smaller one for the CPU alone:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+
+BIN := .venv/bin
+STAMP := .venv/installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
+
+# The shell reads these from the environment, so quotes and spaces in them arrive as they were typed.
+export PHOTO CATEGORIES
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test quality bench clean
+
+demo: $(STAMP)
+	@$(BIN)/python scripts/demo.py $${PHOTO:+--photo "$$PHOTO"} $${CATEGORIES:+--categories "$$CATEGORIES"}
+
+# One thread for each of the processes: threads that outnumber the cores make torch slower, not faster.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+
+quality: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest -q tests/benchmarks --benchmark-enable --benchmark-only
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Building with the setuptools installed here, not in pip's throw-away environment: one download less.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11, which the versions in constraints.txt need: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "Making the environment .venv (a few minutes, once) ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP_INSTALL) setuptools wheel
+	@$(PIP_INSTALL) --no-build-isolation -e ".[dev]"
+	@touch $@

@@ -1,0 +1,87 @@
+"""IFSeg the Hugging Face way: category words in, a segmented photo out.
+
+Importing this package makes transformers' Auto classes and `pipeline("image-segmentation")` know IFSeg models, and
+makes the models that it saves bring their own code along, for places where the package is not installed.
+"""
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "modeling").is_dir():
+    # A checkout, where modeling/ and processing/ stand beside this folder: make them parts of the package from
+    # whatever directory and however it was found, as pyproject.toml does in an installation.
+    __path__.append(str(_HERE.parent))
+
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForSemanticSegmentation,
+    AutoProcessor,
+    pipelines,
+)
+
+from .modeling import (  # noqa: E402
+    IFSegConfig,
+    IFSegForConditionalGeneration,
+    IFSegForSemanticSegmentation,
+    IFSegModel,
+)
+from .processing import IFSegImageProcessor, IFSegImageSegmentationPipeline, IFSegProcessor  # noqa: E402
+
+NANO = _HERE / "nano"
+"""Folder of the embedded checkpoint, for `from_pretrained`: a small OFA, before any tuning on words."""
+
+
+def resolve_model(name: str | Path) -> str | Path:
+    """Returns what `from_pretrained` takes for `name`: a folder, a Hub id, or `"ifseg-ofa-nano"`, the embedded model.
+
+    Raises `FileNotFoundError` if `name` can only be a folder and there is none, before anything is looked up.
+    """
+    if str(name) == "ifseg-ofa-nano":
+        return NANO
+    # A Hub id is "name" or "owner/name"; everything else, and whatever begins like a path, can only be a folder.
+    is_path = isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    folder = Path(name).expanduser()
+    if is_path and not folder.is_dir():
+        raise FileNotFoundError(
+            f'There is no model folder "{name}". Give the folder of a saved model, a name on the Hub (owner/name), '
+            "or ifseg-ofa-nano for the embedded model."
+        )
+    return folder if folder.is_dir() else name
+
+
+def _register() -> None:
+    """Tells transformers about the classes; safe to run again, as a reload does."""
+    AutoConfig.register(IFSegConfig.model_type, IFSegConfig, exist_ok=True)
+    AutoModel.register(IFSegConfig, IFSegModel, exist_ok=True)
+    AutoModelForImageTextToText.register(IFSegConfig, IFSegForConditionalGeneration, exist_ok=True)
+    AutoModelForSemanticSegmentation.register(IFSegConfig, IFSegForSemanticSegmentation, exist_ok=True)
+    AutoImageProcessor.register(IFSegConfig, image_processor_classes={"pil": IFSegImageProcessor}, exist_ok=True)
+    AutoProcessor.register(IFSegConfig, IFSegProcessor, exist_ok=True)
+    # Saved models and processors name these classes in `auto_map` and get a copy of the files that define them.
+    IFSegConfig.register_for_auto_class("AutoConfig")
+    IFSegModel.register_for_auto_class("AutoModel")
+    IFSegForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+    IFSegForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+    IFSegImageProcessor.register_for_auto_class("AutoImageProcessor")
+    IFSegProcessor.register_for_auto_class("AutoProcessor")
+    # This class leaves other models to transformers' own. PIPELINE_REGISTRY.register_pipeline would warn, and forget
+    # which Auto classes and which default model the task has.
+    pipelines.SUPPORTED_TASKS["image-segmentation"]["impl"] = IFSegImageSegmentationPipeline
+
+
+_register()
+
+__all__ = [
+    "NANO",
+    "IFSegConfig",
+    "IFSegForConditionalGeneration",
+    "IFSegForSemanticSegmentation",
+    "IFSegImageProcessor",
+    "IFSegImageSegmentationPipeline",
+    "IFSegModel",
+    "IFSegProcessor",
+    "resolve_model",
+]

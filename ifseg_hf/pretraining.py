@@ -1,0 +1,520 @@
+"""Pre-training of a nano OFA: a trunk that tells things apart, then vision-language on scenes and their names.
+
+Stage 1, `train_trunk`: classification of named boxes by pooled features. Stage 2, `train_vision_language`: captions,
+text denoising and alignment through `IFSegForConditionalGeneration`. Both see scenes (`ifseg_hf.scenes`): photos,
+names and boxes, never a segmentation target.
+"""
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+from transformers import BartTokenizer
+
+from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
+from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration, IFSegFrozenBatchNorm2d, IFSegTrunk
+from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor
+from ifseg_hf.processing.processing_ifseg import PROMPT, UNKNOWN, IFSegProcessor
+from ifseg_hf.scenes import HELD_OUT, Photos, Scene, SceneMaker, cells, load_photos, load_streets, reading_order
+
+CAPTION_PROMPT = "what does the image describe?"
+INFILLING_PROMPT = 'what is the complete text of "{}"?'
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def nano_config(vocab_size: int = 1000, **kwargs) -> IFSegConfig:
+    """OFA with under 6 million parameters: the same architecture, only smaller, for photos of 256 x 256."""
+    sizes = {
+        "vocab_size": vocab_size,
+        "d_model": 192,
+        "encoder_layers": 3,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 768,
+        "decoder_ffn_dim": 768,
+        "max_position_embeddings": 512,
+        "token_bucket_size": 64,
+        "image_bucket_size": 32,
+        "image_size": 256,
+        "trunk_embedding_size": 32,
+        "trunk_hidden_sizes": (128, 256, 640),
+        "trunk_depths": (1, 2, 3),
+    }
+    return IFSegConfig(**{**sizes, **kwargs})
+
+
+# Tokenizer ------------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(names: list[str], max_length: int = 512) -> BartTokenizer:
+    """A byte-level BPE tokenizer that has one token for every word of the names and of the prompts.
+
+    It encodes any text; words it was not made for fall into pieces, at worst into bytes. Texts of up to `max_length`
+    tokens fit the model.
+    """
+    prompts = [PROMPT, UNKNOWN, CAPTION_PROMPT, INFILLING_PROMPT.format("a")]
+    sentences = [*prompts, "a photo of a", "there is a in the image"]
+    texts = [f" {text}" for text in names + sentences] + ['"', "?", ".", ","]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000,  # more than there is to merge
+        min_frequency=1,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return BartTokenizer(vocab=model["vocab"], merges=merges, model_max_length=max_length)
+
+
+# Batches of scenes ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Phase:
+    """`steps` of `batch` scenes of `size` pixels.
+
+    Of several sizes, each step draws one, and `batch` is for the first: larger scenes are fewer, so that the steps have
+    alike many pixels. `single`: only one photo or street crop a scene. `train_trunk`: whether stage 2 trains the trunk.
+    """
+
+    steps: int
+    batch: int
+    size: int | tuple[int, ...]
+    single: bool = False
+    train_trunk: bool = True
+
+    def draw(self, rng: random.Random) -> tuple[int, int]:
+        """Size and number of scenes of a step."""
+        if isinstance(self.size, int):
+            return self.size, self.batch
+        size = rng.choice(self.size)
+        return size, max(1, round(self.batch * (self.size[0] / size) ** 2))
+
+
+def collate(scenes: list[Scene]) -> dict[str, torch.Tensor]:
+    """images (B, S, S, 3) uint8, boxes (B, R, 4) float32, labels (B, R) int64, -100 where a scene has fewer boxes."""
+    most = max(1, *(len(scene.labels) for scene in scenes))
+    boxes = torch.zeros(len(scenes), most, 4)
+    labels = torch.full((len(scenes), most), -100)
+    for row, scene in enumerate(scenes):
+        boxes[row, : len(scene.labels)] = torch.from_numpy(scene.boxes.reshape(-1, 4))
+        labels[row, : len(scene.labels)] = torch.tensor(scene.labels, dtype=torch.long)
+    return {"images": torch.from_numpy(np.stack([s.image for s in scenes])), "boxes": boxes, "labels": labels}
+
+
+class SceneBatches(IterableDataset):
+    """Batches of scenes, phase after phase; each is a function of (seed, step) alone. Starts at step `start`."""
+
+    def __init__(self, maker: SceneMaker, phases: list[Phase], seed: int, start: int = 0):
+        self.maker, self.phases, self.seed, self.start = maker, phases, seed, start
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        step = 0
+        for phase in self.phases:
+            for _ in range(phase.steps):
+                if step >= self.start:
+                    rng = random.Random(f"{self.seed}:{step}")
+                    size, count = phase.draw(rng)
+                    yield collate([self._scene(rng, size, phase.single) for _ in range(count)])
+                step += 1
+
+    def _scene(self, rng: random.Random, size: int, single: bool) -> Scene:
+        return self.maker.mosaic(rng, size, cells(1)) if single else self.maker.draw(rng, size)
+
+
+def to_pixels(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """uint8 (B, S, S, 3) to pixel_values (B, 3, S, S) in [-1, 1]; a generator adds colour jitter."""
+    pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1  # channels last in memory
+    if generator is None:
+        return pixels
+    light, contrast, saturation = torch.empty(3, len(pixels), 1, 1, 1).uniform_(-0.3, 0.3, generator=generator)
+    grey = pixels.mean(1, keepdim=True)
+    pixels = grey + (pixels - grey) * (1 + saturation)
+    centre = grey.mean((2, 3), keepdim=True)
+    return (centre + (pixels - centre) * (1 + contrast) + light).clamp_(-1, 1)
+
+
+def _load(file: Path, model: nn.Module, optimizer, schedule) -> int:
+    """Takes up the state in `file`, if there is one; returns the steps done."""
+    if not file.exists():
+        return 0
+    saved = torch.load(file, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    return saved["step"]
+
+
+def _save(file: Path, step: int, model: nn.Module, optimizer, schedule) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    torch.save({**state, "step": step}, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)  # whole or not at all
+
+
+# Stage 1: the trunk ---------------------------------------------------------------------------------------------------
+
+
+def train_batch_norm(trunk: nn.Module) -> nn.Module:
+    """Replace every frozen batch norm by one that learns its statistics; parameter names stay the same."""
+    for name, module in list(trunk.named_modules()):
+        if isinstance(module, IFSegFrozenBatchNorm2d):
+            norm = nn.BatchNorm2d(len(module.weight))
+            norm.load_state_dict(module.state_dict(), strict=False)  # all but num_batches_tracked
+            parent, _, child = name.rpartition(".")
+            setattr(trunk.get_submodule(parent), child, norm)
+    return trunk
+
+
+def trunk_state(trunk: nn.Module) -> dict[str, torch.Tensor]:
+    """What the trunk with frozen batch norm loads."""
+    return {name: value for name, value in trunk.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
+def initialize_trunk(trunk: nn.Module) -> nn.Module:
+    """He initialisation; the last batch norm of a block starts at zero, so that the block starts as its shortcut."""
+    for name, module in trunk.named_modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif name.endswith("bn3"):
+            nn.init.zeros_(module.weight)
+    return trunk
+
+
+def box_weights(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Share of each patch inside each box: boxes (B, R, 4) -> (B, R, height * width)."""
+
+    def overlap(low, high, count):
+        start = torch.arange(count, device=boxes.device) / count
+        inside = torch.minimum(high[..., None], start + 1 / count) - torch.maximum(low[..., None], start)
+        return inside.clamp(min=0) * count
+
+    left, top, right, bottom = boxes.unbind(-1)
+    return (overlap(top, bottom, height)[..., None] * overlap(left, right, width)[..., None, :]).flatten(2)
+
+
+def pool_boxes(features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Mean feature inside each box: features (B, C, h, w), boxes (B, R, 4) -> (B, R, C)."""
+    weights = box_weights(boxes, *features.shape[2:])
+    weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-6)
+    return weights @ features.flatten(2).transpose(1, 2).float()
+
+
+@torch.no_grad()
+def trunk_accuracy(trunk: nn.Module, head: nn.Linear, photos: Photos, size: int, batch: int = 128) -> float:
+    """Top-1 accuracy on whole photos at size x size, among the photos' names."""
+    trunk.eval()
+    right = 0
+    for start in range(0, len(photos), batch):
+        images = torch.from_numpy(np.array(photos.pixels[start : start + batch]))
+        pixels = nn.functional.interpolate(to_pixels(images), size=(size, size), mode="bilinear")
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = head(trunk(pixels).float().mean((2, 3)))
+        guess = scores[:, : len(photos.names)].argmax(1)
+        right += (guess == torch.from_numpy(photos.labels[start : start + batch])).sum().item()
+    trunk.train()
+    return right / len(photos)
+
+
+@torch.no_grad()
+def calibrate_batch_norm(trunk: nn.Module, batches) -> nn.Module:
+    """Set the running statistics to their mean over the batches of scenes, as they will be while they are frozen."""
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean over all batches
+    trunk.train()
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            trunk(to_pixels(batch["images"]))
+    return trunk.eval()
+
+
+def train_trunk(
+    maker: SceneMaker,
+    held_out: Photos,
+    config: IFSegConfig,
+    phases: list[Phase],
+    output: Path,
+    calibration: Phase | None = None,
+    learning_rate: float = 0.2,
+    weight_decay: float = 5e-4,
+    seed: int = 0,
+    log=print,
+) -> dict[str, torch.Tensor]:
+    """Train a trunk to name boxes by the mean of their features; returns the state that `IFSegTrunk` loads.
+
+    SGD with a one-cycle schedule, label smoothing 0.1, batch norm in training mode; at the end its statistics are taken
+    anew from the scenes of `calibration`. `output` (a .pt file) is rewritten every 500 steps; a run that finds it goes
+    on from there.
+    """
+    torch.manual_seed(seed)
+    trunk = train_batch_norm(initialize_trunk(IFSegTrunk(config))).to(memory_format=torch.channels_last)
+    head = nn.Linear(config.trunk_hidden_sizes[-1], len(maker.names))
+    both = nn.ModuleDict({"trunk": trunk, "head": head})
+    matrices = [p for p in both.parameters() if p.ndim > 1]
+    vectors = [p for p in both.parameters() if p.ndim == 1]
+    optimizer = torch.optim.SGD(
+        [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}],
+        lr=learning_rate,
+        momentum=0.9,
+        nesterov=True,
+    )
+    total = sum(phase.steps for phase in phases)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total, pct_start=0.15)
+    step = _load(output, both, optimizer, schedule)
+    batches = DataLoader(SceneBatches(maker, phases, seed, step), batch_size=None, num_workers=1, prefetch_factor=4)
+    generator = torch.Generator().manual_seed(seed + step)
+    loss_sum = right = count = 0.0
+    start = time.time()
+    bar = tqdm(batches, total=total, initial=step, desc="trunk", mininterval=5)
+    for batch in bar:
+        pixels = to_pixels(batch["images"], generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = trunk(pixels)
+        named = batch["labels"] >= 0
+        scores = head(pool_boxes(features, batch["boxes"])[named])
+        loss = nn.functional.cross_entropy(scores, batch["labels"][named], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        step += 1
+        loss_sum, count = loss_sum + loss.item(), count + 1
+        right += (scores.argmax(1) == batch["labels"][named]).float().mean().item()
+        if step % 100 == 0:
+            bar.set_postfix(loss=f"{loss_sum / count:.3f}", accuracy=f"{right / count:.3f}")
+        if step % 500 == 0 or step == total:
+            accuracy = trunk_accuracy(trunk, head, held_out.part(slice(0, 1000)), 128)
+            log(
+                f"trunk step {step}/{total} {time.time() - start:.0f} s loss {loss_sum / count:.3f} "
+                f"box accuracy {right / count:.3f} held-out photos at 128: {accuracy:.3f}"
+            )
+            loss_sum = right = count = 0.0
+            _save(output, step, both, optimizer, schedule)
+    if calibration is not None:
+        calibrate_batch_norm(trunk, SceneBatches(maker, [calibration], seed + 1))
+        accuracy = [
+            f"{trunk_accuracy(trunk, head, held_out.part(slice(0, 1000)), size):.3f}" for size in (64, 128, 192)
+        ]
+        log(f"trunk calibrated: held-out photos at 64, 128 and 192: {', '.join(accuracy)}")
+    return trunk_state(trunk)
+
+
+# Stage 2: vision and language -----------------------------------------------------------------------------------------
+
+
+class Texts:
+    """Token ids of captions and of texts with holes, for the names of a `SceneMaker`."""
+
+    def __init__(self, tokenizer: BartTokenizer, names: list[str]):
+        self.tokenizer, self.names = tokenizer, names
+        self.ids = [self._ids(name) for name in names]
+        self.prompt = torch.tensor([[0, *self._ids(CAPTION_PROMPT), 2]])
+        longest = max(map(len, self.ids))
+        self.name_ids = torch.tensor([ids + [1] * (longest - len(ids)) for ids in self.ids])
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+
+    def embed_names(self, embedding: nn.Embedding) -> torch.Tensor:
+        """Mean sub-word embedding of every name, (names, d_model)."""
+        mask = (self.name_ids != 1)[..., None].float()
+        return (embedding(self.name_ids) * mask).sum(1) / mask.sum(1)
+
+    def captions(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The names of a batch's boxes in reading order, each name once, (B, S) with -100 as padding."""
+        rows = []
+        for boxes, labels in zip(batch["boxes"].numpy(), batch["labels"].tolist(), strict=True):
+            named = [labels[i] for i in reading_order(boxes) if labels[i] >= 0]
+            rows.append([token for name in dict.fromkeys(named) for token in self.ids[name]] + [2])
+        return _padded(rows, -100)
+
+    def infilling(self, rng: random.Random, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lists of names of which some are hidden behind `<mask>`: prompts (count, T) padded with 1, and the complete
+        lists (count, S) padded with -100."""
+        before, after = (self._ids(part) for part in INFILLING_PROMPT.split("{}"))
+        mask = self.tokenizer.mask_token_id
+        prompts, targets = [], []
+        for _ in range(count):
+            names = [self.ids[rng.randrange(len(self.ids))] for _ in range(rng.randint(1, 10))]
+            shown = [[mask] if rng.random() < 0.15 else ids for ids in names]
+            prompts.append([0, *before, *(token for ids in shown for token in ids), *after, 2])
+            targets.append([token for ids in names for token in ids] + [2])
+        return _padded(prompts, 1), _padded(targets, -100)
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def alignment_loss(
+    patches: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, words: torch.Tensor, temperature: float = 0.1
+) -> torch.Tensor:
+    """How far the projected patches are from the names of the boxes they lie in.
+
+    Every patch is a distribution over all names, softmax(cosine / temperature); a box's is the mean of its patches'.
+    Returns the mean of -log of the probabilities of the boxes' names: patches that show something else count little.
+
+    Args:
+        patches: (B, h, w, d), `image_proj` of the trunk's features.
+        boxes: (B, R, 4); labels: (B, R), -100 for none.
+        words: (names, d), mean sub-word embeddings.
+    """
+    similarity = nn.functional.normalize(patches.float(), dim=-1) @ nn.functional.normalize(words.float(), dim=-1).T
+    probabilities = (similarity / temperature).softmax(-1).permute(0, 3, 1, 2)
+    named = labels >= 0
+    chosen = pool_boxes(probabilities, boxes)[named].gather(1, labels[named][:, None])
+    return -chosen.clamp(min=1e-6).log().mean()
+
+
+def train_vision_language(
+    maker: SceneMaker,
+    model: IFSegForConditionalGeneration,
+    tokenizer: BartTokenizer,
+    phases: list[Phase],
+    output: Path,
+    learning_rate: float = 1e-3,
+    trunk_learning_rate: float = 4e-4,
+    weight_decay: float = 0.05,
+    text_weight: float = 0.5,
+    alignment_weight: float = 0.5,
+    warmup: int = 100,
+    seed: int = 1,
+    save_every: int = 200,
+    log=print,
+) -> IFSegForConditionalGeneration:
+    """Train `model` (its trunk already can tell things apart) to write the names in scenes; returns it.
+
+    Loss: captions + text_weight * text infilling + alignment_weight * `alignment_loss`. AdamW with a cosine schedule;
+    batch norm frozen. `output` (a .pt file) is rewritten every `save_every` steps; a run that finds it goes on from
+    there.
+    """
+    torch.manual_seed(seed)
+    texts = Texts(tokenizer, maker.names)
+    encoder = model.model.encoder
+    trunk = list(encoder.embed_images.parameters())
+    others = [p for name, p in model.named_parameters() if "embed_images." not in name]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0},
+            {"params": trunk, "lr": trunk_learning_rate, "weight_decay": weight_decay},
+        ],
+        lr=learning_rate,
+        betas=(0.9, 0.98),
+    )
+    total = sum(phase.steps for phase in phases)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / warmup) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / total)) / 2)
+    )
+    step = _load(output, model, optimizer, schedule)
+    if step >= total:
+        return model.eval()
+
+    trains_trunk = [phase.train_trunk for phase in phases for _ in range(phase.steps)]
+    batches = DataLoader(SceneBatches(maker, phases, seed, step), batch_size=None, num_workers=1, prefetch_factor=4)
+    generator = torch.Generator().manual_seed(seed + step)
+    model.train().to(memory_format=torch.channels_last)
+    sums, start = np.zeros(3), time.time()
+    bar = tqdm(batches, total=total, initial=step, desc="vision-language", mininterval=5)
+    for batch in bar:
+        rng = random.Random(f"text:{seed}:{step}")
+        encoder.embed_images.requires_grad_(trains_trunk[step])
+        pixels = to_pixels(batch["images"], generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            # Positions mostly as segmentation takes them, sometimes as generation does; equal for the largest scenes.
+            encoded = encoder(input_ids=texts.prompt, pixel_values=pixels, interpolate_pos_encoding=rng.random() < 0.75)
+            caption = model(encoder_outputs=encoded, labels=texts.captions(batch)).loss
+            patches = encoder.image_proj(encoded.image_features.permute(0, 2, 3, 1))
+            words = texts.embed_names(encoder.embed_tokens)
+            alignment = alignment_loss(patches, batch["boxes"], batch["labels"], words)
+            prompts, targets = texts.infilling(rng, 32)
+            text = model(input_ids=prompts, attention_mask=(prompts != 1).long(), labels=targets).loss
+        loss = caption + text_weight * text + alignment_weight * alignment
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        step += 1
+        sums += [caption.item(), text.item(), alignment.item()]
+        if step % 50 == 0:
+            names = ("caption", "text", "alignment")
+            parts = dict(zip(names, (f"{value:.3f}" for value in sums / 50), strict=True))
+            bar.set_postfix(parts)
+            if step % save_every == 0:
+                log(f"vision-language step {step}/{total} {time.time() - start:.0f} s {parts}")
+            sums[:] = 0
+        if step % save_every == 0 or step == total:
+            _save(output, step, model, optimizer, schedule)
+    return model.eval()
+
+
+def save_checkpoint(model: IFSegForConditionalGeneration, tokenizer: BartTokenizer, folder: str | Path) -> None:
+    """Save the model in float16 with its processor, which makes the short side of photos as long as `image_size`."""
+    size = model.config.image_size
+    image_processor = IFSegImageProcessor(size={"shortest_edge": size, "longest_edge": 4 * size})
+    # A copy: the model itself stays in float32, and in the memory layout that convolutions like.
+    small = IFSegForConditionalGeneration(model.config)
+    small.load_state_dict({name: value.contiguous() for name, value in model.state_dict().items()})
+    small.half().save_pretrained(folder)
+    IFSegProcessor(image_processor, tokenizer).save_pretrained(folder)
+
+
+# The whole recipe ----------------------------------------------------------------------------------------------------
+
+TRUNK_PHASES = [Phase(2400, 128, 64, single=True), Phase(2600, 48, 128), Phase(2000, 48, (128, 192))]
+CALIBRATION = Phase(60, 48, (128, 192, 256))
+LANGUAGE_PHASES = [
+    Phase(300, 48, 128, train_trunk=False),
+    Phase(2000, 48, (128, 192)),
+    Phase(1500, 48, (128, 192, 256)),
+]
+
+
+def pretrain(
+    photos: str | Path, street: str | Path | None, output_dir: str | Path, scale: float = 1.0, log=print
+) -> Path:
+    """Pre-train the nano OFA on a folder of named photos and one of street photos; returns `output_dir`.
+
+    Each stage leaves its work in `output_dir/stages`, where a second call goes on. `scale` shortens every phase: 1 is
+    the recipe of the embedded checkpoint.
+    """
+    stages = Path(output_dir) / "stages"
+    stages.mkdir(parents=True, exist_ok=True)
+    all_photos = load_photos(photos, stages)
+    count = len(all_photos) - min(HELD_OUT, len(all_photos) // 10)
+    train, held_out = all_photos.part(slice(0, count)), all_photos.part(slice(count, len(all_photos)))
+    streets = load_streets(street, "train") if street else None
+
+    def scaled(phases: list[Phase]) -> list[Phase]:
+        return [replace(phase, steps=max(1, round(phase.steps * scale))) for phase in phases]
+
+    maker = SceneMaker(train, streets)
+    tokenizer = train_tokenizer(maker.names)
+    config = nano_config(len(tokenizer))
+    state = train_trunk(maker, held_out, config, scaled(TRUNK_PHASES), stages / "trunk.pt", CALIBRATION, log=log)
+
+    torch.manual_seed(0)
+    model = IFSegForConditionalGeneration(config)
+    model.model.encoder.embed_images.load_state_dict(state)
+    maker.antialias = False  # as the image processor shrinks photos
+    train_vision_language(maker, model, tokenizer, scaled(LANGUAGE_PHASES), stages / "language.pt", log=log)
+    save_checkpoint(model, tokenizer, output_dir)
+    return Path(output_dir)

@@ -1,0 +1,397 @@
+"""Photos and segmentation maps to tensors: the reference's resize, exactly, and transformers' conventions around it."""
+
+import os
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_transforms import convert_to_rgb
+from transformers.image_utils import (
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+    load_image,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import logging
+
+from .post_processing_ifseg import segmentation_maps as maps_from_outputs
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100  # the label of pixels that count nowhere, as in torch's cross-entropy
+
+
+def read_image(source, timeout: float | None = None) -> Image.Image:
+    """
+    Opens an image without changing its mode, so that nothing is lost before the conversion.
+
+    Args:
+        source (`str` or `os.PathLike`): a file, a URL, or base64 text.
+        timeout (`float`, *optional*): seconds to wait for a URL.
+
+    Raises:
+        `ValueError` naming the source when it is missing, damaged or no image.
+    """
+    name = str(source) if len(str(source)) <= 200 else str(source)[:200] + "..."
+    try:
+        if not os.path.isfile(source):
+            return load_image(str(source), timeout=timeout)
+        image = Image.open(source)
+        image.load()
+        return image
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is no image that Pillow can read.") from error
+    except Exception as error:  # whatever a damaged file, a connection or a decoder comes up with
+        raise ValueError(f"Can't read the image {name}: {error}") from error
+
+
+def to_array(image, input_data_format: str | ChannelDimension | None = None) -> np.ndarray:
+    """
+    Any image as an RGB array.
+
+    Args:
+        image: a PIL image of any mode (turned upright by its EXIF orientation; of an animation the current frame, which
+            is the first one unless `seek` was called), or an array or tensor of shape `(H, W)`, `(H, W, C)` or
+            `(C, H, W)` with C = 1, 3 or 4. 16-bit values become 8-bit ones; transparency is laid on white.
+        input_data_format (`str`, *optional*): "channels_first" or "channels_last", for shapes that fit both.
+
+    Returns:
+        `np.ndarray` of shape `(H, W, 3)`, uint8, or float32 if the values were floating-point.
+    """
+    if isinstance(image, Image.Image):
+        try:
+            image = ImageOps.exif_transpose(image)
+            if not image.mode.startswith("I"):
+                return convert_to_rgb(image, return_numpy=True)
+            image = np.asarray(image)
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"Can't read the image: {error}") from error
+        if image.dtype.itemsize == 2 or image.max(initial=0) > 255:  # mode "I" may hold 16 bits in 32
+            image = image.clip(0, 65535).astype(np.uint16)
+    elif isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    elif not isinstance(image, np.ndarray):
+        raise TypeError(f"An image is a PIL image, a path, an array or a tensor, not {type(image).__name__}.")
+    image = _to_channels_last(image, input_data_format)
+    if 0 in image.shape:
+        raise ValueError(f"An image of shape {image.shape} has no pixels.")
+    return np.ascontiguousarray(convert_to_rgb(_to_uint8_or_float(image), True, ChannelDimension.LAST))
+
+
+def _to_channels_last(image: np.ndarray, input_data_format) -> np.ndarray:
+    if image.ndim == 2:
+        return image[..., None]
+    if image.ndim != 3:
+        raise ValueError(f"An image has 2 or 3 dimensions, not {image.ndim} (shape {image.shape}).")
+    if input_data_format is None:
+        try:
+            input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+        except ValueError:
+            input_data_format = "none"
+    if input_data_format != "none" and ChannelDimension(input_data_format) == ChannelDimension.FIRST:
+        image = np.moveaxis(image, 0, -1)
+    if image.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"Wrong number of channels in an image of shape {image.shape}: it should be (H, W, C) or (C, H, W) with "
+            "C = 1 (greyscale), 3 (RGB) or 4 (RGBA)."
+        )
+    return image
+
+
+def _to_uint8_or_float(image: np.ndarray) -> np.ndarray:
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype == np.bool_:
+        return image.astype(np.uint8) * 255
+    if image.dtype == np.uint16:
+        return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if np.issubdtype(image.dtype, np.floating):
+        if not np.isfinite(image).all():
+            raise ValueError("The image holds values that are not finite.")
+        return image.astype(np.float32)
+    if np.issubdtype(image.dtype, np.integer) and image.min() >= 0 and image.max() <= 255:
+        return image.astype(np.uint8)
+    raise ValueError(f"An image of {image.dtype} should hold values from 0 to 255.")
+
+
+def output_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+    """
+    Height and width after the resize.
+
+    `{"shortest_edge": s, "longest_edge": l}` keeps the ratio: the short side becomes `s` unless the long one would
+    exceed `l`; one of the two alone is allowed. `{"height": h, "width": w}` does not keep it.
+    """
+    if size.height and size.width:
+        return size.height, size.width
+    scales = []
+    if size.shortest_edge:
+        scales.append(size.shortest_edge / min(height, width))
+    if size.longest_edge:
+        scales.append(size.longest_edge / max(height, width))
+    if not scales:
+        raise ValueError(f"size={dict(size)}: give shortest_edge and/or longest_edge, or height and width.")
+    scale = min(scales)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def _source_of(target: int, source: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `target` positions along an axis of `source`: the two neighbours (not clamped) and the second's
+    weight, float32 as in OpenCV."""
+    position = ((np.arange(target) + 0.5) * (1 / (target / source)) - 0.5).astype(np.float32)
+    first = np.floor(position)
+    return first.astype(np.int64), first.astype(np.int64) + 1, position - first
+
+
+def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """
+    OpenCV's `INTER_LINEAR`: bilinear without antialiasing, for uint8 in its integer arithmetic, bit for bit.
+
+    Args:
+        image (`np.ndarray` of shape `(H, W, C)`, uint8 or float32).
+
+    Returns:
+        `np.ndarray` of shape `(height, width, C)`, of the image's type.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    left, right, weight_x = _source_of(width, image.shape[1])
+    # Off the edge horizontally the weights become 1 and 0; vertically the rows are clamped and the weights kept.
+    weight_x = np.where((left < 0) | (right >= image.shape[1]), np.float32(0), weight_x)
+    left, right = left.clip(0, image.shape[1] - 1), right.clip(0, image.shape[1] - 1)
+    top, bottom, weight_y = _source_of(height, image.shape[0])
+    top, bottom = top.clip(0, image.shape[0] - 1), bottom.clip(0, image.shape[0] - 1)
+
+    weights: list[np.ndarray] = [1 - weight_x, weight_x, 1 - weight_y, weight_y]
+    if image.dtype == np.uint8:  # fixed point with 11 bits
+        weights = [np.rint(weight * np.float32(2048)).astype(np.int32) for weight in weights]
+    x0, x1, y0, y1 = weights
+    x0, x1, y0, y1 = x0[:, None], x1[:, None], y0[:, None, None], y1[:, None, None]
+
+    resized = np.empty((height, width, image.shape[2]), image.dtype)
+    for start in range(0, height, 32):  # in blocks that stay in the cache
+        block = slice(start, start + 32)
+        rows, inverse = np.unique(np.concatenate([top[block], bottom[block]]), return_inverse=True)
+        source = image[rows].astype(x0.dtype)
+        sums = np.take(source, left, axis=1) * x0 + np.take(source, right, axis=1) * x1
+        if image.dtype == np.uint8:
+            sums >>= 4
+        upper, lower = np.split(inverse, 2)
+        upper, lower = sums[upper] * y0[block], sums[lower] * y1[block]
+        resized[block] = upper + lower if image.dtype != np.uint8 else ((upper >> 16) + (lower >> 16) + 2) >> 2
+    return resized
+
+
+def resize_nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`(H, W)` labels at another size: each pixel takes the label under its centre."""
+    rows, columns = (
+        ((2 * np.arange(target) + 1) * source // (2 * target))
+        for target, source in zip((height, width), labels.shape, strict=True)
+    )
+    return labels[rows[:, None], columns]
+
+
+class IFSegImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    r"""
+    do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
+        Whether label 0 of a segmentation map means "no category" (ADE20K): 0 is ignored, the others become one less.
+        As in transformers' SegFormer, 255 of an 8-bit map is then ignored as well.
+    ignore_index (`int`, *optional*, defaults to `self.ignore_index`):
+        A value in segmentation maps that marks pixels without a label; they become -100.
+    """
+
+    do_reduce_labels: bool
+    ignore_index: int | None
+
+
+class IFSegImageProcessor(PilBackend):
+    r"""
+    Photos to `pixel_values` and `pixel_mask`, segmentation maps to `labels`, model outputs to segmentation maps.
+
+    Needs NumPy and Pillow only. The resize is OpenCV's bilinear one (no antialiasing), bit for bit, which the published
+    results were computed with.
+
+    Args:
+        do_resize (`bool`, defaults to `True`), size (`dict`, defaults to `{"shortest_edge": 512, "longest_edge":
+            2048}`): the short side becomes 512 pixels unless the long one would exceed 2048; the ratio is kept.
+        do_rescale (`bool`, defaults to `True`), rescale_factor (`float`, defaults to 1/255).
+        do_normalize (`bool`, defaults to `True`), image_mean, image_std (default to 0.5 for each channel).
+        do_pad (`bool`, defaults to `True`), pad_size (`dict`, *optional*): photos are padded at the right and bottom
+            with 0 to the largest height and width among them, or to `pad_size`.
+        do_reduce_labels (`bool`, defaults to `False`), ignore_index (`int`, *optional*): see
+            [`IFSegImageProcessorKwargs`].
+    """
+
+    _auto_class = "AutoImageProcessor"  # saved with its code, wherever it was loaded from
+    valid_kwargs = IFSegImageProcessorKwargs
+    model_input_names = ["pixel_values", "pixel_mask"]
+
+    resample = PILImageResampling.BILINEAR
+    default_to_square = False
+    do_convert_rgb = True
+    do_resize = True
+    size = {"shortest_edge": 512, "longest_edge": 2048}
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = (0.5, 0.5, 0.5)
+    image_std = (0.5, 0.5, 0.5)
+    do_pad = True
+    do_reduce_labels = False
+    ignore_index = None
+
+    def __init__(self, **kwargs: Unpack[IFSegImageProcessorKwargs]):
+        super().__init__(**kwargs)
+
+    def preprocess(self, images, segmentation_maps=None, **kwargs: Unpack[IFSegImageProcessorKwargs]) -> BatchFeature:
+        """
+        Args:
+            images: a photo or a list of them: PIL images, paths, URLs, arrays or tensors (see [`to_array`] for what
+                they may hold), or one array or tensor of shape `(batch, ...)`.
+            segmentation_maps (*optional*): one map a photo, of the photo's size: PIL images, paths, arrays or tensors
+                of shape `(H, W)` with integer labels.
+            return_tensors (`str`, *optional*): "pt" for torch tensors, "np" for NumPy arrays.
+            **kwargs: any argument of the constructor, for this call.
+
+        Returns:
+            [`BatchFeature`] with
+
+            - **pixel_values** (batch, 3, H, W), float32: normalised RGB.
+            - **pixel_mask** (batch, H, W), int64: 1 where there is photo, 0 where there is padding. Always there, so
+              that outputs can be joined into larger batches.
+            - **labels** (batch, H, W), int64, with `segmentation_maps`: -100 is ignored (padding is).
+
+        Raises:
+            `ValueError` for an image that can't be read or has a wrong number of channels, and for a map whose size
+            is not its photo's.
+        """
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def fetch_images(self, images):
+        """Opens what is a path, URL or base64 text; passes on what is an image already."""
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        return read_image(images) if isinstance(images, (str, os.PathLike)) else images
+
+    def process_image(self, image, input_data_format=None, **kwargs) -> np.ndarray:
+        """One image of any kind as a `(3, H, W)` array; see [`to_array`]."""
+        return to_array(image, input_data_format).transpose(2, 0, 1)
+
+    def resize(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
+        """A `(3, H, W)` array at the size that [`output_size`] gives."""
+        height, width = output_size(image.shape[1], image.shape[2], size)
+        return resize_bilinear(image.transpose(1, 2, 0), height, width).transpose(2, 0, 1)
+
+    def _validate_preprocess_kwargs(self, **kwargs):
+        super()._validate_preprocess_kwargs(**kwargs)
+        if kwargs.get("resample") not in (None, PILImageResampling.BILINEAR):
+            raise ValueError("IFSegImageProcessor resizes photos bilinearly; other values of `resample` don't exist.")
+        if kwargs.get("do_center_crop"):
+            raise ValueError("IFSegImageProcessor doesn't crop: the model takes photos of any size and ratio.")
+
+    def _preprocess_image_like_inputs(
+        self, images, segmentation_maps, input_data_format=None, return_tensors=None, **kwargs
+    ) -> BatchFeature:
+        photos = [self.process_image(image, input_data_format) for image in _flatten(self.fetch_images(images))]
+        if not photos:
+            raise ValueError("There is no image to process.")
+        sizes = [photo.shape[1:] for photo in photos]
+        photos = [self._preprocess_photo(photo, **kwargs) for photo in photos]
+        labels = None
+        if segmentation_maps is not None:
+            labels = self._preprocess_maps(segmentation_maps, sizes, [photo.shape[1:] for photo in photos], **kwargs)
+
+        masks = [np.ones(photo.shape[1:], np.int64) for photo in photos]
+        if kwargs["do_pad"]:
+            pad_size = kwargs["pad_size"]
+            photos, masks = self.pad(photos, pad_size, return_mask=True)
+            labels = labels and [padded[0] for padded in self.pad([label[None] for label in labels], pad_size, IGNORED)]
+        data = {"pixel_values": photos, "pixel_mask": masks} | ({"labels": labels} if labels else {})
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _preprocess_photo(
+        self, photo, do_resize, size, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **kwargs
+    ) -> np.ndarray:
+        if do_resize:
+            photo = self.resize(photo, size)
+        if do_rescale and photo.dtype != np.uint8 and photo.max() <= 1:
+            logger.warning_once(
+                "An image with floating-point values from 0 to 1 is divided by 255 once more. "
+                "If that is not what you want, pass do_rescale=False."
+            )
+        photo = np.ascontiguousarray(photo, dtype=np.float32)
+        if do_rescale:
+            photo = photo * np.float32(rescale_factor)
+        if do_normalize:
+            mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (image_mean, image_std))
+            photo = (photo - mean) / std
+        return photo
+
+    def _preprocess_maps(self, maps, sizes, new_sizes, do_reduce_labels, ignore_index, **kwargs) -> list[np.ndarray]:
+        maps = [_to_labels(values) for values in _flatten(self.fetch_images(maps), dimensions=2)]
+        if len(maps) != len(sizes):
+            raise ValueError(f"{len(maps)} segmentation maps for {len(sizes)} images: give one map an image.")
+        processed = []
+        for index, (values, size, new_size) in enumerate(zip(maps, sizes, new_sizes, strict=True)):
+            if values.shape != size:
+                raise ValueError(
+                    f"Segmentation map {index} is {values.shape} (height, width), but its image is {size}."
+                )
+            labels = values.astype(np.int64)
+            ignored = labels == (IGNORED if ignore_index is None else ignore_index)
+            if do_reduce_labels:
+                ignored |= (labels == 0) | ((labels == 255) & (values.dtype == np.uint8))
+                labels = np.where(labels == IGNORED, IGNORED, labels - 1)
+            labels[ignored] = IGNORED
+            processed.append(resize_nearest(labels, *new_size))
+        return processed
+
+    def post_process_semantic_segmentation(
+        self, outputs, target_sizes=None, smoothing_neighbors: int = 3, smoothing_iterations: int = 25
+    ) -> list[Tensor]:
+        """
+        A category for every pixel.
+
+        The probabilities of each patch are averaged with those of its `smoothing_neighbors` most similar patches,
+        itself included, `smoothing_iterations` times; then resized bilinearly; then the largest wins. Without
+        smoothing, which is right for a model trained on real photos, the logits are resized instead.
+
+        Args:
+            outputs ([`IFSegSegmentationOutput`]): what the model returned for these photos.
+            target_sizes (list of `(height, width)` or `Tensor` of shape `(batch, 2)`, *optional*): the sizes of the
+                maps wanted, usually those of the photos before processing. Without it a map has one label a patch.
+            smoothing_neighbors (`int`, defaults to 3), smoothing_iterations (`int`, defaults to 25): 0 iterations do
+                not smooth.
+
+        Returns:
+            `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories, one map a photo.
+        """
+        return maps_from_outputs(outputs, target_sizes, smoothing_neighbors, smoothing_iterations)
+
+
+def _flatten(images, dimensions: int = 3) -> list:
+    """A flat list of single images of a nested list, a batch (an array of one dimension more), or one image."""
+    if isinstance(images, (list, tuple)):
+        return [single for image in images for single in _flatten(image, dimensions)]
+    return list(images) if getattr(images, "ndim", 0) > dimensions else [images]
+
+
+def _to_labels(values) -> np.ndarray:
+    if isinstance(values, Image.Image):
+        values = ImageOps.exif_transpose(values)
+    elif isinstance(values, Tensor):
+        values = values.cpu()
+    values = np.asarray(values)
+    if values.ndim != 2 or not (np.issubdtype(values.dtype, np.integer) or values.dtype == np.bool_):
+        raise ValueError(
+            "A segmentation map has shape (H, W) and integer labels; this one has shape "
+            f"{values.shape} and type {values.dtype}."
+        )
+    return values
+
+
+__all__ = ["IFSegImageProcessor", "IFSegImageProcessorKwargs"]

@@ -1,0 +1,161 @@
+"""From the model's output to a label for every pixel: smoothing over similar patches, resizing, argmax.
+
+Section 2.4 of the paper: a model tuned on word maps alone has never seen a photo, so its prediction for a patch is
+averaged with those for the patches that look alike in the trunk's features.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, interpolate, normalize
+
+# Entries of the largest temporary tensor (64 MiB of float32): rows of the similarity matrix, resized categories.
+_BLOCK = 2**24
+
+
+def nearest_patches(features: Tensor, neighbors: int) -> Tensor:
+    """
+    The patches that look most like each patch, itself always among them.
+
+    Args:
+        features (`Tensor` of shape `(patches, channels)`): image features, any floating type.
+        neighbors (`int`): how many, at least 1; a photo of fewer patches has that many.
+
+    Returns:
+        `Tensor` of shape `(patches, neighbors)`, int64: indices of the patches of highest cosine similarity.
+    """
+    if neighbors < 1:
+        raise ValueError(
+            f"smoothing_neighbors={neighbors}: a patch is its own first neighbour, so it must be 1 or more."
+        )
+    patches = features.shape[0]
+    # Under autocast the similarities would be rounded to half precision, and neighbours swapped.
+    with torch.autocast(features.device.type, enabled=False):
+        features = normalize(features.float().contiguous(), dim=-1)
+        rows = max(1, _BLOCK // patches)
+        indices = []
+        for start in range(0, patches, rows):
+            similarity = features[start : start + rows] @ features.T
+            # Above any cosine: of patches that are exactly alike (a blank photo) the patch itself comes first.
+            similarity.diagonal(start).fill_(2)
+            indices.append(similarity.topk(min(neighbors, patches)).indices)
+    return torch.cat(indices)
+
+
+def smooth_probabilities(probabilities: Tensor, features: Tensor, neighbors: int = 3, iterations: int = 25) -> Tensor:
+    """
+    Repeats `p_i = mean of p_j over the neighbours j of patch i`.
+
+    Args:
+        probabilities (`Tensor` of shape `(patches, categories)`).
+        features (`Tensor` of shape `(patches, channels)`): what the patches are compared by.
+        neighbors (`int`, defaults to 3): the most similar patches, the patch itself included.
+        iterations (`int`, defaults to 25): 0 returns the probabilities as they are.
+
+    Returns:
+        `Tensor` of shape `(patches, categories)`, float32.
+    """
+    probabilities = probabilities.float()
+    if iterations == 0:
+        return probabilities
+    neighbors_of = nearest_patches(features, neighbors)
+    for _ in range(iterations):
+        probabilities = embedding_bag(neighbors_of, probabilities, mode="mean")
+    return probabilities
+
+
+def patch_scores(outputs, neighbors: int = 3, iterations: int = 25) -> Iterator[Tensor]:
+    """
+    What the categories of each photo are compared by, patch by patch.
+
+    Args:
+        outputs: what the model returned, with `logits` `(batch, categories, h, w)`; `image_features`
+            `(batch, channels, h, w)` unless `iterations` is 0; and `patch_mask` `(batch, h, w)` or `None`: the patches
+            that belong to the photo (the rest, at its right and bottom, pads it to the size of its neighbours).
+        neighbors, iterations (`int`): see [`smooth_probabilities`].
+
+    Yields:
+        For each photo a `Tensor` of shape `(categories, h, w)`, float32, without padding: smoothed probabilities, or
+        the logits when `iterations` is 0.
+    """
+    if iterations < 0:
+        raise ValueError(f"smoothing_iterations={iterations}: give 0 for no smoothing, or more.")
+    mask = getattr(outputs, "patch_mask", None)
+    if iterations and getattr(outputs, "image_features", None) is None:
+        raise ValueError(
+            "Smoothing compares patches by outputs.image_features, which are missing: a word map has none. "
+            "Pass smoothing_iterations=0."
+        )
+    for index, logits in enumerate(outputs.logits.float()):
+        height, width = logits.shape[1:]
+        if mask is not None:
+            height, width = int(mask[index].any(1).sum()), int(mask[index].any(0).sum())
+            logits = logits[:, :height, :width]
+        if iterations:
+            probabilities = logits.softmax(0).flatten(1).T
+            patches = outputs.image_features[index, :, :height, :width].flatten(1).T
+            probabilities = smooth_probabilities(probabilities, patches, neighbors, iterations)
+            logits = probabilities.T.unflatten(1, (height, width))
+        yield logits.contiguous()
+
+
+def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """`(categories, h, w)` scores at `size` `(height, width)`, bilinearly (`align_corners=False`)."""
+    return interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """
+    `resize_scores(scores, size).argmax(0)`, in memory that does not grow with the number of categories.
+
+    Args:
+        scores (`Tensor` of shape `(categories, h, w)`), size (`(height, width)`).
+
+    Returns:
+        `Tensor` of shape `size`, int64; of equal scores the first category wins.
+    """
+    chunk = max(1, _BLOCK // (size[0] * size[1]))
+    best, labels = resize_scores(scores[:chunk], size).max(0)
+    for start in range(chunk, len(scores), chunk):
+        values, indices = resize_scores(scores[start : start + chunk], size).max(0)
+        better = values > best
+        best = torch.where(better, values, best)
+        labels = torch.where(better, indices + start, labels)
+    return labels
+
+
+def segmentation_maps(outputs, target_sizes=None, neighbors: int = 3, iterations: int = 25) -> list[Tensor]:
+    """
+    A category for every pixel of every photo.
+
+    Args:
+        outputs: see [`patch_scores`].
+        target_sizes (list of `(height, width)` or `Tensor` of shape `(batch, 2)`, *optional*): the sizes wanted, one a
+            photo, usually the original ones. Without it a map has one label a patch.
+        neighbors, iterations (`int`): see [`smooth_probabilities`].
+
+    Returns:
+        `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories.
+    """
+    if target_sizes is None:
+        return [scores.argmax(0) for scores in patch_scores(outputs, neighbors, iterations)]
+    sizes = [(int(height), int(width)) for height, width in target_sizes]
+    if len(sizes) != len(outputs.logits):
+        raise ValueError(
+            f"{len(sizes)} target_sizes for {len(outputs.logits)} photos: give one (height, width) a photo."
+        )
+    return [
+        resized_argmax(scores, size)
+        for scores, size in zip(patch_scores(outputs, neighbors, iterations), sizes, strict=True)
+    ]
+
+
+__all__ = [
+    "nearest_patches",
+    "patch_scores",
+    "resize_scores",
+    "resized_argmax",
+    "segmentation_maps",
+    "smooth_probabilities",
+]

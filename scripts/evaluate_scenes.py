@@ -1,0 +1,90 @@
+#!/usr/bin/env python
+"""Mean IoU of a model on mosaics of held-out photos and on street photos: before and after tuning on words alone.
+
+python scripts/evaluate_scenes.py --photos ../shared/data/photos --street ../shared/data/camvid
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    def integers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",") if part.strip()]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ifseg-ofa-nano", help="folder or Hub id (default: the embedded model)")
+    parser.add_argument("--photos", default="../shared/data/photos", help="folder of parquet files with photos")
+    parser.add_argument("--street", default=None, help="folder of street photos with masks; left out without it")
+    parser.add_argument("--words", type=integers, default=[10, 40, 100], help="numbers of words (default: 10,40,100)")
+    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="seeds of tuning (default: 0,1,2)")
+    parser.add_argument("--scenes", type=int, default=500, help="mosaics for each number of words (default: 500)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of tuning (default: 150)")
+    parser.add_argument("--batch-size", type=int, default=16, help="word maps in a step (default: 16)")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="(default: 3e-4)")
+    parser.add_argument("--mixed-precision", default="bf16", help="no, fp16 or bf16, for tuning (default: bf16)")
+    parser.add_argument("--cache", default=None, help="folder that keeps the decoded photos (default: a temporary one)")
+    parser.add_argument("--output", default=None, help="JSON file for all numbers")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    if not list(Path(options.photos).glob("*.parquet")):
+        print(f"Skipped: there are no photos in {options.photos}. Give the folder of the parquet files with --photos.")
+        return 0
+    if options.street and not (Path(options.street) / "dataset.json").is_file():
+        print(f"Skipped: there is no dataset.json in {options.street}, the folder of street photos.")
+        return 0
+
+    from ifseg_hf import resolve_model, scene_evaluation, scenes
+    from ifseg_hf.training import WordMapTraining, train
+
+    folder = resolve_model(options.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        photos = scenes.load_photos(options.photos, options.cache or scratch)
+        photos = photos.part(slice(len(photos) - scenes.HELD_OUT, len(photos)))
+
+        def tune(words: list[str], seed: int) -> str:
+            output = str(Path(scratch) / f"tuned-{len(words)}-{words[0]}-{seed}")
+            settings = WordMapTraining(
+                categories=words,
+                output_dir=output,
+                model=str(folder),
+                seed=seed,
+                steps=options.steps,
+                batch_size=options.batch_size,
+                learning_rate=options.learning_rate,
+                weight_decay=0.01,
+                mixed_precision=options.mixed_precision,
+            )
+            train(settings)
+            return output
+
+        results = {}
+        for count, words in scene_evaluation.word_lists(photos, options.words).items():
+            samples = list(scenes.evaluation_scenes(photos, words, options.scenes, seed=count))
+            name = f"{len(samples)} mosaics, {count} words"
+            results[name] = scene_evaluation.evaluate(folder, samples, words, tune, options.seeds)
+            print(scene_evaluation.table({name: results[name]}), flush=True)
+        if options.street:
+            streets = scenes.load_streets(options.street, "val")
+            large = list(scene_evaluation.LARGE_STREET_NAMES)
+            for words in (streets.names, large):
+                samples = scene_evaluation.street_samples(streets, words)
+                name = f"{len(samples)} street photos, {len(words)} words"
+                results[name] = scene_evaluation.evaluate(folder, samples, words, tune, options.seeds)
+    print("\n" + scene_evaluation.table(results))
+    if options.street:
+        name = f"{len(streets.images)} street photos, {len(streets.names)} words"
+        print("\n" + scene_evaluation.word_table(results[name]))
+    if options.output:
+        Path(options.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Tuning on words alone, on a model of a few thousand parameters."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_model import is_key_bias, save_tiny_model
+
+from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
+from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
+from ifseg_hf.processing.processing_ifseg import IFSegProcessor
+from ifseg_hf.recipe import SETTINGS_FILE
+from ifseg_hf.training import SettingError, TrainingError, WordMapTraining, samples_per_batch, train
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def settings(model, folder, **changes):
+    quick = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "cpu": True}
+    return WordMapTraining(["cat", "cup", "sky"], str(folder), model, **{**quick, **changes})
+
+
+def weights(folder):
+    return load_file(f"{folder}/model.safetensors")
+
+
+def assert_equal_weights(one, other):
+    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+
+
+def test_loss_goes_down_and_only_what_the_method_trains_moves(tiny_model, tmp_path):
+    short = train(settings(tiny_model, tmp_path / "short", steps=1))
+    result = train(settings(tiny_model, tmp_path / "out", steps=80, batch_size=8, max_cells=2))
+    assert result.steps == 80
+    assert result.loss < 0.6 * short.loss
+    assert result.peak_memory > 0
+
+    before, after = weights(tiny_model), weights(tmp_path / "out")
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    model = IFSegForSemanticSegmentation.from_pretrained(tiny_model)
+    model.freeze_for_word_maps()
+    trained = {name for name, x in model.named_parameters() if x.requires_grad}
+    assert moved <= trained
+    assert {name for name in trained - moved if not is_key_bias(name)} == set()
+
+
+def test_the_result_carries_its_words_and_runs_by_itself(tiny_model, tmp_path):
+    train(settings(tiny_model, tmp_path / "out"))
+    model = IFSegForSemanticSegmentation.from_pretrained(tmp_path / "out").eval()
+    assert model.config.id2label == {0: "cat", 1: "cup", 2: "sky"}
+    assert model(pixel_values=torch.zeros(1, 3, 64, 64)).logits.shape == (1, 3, 4, 4)
+    processor = IFSegProcessor.from_pretrained(tmp_path / "out")
+    assert processor.encode_categories(["cat", "cup", "sky"])["prompt_ids"] == model.config.prompt_ids
+    saved = json.loads((tmp_path / "out" / SETTINGS_FILE).read_text())
+    assert WordMapTraining(**saved) == settings(tiny_model, tmp_path / "out")
+
+
+def test_same_seed_same_weights(tiny_model, tmp_path):
+    """A loader worker changes nothing, another seed does; training again into a result of training is allowed."""
+    train(settings(tiny_model, tmp_path / "one", seed=5))
+    train(settings(tiny_model, tmp_path / "two", seed=6))
+    name = "model.encoder.layers.0.fc1.weight"
+    assert not torch.equal(weights(tmp_path / "one")[name], weights(tmp_path / "two")[name])
+    train(settings(tiny_model, tmp_path / "two", seed=5, dataloader_workers=1))
+    assert_equal_weights(tmp_path / "one", tmp_path / "two")
+
+
+def test_accumulated_batches_make_the_same_step(tiny_model, tmp_path):
+    quiet = {"dropout": 0.0, "drop_path": 0.0, "learning_rate": 1e-3}
+    train(settings(tiny_model, tmp_path / "one", **quiet))
+    train(settings(tiny_model, tmp_path / "two", gradient_accumulation_steps=2, **quiet))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        if not is_key_bias(name):  # Adam makes whole steps of rounding noise
+            torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+
+
+def test_hierarchical_categories(tiny_model, tmp_path):
+    changed = settings(tiny_model, tmp_path / "out")
+    changed.categories = {"animal": ["cat", "dog"], "sky": ["cloud"]}
+    train(changed)
+    config = IFSegForSemanticSegmentation.from_pretrained(tmp_path / "out").config
+    assert config.id2label == {0: "animal", 1: "sky"}
+    assert config.word_categories == [0, 0, 1]
+    assert len(config.word_ids) == 3
+
+
+def test_starts_from_a_plain_ofa(tmp_path):
+    ofa = save_tiny_model(tmp_path / "ofa", IFSegForConditionalGeneration)
+    train(settings(ofa, tmp_path / "one"))
+    train(settings(ofa, tmp_path / "two"))
+    assert "segmentation_positions.embed_positions.weight" in weights(tmp_path / "one")
+    assert_equal_weights(tmp_path / "one", tmp_path / "two")  # the new positions too
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step(tiny_model, tmp_path):
+    with pytest.raises(TrainingError, match=r"not finite at step [23], after [12] good"):
+        train(settings(tiny_model, tmp_path / "out", learning_rate=1e30))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_only_the_tokenizer_knows_is_refused_before_the_weights(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(IFSegForSemanticSegmentation, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    changed = settings(tiny_model, tmp_path / "out")
+    changed.categories = ["cat", "a" * 200]
+    with pytest.raises(SettingError, match="120 positions"):
+        train(changed)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "accumulated", "expected"), [(16, 1, 1, 16), (16, 2, 1, 8), (16, 4, 2, 2)]
+)
+def test_a_step_has_the_same_samples_for_any_number_of_processes(batch_size, processes, accumulated, expected):
+    changed = WordMapTraining(["a", "b"], "", batch_size=batch_size, gradient_accumulation_steps=accumulated)
+    assert samples_per_batch(changed, processes) == expected
+
+
+def test_a_batch_that_cannot_be_divided_is_refused():
+    with pytest.raises(SettingError, match="3 processes"):
+        samples_per_batch(WordMapTraining(["a", "b"], ""), 3)
+
+
+def test_defaults_are_the_published_recipe():
+    recipe = WordMapTraining(["a", "b"], "").to_dict()
+    expected = {
+        "steps": 2000,
+        "batch_size": 16,
+        "learning_rate": 5e-5,
+        "warmup_steps": 0,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+        "dropout": 0.1,
+        "drop_path": 0.1,
+    }
+    assert {name: recipe[name] for name in expected} == expected

@@ -1,0 +1,334 @@
+"""The segmentation model: words, word maps, photos of any size, and the habits of transformers models."""
+
+import pytest
+import torch
+from checkpoints import SMALL, WORDS, padded_photos, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ifseg_hf.modeling import IFSegConfig, IFSegForConditionalGeneration, IFSegForSemanticSegmentation, IFSegModel
+from ifseg_hf.modeling.modeling_ifseg import segmentation_loss
+from ifseg_hf.modeling.modeling_ofa import grid_relative_bias, resize_grid
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+def word_maps(batch=2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    word_map = torch.randint(0, 3, (batch, 4, 4), generator=generator)
+    return {"word_map": word_map, "labels": word_map.repeat_interleave(16, 1).repeat_interleave(16, 2)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 64), (32, 32), (40, 100), (33, 31), (300, 500), (32, 2048), (2048, 32)])
+def test_photos_of_any_size(model, size):
+    output = model(pixel_values=torch.randn(1, 3, *size))
+    grid = (-(-size[0] // 16), -(-size[1] // 16))
+    assert output.logits.shape == (1, 3, *grid)
+    assert output.image_features.shape == (1, 16, *grid)
+    assert output.logits.isfinite().all()
+    assert output.patch_mask.all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_photos_of_several_sizes_are_as_alone(attention):
+    model = small_model()
+    model.set_attn_implementation(attention)
+    photos, pixel_values, pixel_mask = padded_photos()
+    labels = torch.where(pixel_mask.bool(), 1, -100)
+    together = model(pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels, output_hidden_states=True)
+    losses, pixels = 0, 0
+    for i, photo in enumerate(photos):
+        own = torch.ones(1, *photo.shape[1:], dtype=torch.long)
+        alone = model(pixel_values=photo[None], labels=own)
+        height, width = alone.logits.shape[2:]
+        torch.testing.assert_close(together.logits[i, :, :height, :width], alone.logits[0], atol=1e-5, rtol=0)
+        assert together.patch_mask[i].sum() == height * width
+        assert not together.logits[i, :, ~together.patch_mask[i]].any()
+        losses, pixels = losses + alone.loss * own.numel(), pixels + own.numel()
+    torch.testing.assert_close(together.loss, losses / pixels)
+    assert together.encoder_hidden_states[0].shape == (4, 4 * 5 + 8, 16)
+    assert isinstance(model(pixel_values=pixel_values, pixel_mask=pixel_mask, return_dict=False), tuple)
+
+
+@torch.no_grad()
+def test_a_padded_batch_of_one_size(model):
+    photo = torch.randn(2, 3, 32, 48)
+    padded = nn.functional.pad(photo, (0, 16, 0, 32))
+    mask = nn.functional.pad(torch.ones(2, 32, 48), (0, 16, 0, 32))
+    torch.testing.assert_close(
+        model(pixel_values=padded, pixel_mask=mask).logits, model(pixel_values=photo).logits, atol=1e-6, rtol=0
+    )
+
+
+@torch.no_grad()
+def test_words_at_call_time(model):
+    photo = torch.randn(2, 3, 32, 32)
+    own = model(pixel_values=photo).logits
+    ids = torch.tensor([[[5, 1], [6, 7], [8, 1]]])
+    passed = model(pixel_values=photo, input_ids=torch.tensor([WORDS["prompt_ids"]]), category_ids=ids).logits
+    torch.testing.assert_close(passed, own)
+
+    # other words for the second photo, which has one fewer
+    ids = torch.tensor([[[5, 1], [6, 7], [8, 1]], [[20, 21], [22, 1], [1, 1]]])
+    mask = torch.tensor([[[1, 0], [1, 1], [1, 0]], [[1, 1], [1, 0], [0, 0]]])
+    prompts = torch.tensor([[*WORDS["prompt_ids"]], [0, 9, 10, 20, 21, 22, 2, 1]])
+    both = model(
+        pixel_values=photo,
+        input_ids=prompts,
+        attention_mask=(prompts != 1).long(),
+        category_ids=ids,
+        category_mask=mask,
+    ).logits
+    torch.testing.assert_close(both[0], own[0], atol=1e-5, rtol=0)
+    alone = model(
+        pixel_values=photo[1:], input_ids=prompts[1:, :-1], category_ids=ids[1:, :2], category_mask=mask[1:, :2]
+    ).logits
+    torch.testing.assert_close(both[1, :2], alone[0], atol=1e-5, rtol=0)
+    assert (both[1, 2] == torch.finfo(torch.float32).min).all()
+
+
+@torch.no_grad()
+def test_logits_are_products_with_mean_sub_words(model):
+    embedding = model.get_input_embeddings().weight
+    words = model.embed_words(torch.tensor([[[6, 7], [8, 1]]]), torch.tensor([[[1, 1], [1, 0]]]))
+    torch.testing.assert_close(words[0], torch.stack([(embedding[6] + embedding[7]) / 2, embedding[8]]))
+
+
+@torch.no_grad()
+def test_a_word_map_is_an_image_of_embeddings(model):
+    """The word map's tokens take the place of image_proj(features), and of nothing else."""
+    seen = {}
+    hook = model.model.encoder.patch_layernorm_embedding.register_forward_pre_hook(
+        lambda _, inputs: seen.__setitem__("tokens", inputs[0])
+    )
+    word_map = word_maps()["word_map"]
+    output = model(word_map=word_map)
+    hook.remove()
+    words = model.embed_words(*model._padded(WORDS["category_ids"], torch.device("cpu")))[0]
+    expected = words[word_map].flatten(1, 2) + model.model.encoder.type_embedding.weight[1]
+    torch.testing.assert_close(seen["tokens"], expected)
+    assert output.image_features is None
+    assert output.logits.shape == (2, 3, 4, 4)
+
+
+@torch.no_grad()
+def test_hierarchical_words():
+    """A word map of fine words, categories that each have several."""
+    model = small_model()
+    fine = {"word_ids": [[5], [20], [6, 7], [8]], "word_categories": [0, 0, 1, 2]}
+    flat = model(word_map=torch.tensor([[[0, 2], [1, 0]]])).logits
+    model.set_words(**WORDS, **fine)
+    assert torch.allclose(model(word_map=torch.tensor([[[0, 3], [2, 0]]])).logits, flat, atol=1e-6)
+    assert not torch.allclose(model(word_map=torch.tensor([[[1, 3], [2, 1]]])).logits, flat, atol=1e-3)
+
+
+def test_contradicting_words_are_refused():
+    model = small_model()
+    with pytest.raises(ValueError, match="3 names but sub-words for 2"):
+        model.set_words(**{**WORDS, "category_ids": [[5], [6]]})
+    with pytest.raises(ValueError, match="together"):
+        model.set_words(**WORDS, word_ids=[[5], [6]])
+    with pytest.raises(ValueError, match="every category"):
+        model.set_words(**WORDS, word_ids=[[5], [6]], word_categories=[0, 1])
+
+
+def test_inputs_are_checked(model):
+    photo, word_map = torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="either pixel_values"):
+        model(pixel_values=photo, word_map=word_map)
+    with pytest.raises(ValueError, match="either pixel_values"):
+        model()
+    wordless = IFSegForSemanticSegmentation(IFSegConfig(**SMALL))
+    with pytest.raises(ValueError, match="carries no words"):
+        wordless(pixel_values=photo)
+    with pytest.raises(ValueError, match="category_ids"):
+        wordless(pixel_values=photo, input_ids=torch.tensor([[0, 5, 2]]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.tuples(*[st.integers(1, 3), st.integers(1, 5), *[st.integers(1, 6)] * 2, *[st.integers(1, 40)] * 2]),
+    st.integers(0, 2**16),
+)
+def test_loss_is_the_plain_formula(shape, seed):
+    batch, categories, h, w, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, categories, h, w, dtype=torch.float64, generator=generator, requires_grad=True)
+    labels = torch.randint(-1, categories, (batch, height, width), generator=generator)
+    labels[labels < 0] = -100
+    labels[0, 0, 0] = 0
+    plain = nn.functional.cross_entropy(resize_grid(logits, height, width), labels, ignore_index=-100)
+    loss = segmentation_loss(logits, labels)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, logits), torch.autograd.grad(3 * plain, logits))
+
+
+def test_paper_positions_add_no_parameters():
+    published, paper = small_model(), small_model(decoder_positions="image")
+    assert {n for n, _ in published.named_parameters()} - {n for n, _ in paper.named_parameters()} == {
+        name for name, _ in published.named_parameters() if name.startswith("segmentation_positions.")
+    }
+    base = {name for name, _ in IFSegModel(IFSegConfig(**SMALL)).named_parameters()}
+    assert {name.removeprefix("model.") for name, _ in paper.named_parameters()} == base
+
+    photo = torch.randn(1, 3, 64, 80)
+    assert paper(pixel_values=photo).logits.shape == published(pixel_values=photo).logits.shape
+    paper.freeze_for_word_maps()
+    paper.train()
+    paper(**word_maps()).loss.backward()
+    assert paper.model.decoder.image_rel_pos_table_list[0].weight.grad is not None
+    assert all(p.grad is not None for p in paper.parameters() if p.requires_grad)
+
+
+def test_paper_positions_are_the_encoders(model):
+    paper = small_model(decoder_positions="image")
+    encoder = paper.model.encoder
+    positions = paper._decoder_positions(4, 4)
+    expected = encoder.image_pos_ln(encoder.embed_image_positions.weight[[0, 1, 2, 3, 4, 9]])
+    torch.testing.assert_close(positions[0, :6], expected)  # <s>, then row by row of an 8 x 8 table
+    table = paper.model.decoder.image_rel_pos_table_list[1].weight
+    bias = paper._decoder_relative_bias(1, 4, 4)
+    torch.testing.assert_close(bias[:, 1:, 1:], grid_relative_bias(table[:-3], 4, 4))
+    torch.testing.assert_close(bias[:, 0, 0], table[-1])
+    torch.testing.assert_close(bias[:, 0, 5], table[-3])
+    torch.testing.assert_close(bias[:, 5, 0], table[-2])
+
+
+def test_every_trained_parameter_gets_a_gradient(model):
+    model = small_model()
+    model.freeze_for_word_maps()
+    model.train()
+    model(**word_maps()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_word_maps_can_be_learnt():
+    model = small_model(dropout=0.0, encoder_drop_path_rate=0.0, decoder_drop_path_rate=0.0)
+    nn.init.normal_(model.get_input_embeddings().weight)
+    model.freeze_for_word_maps()
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(120):
+        loss = model(**word_maps(8)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    maps = word_maps(8)["word_map"]
+    assert (model(word_map=maps).logits.argmax(1) == maps).float().mean() > 0.8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+def test_attention_implementations_agree(model, size):
+    photo = torch.randn(2, 3, *size)
+    logits = {}
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        logits[attention] = model(pixel_values=photo).logits
+    torch.testing.assert_close(logits["eager"], logits["sdpa"], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_half_precision(model, dtype, attention):
+    photo = torch.randn(1, 3, 48, 80)
+    expected = model(pixel_values=photo).logits
+    half = small_model().to(dtype)
+    half.set_attn_implementation(attention)
+    actual = half(pixel_values=photo, labels=torch.zeros(1, 48, 80, dtype=torch.long))
+    assert actual.logits.dtype == dtype
+    assert actual.loss.isfinite()
+    torch.testing.assert_close(actual.logits.float(), expected, atol=0.02, rtol=0.05)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_model()
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(1)
+        model(**word_maps()).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@torch.no_grad()
+def test_compiles_without_graph_breaks(model):
+    photo = torch.randn(1, 3, 48, 80)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(pixel_values=photo).logits, model(pixel_values=photo).logits)
+
+
+@torch.no_grad()
+def test_save_and_load(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = IFSegForSemanticSegmentation.from_pretrained(tmp_path)
+    photo = torch.randn(1, 3, 48, 80)
+    assert torch.equal(loaded(pixel_values=photo).logits, model(pixel_values=photo).logits)
+    assert loaded.config.id2label == WORDS["id2label"]
+    assert loaded.config.prompt_ids == WORDS["prompt_ids"]
+
+
+def test_the_three_models_load_into_each_other(model, tmp_path):
+    """Exactly the segmentation positions are missing from, or unexpected in, the others."""
+    positions = {name for name, _ in model.named_parameters() if name.startswith("segmentation_positions.")}
+    model.save_pretrained(tmp_path / "tuned")
+    _, report = IFSegModel.from_pretrained(tmp_path / "tuned", output_loading_info=True)
+    assert (report["missing_keys"], report["unexpected_keys"]) == (set(), positions)
+    ofa, report = IFSegForConditionalGeneration.from_pretrained(tmp_path / "tuned", output_loading_info=True)
+    assert (report["missing_keys"], report["unexpected_keys"]) == (set(), positions)
+    ofa.save_pretrained(tmp_path / "ofa")
+    _, report = IFSegForSemanticSegmentation.from_pretrained(tmp_path / "ofa", output_loading_info=True)
+    assert (report["missing_keys"], report["unexpected_keys"]) == (positions, set())
+
+
+def test_new_positions_are_small_and_normal():
+    torch.manual_seed(0)
+    model = IFSegForSemanticSegmentation(IFSegConfig(**{**SMALL, "d_model": 64}))
+    positions = model.segmentation_positions
+    for weight in [positions.embed_positions.weight, *(table.weight for table in positions.rel_pos_tables)]:
+        assert weight.std().item() == pytest.approx(0.02, rel=0.15)
+        assert abs(weight.mean().item()) < 0.005
+    assert torch.equal(positions.layer_norm.weight, torch.ones(64))
+    assert torch.equal(positions.layer_norm.bias, torch.zeros(64))
+
+
+@torch.no_grad()
+def test_outputs_on_request():
+    model = small_model()
+    model.set_attn_implementation("eager")
+    output = model(pixel_values=torch.randn(1, 3, 48, 80), output_hidden_states=True, output_attentions=True)
+    tokens, patches = 3 * 5 + 8, 3 * 5 + 1
+    assert [tuple(x.shape) for x in output.encoder_hidden_states] == [(1, tokens, 16)] * 3
+    assert [tuple(x.shape) for x in output.decoder_hidden_states] == [(1, patches, 16)] * 3
+    assert [tuple(x.shape) for x in output.encoder_attentions] == [(1, 2, tokens, tokens)] * 2
+    assert [tuple(x.shape) for x in output.decoder_attentions] == [(1, 2, patches, patches)] * 2
+    assert [tuple(x.shape) for x in output.cross_attentions] == [(1, 2, patches, tokens)] * 2
+    assert output.decoder_attentions[0][0, 0].triu(1).abs().max() == 0  # causal
+
+
+@torch.no_grad()
+def test_a_patch_is_not_told_its_own_encoding_or_later_ones():
+    """Section 2.2: output i has the encodings of patches before i as inputs (cross-attention aside)."""
+    model = small_model()
+    seen = {}
+    model.model.decoder.layernorm_embedding.register_forward_pre_hook(
+        lambda _, inputs: seen.__setitem__("inputs", inputs[0])
+    )
+    output = model(pixel_values=torch.randn(1, 3, 48, 80))
+    start = model.get_input_embeddings().weight[model.config.decoder_start_token_id]
+    assert torch.equal(seen["inputs"][0, 0], start)
+    assert torch.equal(seen["inputs"][0, 1:], output.encoder_last_hidden_state[0, :15])

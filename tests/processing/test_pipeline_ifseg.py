@@ -1,0 +1,238 @@
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import small_model
+from PIL import Image
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+from ifseg_hf.processing import IFSegImageSegmentationPipeline, IFSegProcessor
+
+
+def photo(height: int = 90, width: int = 120, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def model(small_processor):
+    model = small_model(vocab_size=len(small_processor.tokenizer))
+    with torch.no_grad():  # so that several categories win somewhere
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.set_words(**small_processor.encode_categories(["cat", "dog", "sky"]))
+    return model.eval()
+
+
+@pytest.fixture
+def pipe(model, small_processor):
+    return small_processor.pipeline(model)
+
+
+@pytest.fixture
+def log():
+    """What transformers logs at WARNING and above."""
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    yield records
+    logging.getLogger("transformers").removeHandler(handler)
+
+
+def labels_of(segments: list[dict]) -> set[str]:
+    return {segment["label"] for segment in segments}
+
+
+def same(first: list[dict], second: list[dict]) -> bool:
+    return [(s["label"], np.asarray(s["mask"]).tobytes()) for s in first] == [
+        (s["label"], np.asarray(s["mask"]).tobytes()) for s in second
+    ] and np.allclose([s["score"] for s in first], [s["score"] for s in second], atol=1e-5)
+
+
+@pytest.mark.parametrize("iterations", [0, 25])
+def test_is_the_model_and_the_post_processing(pipe, model, small_processor, iterations, log):
+    segments = pipe(photo(), smoothing_iterations=iterations)
+    with torch.no_grad():
+        outputs = model(**small_processor(images=photo(), return_tensors="pt"))
+    (expected,) = small_processor.post_process_semantic_segmentation(
+        outputs, [(90, 120)], smoothing_iterations=iterations
+    )
+    found = torch.full_like(expected, -1)
+    for segment in segments:
+        assert segment["mask"].size == (120, 90)
+        assert segment["mask"].mode == "L"
+        assert 0 < segment["score"] <= 1
+        found[torch.from_numpy(np.array(segment["mask"])) == 255] = model.config.label2id[segment["label"]]
+    assert torch.equal(found, expected)
+    assert log == []
+
+
+def test_smooths_by_default(pipe):
+    assert same(pipe(photo()), pipe(photo(), smoothing_neighbors=3, smoothing_iterations=25))
+    assert not same(pipe(photo()), pipe(photo(), smoothing_iterations=0))
+
+
+def test_the_score_is_the_mean_probability(pipe, model, small_processor):
+    from ifseg_hf.processing import patch_scores, resize_scores
+
+    with torch.no_grad():
+        outputs = model(**small_processor(images=photo(), return_tensors="pt"))
+    (scores,) = patch_scores(outputs)
+    probabilities = resize_scores(scores, (90, 120))
+    for segment in pipe(photo()):
+        mask = torch.from_numpy(np.array(segment["mask"])) == 255
+        expected = probabilities[model.config.label2id[segment["label"]]][mask].mean()
+        assert segment["score"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_other_words(pipe, model):
+    assert labels_of(pipe(photo())) <= {"cat", "dog", "sky"}
+    assert labels_of(pipe(photo(), categories=["concrete wall", "grass"])) <= {"concrete wall", "grass"}
+    assert labels_of(pipe(photo(), categories=["grass"])) == {"grass"}
+    assert labels_of(pipe(photo(), categories={"animal": ["cat", "dog"]})) == {"animal"}
+    # the same words as stored, in the same prompt
+    assert same(pipe(photo(), categories=["cat", "dog", "sky"]), pipe(photo()))
+    own = pipe(photo(), prompt="which of these is it?")
+    assert labels_of(own) <= {"cat", "dog", "sky"}
+    assert not same(own, pipe(photo()))
+    assert model.config.id2label == {0: "cat", 1: "dog", 2: "sky"}
+
+
+def test_other_words_follow_the_stored_prompt(pipe, model, small_processor):
+    model.set_words(**small_processor.encode_categories(["cat", "dog", "sky"], "a photo of", append_unknown=False))
+    assert same(pipe(photo(), categories=["cat", "dog", "sky"]), pipe(photo()))
+
+
+def test_words_given_at_construction(model, small_processor):
+    pipe = small_processor.pipeline(model, categories=["grass"])
+    assert labels_of(pipe(photo())) == {"grass"}
+    assert labels_of(pipe(photo(), categories=["wall"])) == {"wall"}
+
+
+def test_photos_of_several_sizes_in_one_batch(pipe, log):
+    photos = [photo(90, 120, 0), photo(120, 90, 1), photo(64, 64, 2), photo(90, 120, 3), photo(70, 200, 4)]
+    for kwargs in ({}, {"categories": ["grass", "concrete wall"]}):
+        together = pipe(photos, batch_size=2, **kwargs)
+        for image, segments in zip(photos, together, strict=True):
+            assert same(segments, pipe(image, **kwargs))
+        lazily = list(pipe((image for image in photos), batch_size=3, **kwargs))
+        assert all(same(*pair) for pair in zip(lazily, together, strict=True))
+    assert log == []
+
+
+def test_kinds_of_photo(pipe, tmp_path):
+    photo().save(tmp_path / "a.png")
+    expected = pipe(photo())
+    array = np.array(photo())
+    kinds = [str(tmp_path / "a.png"), tmp_path / "a.png", array, torch.from_numpy(array).permute(2, 0, 1)]
+    for kind in kinds:
+        assert same(pipe(kind), expected)
+    assert all(same(segments, expected) for segments in pipe(kinds))
+    assert same(pipe(images=photo()), expected)
+
+
+def test_errors(pipe, model, small_processor, tmp_path):
+    with pytest.raises(ValueError, match="semantic"):
+        pipe(photo(), subtask="panoptic")
+    with pytest.raises(ValueError, match="twice"):
+        pipe(photo(), categories=["cat", "cat"])
+    with pytest.raises(ValueError, match="not a word"):
+        pipe([photo(), photo()], categories=[["cat"], ["dog"]])
+    (tmp_path / "a.jpg").write_text("no photo")
+    with pytest.raises(ValueError, match=r"a\.jpg"):
+        pipe(str(tmp_path / "a.jpg"))
+    assert pipe(photo(), subtask="semantic")
+    wordless = IFSegImageSegmentationPipeline(
+        model=small_model(vocab_size=len(small_processor.tokenizer)),
+        image_processor=small_processor.image_processor,
+        task="image-segmentation",
+    )
+    wordless.model.config.category_ids = None
+    with pytest.raises(ValueError, match="no words of its own"):
+        wordless(photo())
+    with pytest.raises(ValueError, match="tokenizer"):
+        wordless(photo(), categories=["cat"])
+
+
+def test_half_precision(pipe, model):
+    model.to(torch.bfloat16)
+    segments = pipe(photo(), categories=["grass", "sky"])
+    assert labels_of(segments) <= {"grass", "sky"}
+
+
+def test_other_models_get_transformers_pipeline():
+    config = SegformerConfig(
+        depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8, num_labels=2
+    )
+    pipe = IFSegImageSegmentationPipeline(
+        model=SegformerForSemanticSegmentation(config), image_processor=None, task="image-segmentation"
+    )
+    assert not isinstance(pipe, IFSegImageSegmentationPipeline)
+
+
+REMOTE = """
+import json, sys
+sys.modules["ifseg_hf"] = None  # as where the package is not installed
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, pipeline
+
+folder, again = sys.argv[1:]
+for folder in (folder, again):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(processor).__name__ == "IFSegProcessor"
+    assert type(AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)).__name__ == "IFSegImageProcessor"
+    processor(images=Image.open("photo.png"), categories=["cat", "sky"], return_tensors="pt")
+    pipe = pipeline("image-segmentation", model=folder, trust_remote_code=True)
+    assert type(pipe).__name__ == "IFSegImageSegmentationPipeline", type(pipe)
+    segments = pipe("photo.png", categories=["cat", "sky"])
+    print(json.dumps([(s["label"], s["score"]) for s in pipe("photo.png") + segments]))
+    pipe.model.config.to_json_string()
+    if folder != again:
+        pipe.save_pretrained(again)
+"""
+
+
+def test_runs_where_the_package_is_not_installed(pipe, model, small_processor, tmp_path):
+    folder = tmp_path / "saved"
+    model.save_pretrained(folder)
+    small_processor.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_ifseg.IFSegConfig",
+        "AutoModelForSemanticSegmentation": "modeling_ifseg.IFSegForSemanticSegmentation",
+    }
+    config["custom_pipelines"] = {
+        "image-segmentation": {
+            "impl": "pipeline_ifseg.IFSegImageSegmentationPipeline",
+            "pt": ["AutoModelForSemanticSegmentation"],
+        }
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    photo().save(tmp_path / "photo.png")
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(folder), str(tmp_path / "again")],
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[transformers]" not in done.stderr, done.stderr
+    segments = pipe(photo()) + pipe(photo(), categories=["cat", "sky"])
+    expected = [(segment["label"], segment["score"]) for segment in segments]
+    first, second = map(json.loads, done.stdout.strip().splitlines())
+    assert [label for label, _ in first] == [label for label, _ in expected]
+    np.testing.assert_allclose([score for _, score in first], [score for _, score in expected], atol=1e-5)
+    assert second == first
+
+
+def test_saves_the_processor_too(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert isinstance(IFSegProcessor.from_pretrained(tmp_path), IFSegProcessor)
+    assert "image-segmentation" in json.loads((tmp_path / "config.json").read_text())["custom_pipelines"]

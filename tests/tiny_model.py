@@ -1,0 +1,30 @@
+"""A folder with a random model and its processor, small enough to be tuned in a test."""
+
+from pathlib import Path
+
+import torch
+from checkpoints import SMALL
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation
+from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
+
+
+def save_tiny_model(folder: Path, model_class=IFSegForSemanticSegmentation) -> str:
+    """A model of 4 x 4 word maps and 64 x 64 images without words; each byte is a token of its tokenizer."""
+    alphabet = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=120, **special)
+    IFSegProcessor(IFSegImageProcessor(), tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = IFSegConfig(**{**SMALL, "vocab_size": len(alphabet), "max_position_embeddings": 120, "init_std": 0.2})
+    model_class(config).save_pretrained(folder)
+    return str(folder)
+
+
+def is_key_bias(name: str) -> bool:
+    """A key bias has no effect on softmax: its gradient is rounding noise."""
+    return name.endswith(("k_proj.bias", "pos_k_linear.bias"))
