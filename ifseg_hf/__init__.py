@@ -58,7 +58,9 @@ def _register() -> None:
     AutoModel.register(IFSegConfig, IFSegModel, exist_ok=True)
     AutoModelForImageTextToText.register(IFSegConfig, IFSegForConditionalGeneration, exist_ok=True)
     AutoModelForSemanticSegmentation.register(IFSegConfig, IFSegForSemanticSegmentation, exist_ok=True)
-    AutoImageProcessor.register(IFSegConfig, image_processor_classes={"pil": IFSegImageProcessor}, exist_ok=True)
+    # It needs no torchvision, so it serves where that is installed, too.
+    image_processors = {"pil": IFSegImageProcessor, "torchvision": IFSegImageProcessor}
+    AutoImageProcessor.register(IFSegConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(IFSegConfig, IFSegProcessor, exist_ok=True)
     # Saved models and processors name these classes in `auto_map` and get a copy of the files that define them.
     IFSegConfig.register_for_auto_class("AutoConfig")

@@ -1,4 +1,4 @@
-"""Segmentations as pictures: palette masks, overlays with a legend, sheets of several pictures side by side."""
+"""Segmentations as pictures: label maps, palette masks, overlays with a legend, sheets of several pictures."""
 
 import json
 import math
@@ -50,6 +50,17 @@ def _category_map(mask, names: Sequence[str]) -> np.ndarray:
         raise ValueError(f"A mask has two dimensions (height, width); this one has the shape {categories.shape}.")
     categories = categories.astype(np.int64)
     return np.where((categories >= 0) & (categories < len(names)), categories, -1)
+
+
+def label_map(segments: Sequence[dict], size: tuple[int, int], names: Sequence[str]) -> np.ndarray:
+    """What the image segmentation pipeline returns as one (H, W) map of indices into `names`; -1 where none applies.
+
+    `size` is the photo's, (width, height) as PIL has it.
+    """
+    mask = np.full(size[::-1], -1)
+    for segment in segments:
+        mask[np.asarray(segment["mask"]) > 0] = names.index(segment["label"])
+    return mask
 
 
 def shares(mask, names: Sequence[str]) -> dict[str, float]:

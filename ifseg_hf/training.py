@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -23,7 +24,7 @@ from ifseg_hf.word_maps import word_map_labels, word_map_stream
 try:
     import resource
 except ImportError:  # Windows
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["SettingError", "TrainingError", "TrainingResult", "WordMapTraining", "train"]
 
@@ -63,7 +64,7 @@ def train(settings: WordMapTraining) -> TrainingResult:
 
     Raises:
         `ValueError`: a setting is wrong; almost all are noticed before the weights are loaded.
-        `TrainingError`: the loss is no longer finite. Nothing is saved.
+        `TrainingError`: the loss is no longer finite, or the result cannot be saved.
     """
     settings.check()
     accelerator = make_accelerator(settings)
@@ -74,6 +75,8 @@ def train(settings: WordMapTraining) -> TrainingResult:
     processor, model = load_model(settings)
     set_seed(settings.seed, device_specific=True)  # dropout differs between processes
     config = model.config
+    if accelerator.is_main_process and not (Path(settings.output_dir) / SETTINGS_FILE).exists():
+        write_settings(settings)  # a run that is cut short can be started again in the same folder
 
     stream = word_map_stream(
         num_words=len(config.word_ids or config.category_ids),
@@ -139,8 +142,8 @@ def train(settings: WordMapTraining) -> TrainingResult:
             if step == settings.steps:
                 break
     except KeyboardInterrupt:
-        progress.close()
-        accelerator.print(f"\nStopped after {step} of {settings.steps} steps. Nothing was saved.")
+        progress.close()  # before the sentence, so that it stands below the bar
+        accelerator.print(f"Stopped after {step} of {settings.steps} steps. Nothing was saved.")
         raise
     finally:
         progress.close()
@@ -239,13 +242,23 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def save(settings: WordMapTraining, accelerator: Accelerator, model: torch.nn.Module, processor: IFSegProcessor):
+def save(
+    settings: WordMapTraining, accelerator: Accelerator, model: torch.nn.Module, processor: IFSegProcessor
+) -> None:
     """Weights, words, processor and settings: a folder that runs by itself."""
     accelerator.wait_for_everyone()
     state_dict = accelerator.get_state_dict(model)  # gathered from every process where the weights are spread
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(settings.output_dir, state_dict=state_dict)
-        processor.save_pretrained(settings.output_dir)
-        text = json.dumps(settings.to_dict(), indent=2, ensure_ascii=False)
-        (Path(settings.output_dir) / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+        try:
+            accelerator.unwrap_model(model).save_pretrained(settings.output_dir, state_dict=state_dict)
+            processor.save_pretrained(settings.output_dir)
+            write_settings(settings)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f'The model could not be saved in "{settings.output_dir}": {error}') from error
     accelerator.end_training()
+
+
+def write_settings(settings: WordMapTraining) -> None:
+    """What the model was trained with. The file also marks its folder as one that training may write to again."""
+    text = json.dumps(settings.to_dict(), indent=2, ensure_ascii=False)
+    (Path(settings.output_dir) / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")

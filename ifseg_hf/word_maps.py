@@ -7,6 +7,7 @@ resumed run starts at the sample it needs.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,7 +189,7 @@ class _WordMapExamples(_BaseExamplesIterable):
         return Features({"word_map": Array2D((side, side), "int64"), "grid_size": List(Value("int64"), length=2)})
 
     def _init_state_dict(self) -> dict:
-        self._state_dict = {"position": 0, "type": type(self).__name__}
+        self._state_dict: dict[str, Any] = {"position": 0, "type": type(self).__name__}
         return self._state_dict
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:

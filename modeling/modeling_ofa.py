@@ -555,8 +555,9 @@ class IFSegEncoder(_IFSegStack):
         """The shared bias plus a layer's relative ones: image with image, text with text, nothing in between."""
         bias = bias.clone()
         if grid is not None:
-            patches = grid[0] * grid[1]
-            bias[:, :, :patches, :patches] += self.image_relative_bias(layer, *grid, interpolate)
+            height, width = grid
+            patches = height * width
+            bias[:, :, :patches, :patches] += self.image_relative_bias(layer, height, width, interpolate)
         if text_length:
             table = self.token_rel_pos_table_list[layer].weight
             bias[:, :, -text_length:, -text_length:] += text_relative_bias(table, 0, text_length)

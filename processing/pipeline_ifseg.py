@@ -5,7 +5,7 @@ import os
 import torch
 from PIL import Image
 from torch.nn.functional import pad
-from transformers import AutoModelForSemanticSegmentation, ImageSegmentationPipeline
+from transformers import ImageSegmentationPipeline
 from transformers.utils import ModelOutput
 
 from .image_processing_ifseg import read_image
@@ -33,12 +33,6 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
 
     def check_model_type(self, supported_models):
         """Nothing to check: transformers compares with the names of the classes in its own package."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # pipeline() replaces the names of the model classes in the configuration by the classes, which can't be saved.
-        for task in (getattr(self.model.config, "custom_pipelines", None) or {}).values():
-            task["pt"] = [getattr(model_class, "__name__", model_class) for model_class in task.get("pt", ())]
 
     def __call__(self, inputs=None, **kwargs):
         """
@@ -130,12 +124,6 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         super().save_pretrained(save_directory, **kwargs)
         if self.tokenizer is not None:
             IFSegProcessor(self.image_processor, self.tokenizer).save_pretrained(save_directory)
-
-
-# What PIPELINE_REGISTRY.register_pipeline sets; it makes save_pretrained name this class in the configuration.
-IFSegImageSegmentationPipeline._registered_impl = {
-    "image-segmentation": {"impl": IFSegImageSegmentationPipeline, "pt": (AutoModelForSemanticSegmentation,)}
-}
 
 
 def _join(photos: list) -> dict[str, torch.Tensor]:

@@ -51,13 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
     # The heavy imports come after the arguments, whose mistakes so show at once.
-    import numpy as np
     from PIL import Image
     from transformers import pipeline
     from transformers.utils.logging import disable_progress_bar
 
     from ifseg_hf import resolve_model
-    from ifseg_hf.drawing import overlay, save_mask, shares
+    from ifseg_hf.drawing import label_map, overlay, save_mask, shares
     from ifseg_hf.processing.image_processing_ifseg import read_image, to_array
     from ifseg_hf.vocabularies import read_categories
 
@@ -94,9 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"segment.py: {message if photo in message else f'{photo}: {message}'}", file=sys.stderr)
             failed = 1
             continue
-        mask = np.full((picture.height, picture.width), -1)
-        for segment in pipe(picture):
-            mask[np.asarray(segment["mask"]) > 0] = names.index(segment["label"])
+        mask = label_map(pipe(picture), picture.size, names)
         save_mask(mask, options.output_dir / f"{stem}_mask.png", names)
         overlay(picture, mask, names).save(options.output_dir / f"{stem}_overlay.png")
         covered = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares(mask, names).items())

@@ -101,6 +101,16 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(tiny_model, tmp_path):
     with pytest.raises(TrainingError, match=r"not finite at step [23], after [12] good"):
         train(settings(tiny_model, tmp_path / "out", learning_rate=1e30))
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    train(settings(tiny_model, tmp_path / "out", steps=1))  # the folder may be used again
+
+
+def test_a_result_that_cannot_be_saved_is_told(tiny_model, tmp_path, monkeypatch):
+    def disk_full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(IFSegForSemanticSegmentation, "save_pretrained", disk_full)
+    with pytest.raises(TrainingError, match="No space left"):
+        train(settings(tiny_model, tmp_path / "out", steps=1))
 
 
 def test_what_only_the_tokenizer_knows_is_refused_before_the_weights(tiny_model, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ def run(*command, cwd=None):
     )
 
 
+@pytest.mark.slow
 def test_accelerate_launch_tunes_a_model_that_runs_by_itself(tiny_model, tmp_path):
     settings = ["--model", tiny_model, "--steps", 25, "--batch-size", 4, "--learning-rate", 1e-2, "--max-cells", 2]
     out = tmp_path / "out"
@@ -50,6 +51,7 @@ def test_accelerate_launch_tunes_a_model_that_runs_by_itself(tiny_model, tmp_pat
     assert set(eval(used.stdout)) <= {"cat", "cup", "sky"}
 
 
+@pytest.mark.slow
 def test_processes_accumulation_and_workers_change_nothing(tiny_model, tmp_path):
     """1 x 16 samples and 2 processes x 2 accumulated x 4, in real processes: the same steps up to rounding."""
     settings = [
@@ -78,6 +80,7 @@ def test_processes_accumulation_and_workers_change_nothing(tiny_model, tmp_path)
             torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_a_sentence(tiny_model, tmp_path):
     command = [sys.executable, SCRIPT, *WORDS, "--model", tiny_model, "--output-dir", str(tmp_path / "out"), "--cpu"]
     process = subprocess.Popen(
