@@ -1,6 +1,7 @@
-# make demo | test | quality | bench | clean
+# make demo | test | common-tests | quality | bench | clean
 #
-# Every target first makes its own environment in .venv, with the tested versions; nothing after that needs a network.
+# Every target first makes its own environment in .venv, with the tested versions; nothing after that needs a network
+# but common-tests, which gets transformers' own tests from the package index, once.
 #   make demo PHOTO=a.jpg CATEGORIES="cat, grass"    your own photo and words
 #   make test PYTHON=python3.12                      another Python (3.11 or newer)
 #   make test CONSTRAINTS=                           whatever versions pip finds, where a tested one has no build
@@ -12,13 +13,14 @@ CONSTRAINTS ?= constraints.txt
 
 BIN := .venv/bin
 STAMP := .venv/installed
+COMMON_STAMP := .venv/installed-common-tests
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
 # The shell reads these from the environment, so quotes and spaces in them arrive as they were typed.
 export PHOTO CATEGORIES
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test quality bench clean
+.PHONY: demo test common-tests quality bench clean
 
 demo: $(STAMP)
 	@$(BIN)/python scripts/demo.py $${PHOTO:+--photo "$$PHOTO"} $${CATEGORIES:+--categories "$$CATEGORIES"}
@@ -26,6 +28,12 @@ demo: $(STAMP)
 # One thread for each of the processes: threads that outnumber the cores make torch slower, not faster.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# transformers' own tests of models, processors and pipelines, run on ours. Its source distribution has them.
+common-tests: $(COMMON_STAMP)
+	source=$$($(BIN)/python tests/common/upstream.py) && TRANSFORMERS_SOURCE="$$source" OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -q tests/common -o verbosity_subtests=0 \
+	  --numprocesses auto --maxprocesses 4 --dist loadscope
 
 quality: $(STAMP)
 	$(BIN)/ruff check .
@@ -47,4 +55,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -m venv .venv
 	@$(PIP_INSTALL) setuptools wheel
 	@$(PIP_INSTALL) --no-build-isolation -e ".[dev]"
+	@touch $@
+
+$(COMMON_STAMP): $(STAMP)
+	@$(PIP_INSTALL) --no-build-isolation -e ".[common-tests]"
 	@touch $@

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import nn
+from torch import distributed, multiprocessing, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import BartTokenizer
@@ -89,7 +89,11 @@ class Phase:
     """`steps` of `batch` scenes of `size` pixels.
 
     Of several sizes, each step draws one, and `batch` is for the first: larger scenes are fewer, so that the steps have
-    alike many pixels. `single`: only one photo or street crop a scene. `train_trunk`: whether stage 2 trains the trunk.
+    alike many pixels. `single`: only one photo or street crop a scene.
+
+    In stage 2, `train_trunk`: whether the trunk learns; `train_norms`: whether its batch norms use the statistics of
+    the batch; `language_every`: captions and texts are read and written in one of so many steps, the others only align
+    the trunk, which is what takes long.
     """
 
     steps: int
@@ -97,6 +101,8 @@ class Phase:
     size: int | tuple[int, ...]
     single: bool = False
     train_trunk: bool = True
+    train_norms: bool = False
+    language_every: int = 1
 
     def draw(self, rng: random.Random) -> tuple[int, int]:
         """Size and number of scenes of a step."""
@@ -118,22 +124,29 @@ def collate(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 
 
 class SceneBatches(IterableDataset):
-    """Batches of scenes, phase after phase; each is a function of (seed, step) alone. Starts at step `start`."""
+    """Batches of scenes, phase after phase; each is a function of (seed, step) alone. Starts at step `start`.
 
-    def __init__(self, maker: SceneMaker, phases: list[Phase], seed: int, start: int = 0):
+    Of several processes each takes its share of every batch: scenes `rank`, `rank + world`, ...
+    """
+
+    def __init__(
+        self, maker: SceneMaker, phases: list[Phase], seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ):
         self.maker, self.phases, self.seed, self.start = maker, phases, seed, start
+        self.rank, self.world = rank, world
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         step = 0
         for phase in self.phases:
             for _ in range(phase.steps):
                 if step >= self.start:
-                    rng = random.Random(f"{self.seed}:{step}")
-                    size, count = phase.draw(rng)
-                    yield collate([self._scene(rng, size, phase.single) for _ in range(count)])
+                    size, count = phase.draw(random.Random(f"{self.seed}:{step}"))
+                    mine = range(self.rank, count, self.world)
+                    yield collate([self._scene(f"{self.seed}:{step}:{i}", size, phase.single) for i in mine])
                 step += 1
 
-    def _scene(self, rng: random.Random, size: int, single: bool) -> Scene:
+    def _scene(self, seed: str, size: int, single: bool) -> Scene:
+        rng = random.Random(seed)
         return self.maker.mosaic(rng, size, cells(1)) if single else self.maker.draw(rng, size)
 
 
@@ -166,6 +179,23 @@ def _save(file: Path, step: int, model: nn.Module, optimizer, schedule) -> None:
     file.with_suffix(".tmp").replace(file)  # whole or not at all
 
 
+def processes() -> tuple[int, int]:
+    """This process' number and how many train together."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def average_gradients(parameters) -> None:
+    """The mean over all processes of every gradient, in place."""
+    if not distributed.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view(gradient.shape))
+
+
 # Stage 1: the trunk ---------------------------------------------------------------------------------------------------
 
 
@@ -180,9 +210,28 @@ def train_batch_norm(trunk: nn.Module) -> nn.Module:
     return trunk
 
 
+def freeze_batch_norm(trunk: nn.Module) -> nn.Module:
+    """The reverse of [`train_batch_norm`]."""
+    for name, module in list(trunk.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            norm = IFSegFrozenBatchNorm2d(module.num_features)
+            norm.load_state_dict(trunk_state(module))
+            parent, _, child = name.rpartition(".")
+            setattr(trunk.get_submodule(parent), child, norm)
+    return trunk
+
+
+def use_batch_statistics(trunk: nn.Module, on: bool) -> None:
+    """Whether the norms of [`train_batch_norm`] use and learn the statistics of batches, or the stored ones."""
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+            module.train(on)
+
+
 def trunk_state(trunk: nn.Module) -> dict[str, torch.Tensor]:
-    """What the trunk with frozen batch norm loads."""
-    return {name: value for name, value in trunk.state_dict().items() if not name.endswith("num_batches_tracked")}
+    """What the trunk, or one norm of it, loads with frozen batch norm."""
+    return {name: value for name, value in trunk.state_dict().items() if "num_batches_tracked" not in name}
 
 
 def initialize_trunk(trunk: nn.Module) -> nn.Module:
@@ -393,7 +442,7 @@ def train_vision_language(
     trunk_learning_rate: float = 4e-4,
     weight_decay: float = 0.05,
     text_weight: float = 0.5,
-    alignment_weight: float = 0.5,
+    alignment_weight: float = 1.0,
     warmup: int = 100,
     seed: int = 1,
     save_every: int = 200,
@@ -401,13 +450,15 @@ def train_vision_language(
 ) -> IFSegForConditionalGeneration:
     """Train `model` (its trunk already can tell things apart) to write the names in scenes; returns it.
 
-    Loss: captions + text_weight * text infilling + alignment_weight * `alignment_loss`. AdamW with a cosine schedule;
-    batch norm frozen. `output` (a .pt file) is rewritten every `save_every` steps; a run that finds it goes on from
-    there.
+    Loss: captions + text_weight * text infilling + alignment_weight * `alignment_loss`. AdamW with a cosine schedule.
+    After a phase with `train_norms` the statistics of batch norm are taken anew from scenes of the phase that follows.
+    `output` (a .pt file) is rewritten every `save_every` steps; a run that finds it goes on from there.
     """
-    torch.manual_seed(seed)
+    rank, world = processes()
+    torch.manual_seed(seed + rank)
     texts = Texts(tokenizer, maker.names)
     encoder = model.model.encoder
+    train_batch_norm(encoder.embed_images)
     trunk = list(encoder.embed_images.parameters())
     others = [p for name, p in model.named_parameters() if "embed_images." not in name]
     optimizer = torch.optim.AdamW(
@@ -424,45 +475,56 @@ def train_vision_language(
         optimizer, lambda step: min(1, (step + 1) / warmup) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / total)) / 2)
     )
     step = _load(output, model, optimizer, schedule)
-    if step >= total:
-        return model.eval()
-
-    trains_trunk = [phase.train_trunk for phase in phases for _ in range(phase.steps)]
-    batches = DataLoader(SceneBatches(maker, phases, seed, step), batch_size=None, num_workers=1, prefetch_factor=4)
-    generator = torch.Generator().manual_seed(seed + step)
+    phase_of = [phase for phase in phases for _ in range(phase.steps)]
+    scenes = SceneBatches(maker, phases, seed, step, rank, world)
+    batches = DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=4)
+    generator = torch.Generator().manual_seed(seed + step + rank)
     model.train().to(memory_format=torch.channels_last)
-    sums, start = np.zeros(3), time.time()
-    bar = tqdm(batches, total=total, initial=step, desc="vision-language", mininterval=5)
+    losses, start = {"caption": [], "text": [], "alignment": []}, time.time()
+    bar = tqdm(batches, total=total, initial=step, desc="vision-language", mininterval=5, disable=rank > 0)
     for batch in bar:
-        rng = random.Random(f"text:{seed}:{step}")
-        encoder.embed_images.requires_grad_(trains_trunk[step])
+        phase = phase_of[step]
+        if step and phase_of[step - 1].train_norms and not phase.train_norms:
+            calibration = replace(phase, steps=60)
+            calibrate_batch_norm(encoder.embed_images, SceneBatches(maker, [calibration], seed + 1))
+            model.train()
+        use_batch_statistics(encoder.embed_images, phase.train_norms)
+        encoder.embed_images.requires_grad_(phase.train_trunk)
         pixels = to_pixels(batch["images"], generator)
+        loss = 0.0
         with torch.autocast("cpu", torch.bfloat16):
-            # Positions mostly as segmentation takes them, sometimes as generation does; equal for the largest scenes.
-            encoded = encoder(input_ids=texts.prompt, pixel_values=pixels, interpolate_pos_encoding=rng.random() < 0.75)
-            caption = model(encoder_outputs=encoded, labels=texts.captions(batch)).loss
-            patches = encoder.image_proj(encoded.image_features.permute(0, 2, 3, 1))
+            if step % phase.language_every == 0:
+                # Positions mostly as segmentation takes them, sometimes as generation; equal for the largest scenes.
+                interpolate = random.Random(f"positions:{seed}:{step}").random() < 0.75
+                encoded = encoder(input_ids=texts.prompt, pixel_values=pixels, interpolate_pos_encoding=interpolate)
+                features = encoded.image_features
+                caption = model(encoder_outputs=encoded, labels=texts.captions(batch)).loss
+                prompts, targets = texts.infilling(random.Random(f"text:{seed}:{step}:{rank}"), 32 // world)
+                text = model(input_ids=prompts, attention_mask=(prompts != 1).long(), labels=targets).loss
+                loss = caption + text_weight * text
+                losses["caption"].append(caption.item())
+                losses["text"].append(text.item())
+            else:
+                features = encoder.embed_images(pixels)
+            patches = encoder.image_proj(features.permute(0, 2, 3, 1))
             words = texts.embed_names(encoder.embed_tokens)
             alignment = alignment_loss(patches, batch["boxes"], batch["labels"], words)
-            prompts, targets = texts.infilling(rng, 32)
-            text = model(input_ids=prompts, attention_mask=(prompts != 1).long(), labels=targets).loss
-        loss = caption + text_weight * text + alignment_weight * alignment
+        losses["alignment"].append(alignment.item())
+        loss = loss + alignment_weight * alignment
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(model.parameters())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         step += 1
-        sums += [caption.item(), text.item(), alignment.item()]
-        if step % 50 == 0:
-            names = ("caption", "text", "alignment")
-            parts = dict(zip(names, (f"{value:.3f}" for value in sums / 50), strict=True))
+        if step % 50 == 0 or step == total:
+            parts = {name: f"{np.mean(values[-50:]):.3f}" for name, values in losses.items() if values}
             bar.set_postfix(parts)
-            if step % save_every == 0:
-                log(f"vision-language step {step}/{total} {time.time() - start:.0f} s {parts}")
-            sums[:] = 0
-        if step % save_every == 0 or step == total:
+        if rank == 0 and (step % save_every == 0 or step == total):
+            log(f"vision-language step {step}/{total} {time.time() - start:.0f} s {parts}")
             _save(output, step, model, optimizer, schedule)
+    freeze_batch_norm(encoder.embed_images)
     return model.eval()
 
 
@@ -482,39 +544,89 @@ def save_checkpoint(model: IFSegForConditionalGeneration, tokenizer: BartTokeniz
 TRUNK_PHASES = [Phase(2400, 128, 64, single=True), Phase(2600, 48, 128), Phase(2000, 48, (128, 192))]
 CALIBRATION = Phase(60, 48, (128, 192, 256))
 LANGUAGE_PHASES = [
-    Phase(300, 48, 128, train_trunk=False),
-    Phase(2000, 48, (128, 192)),
-    Phase(1500, 48, (128, 192, 256)),
+    Phase(200, 48, 128, train_trunk=False),
+    Phase(1400, 48, (128, 192, 256)),
+    Phase(6000, 48, (128, 128, 192, 256), train_norms=True, language_every=4),
+    Phase(800, 48, (128, 128, 192, 256), language_every=2),
 ]
 
 
-def pretrain(
-    photos: str | Path, street: str | Path | None, output_dir: str | Path, scale: float = 1.0, log=print
-) -> Path:
-    """Pre-train the nano OFA on a folder of named photos and one of street photos; returns `output_dir`.
+@dataclass
+class Pretraining:
+    """What the stages share. Each leaves its work in `output_dir/stages`, where a second run goes on.
 
-    Each stage leaves its work in `output_dir/stages`, where a second call goes on. `scale` shortens every phase: 1 is
-    the recipe of the embedded checkpoint.
+    Args:
+        photos, street: folders of named photos and of street photos (or `None`).
+        output_dir: where the checkpoint goes.
+        scale: shortens every phase; 1 is the recipe of the embedded checkpoint.
     """
-    stages = Path(output_dir) / "stages"
-    stages.mkdir(parents=True, exist_ok=True)
-    all_photos = load_photos(photos, stages)
-    count = len(all_photos) - min(HELD_OUT, len(all_photos) // 10)
-    train, held_out = all_photos.part(slice(0, count)), all_photos.part(slice(count, len(all_photos)))
-    streets = load_streets(street, "train") if street else None
 
-    def scaled(phases: list[Phase]) -> list[Phase]:
-        return [replace(phase, steps=max(1, round(phase.steps * scale))) for phase in phases]
+    photos: str | Path
+    street: str | Path | None
+    output_dir: str | Path
+    scale: float = 1.0
 
-    maker = SceneMaker(train, streets)
-    tokenizer = train_tokenizer(maker.names)
-    config = nano_config(len(tokenizer))
-    state = train_trunk(maker, held_out, config, scaled(TRUNK_PHASES), stages / "trunk.pt", CALIBRATION, log=log)
+    def __post_init__(self):
+        self.stages = Path(self.output_dir) / "stages"
+        self.stages.mkdir(parents=True, exist_ok=True)
+        photos = load_photos(self.photos, self.stages)
+        count = len(photos) - min(HELD_OUT, len(photos) // 10)
+        self.held_out = photos.part(slice(count, len(photos)))
+        streets = load_streets(self.street, "train") if self.street else None
+        self.maker = SceneMaker(photos.part(slice(0, count)), streets)
+        self.tokenizer = train_tokenizer(self.maker.names)
+        self.config = nano_config(len(self.tokenizer))
 
-    torch.manual_seed(0)
-    model = IFSegForConditionalGeneration(config)
-    model.model.encoder.embed_images.load_state_dict(state)
-    maker.antialias = False  # as the image processor shrinks photos
-    train_vision_language(maker, model, tokenizer, scaled(LANGUAGE_PHASES), stages / "language.pt", log=log)
-    save_checkpoint(model, tokenizer, output_dir)
+    def scaled(self, phases: list[Phase]) -> list[Phase]:
+        return [replace(phase, steps=max(1, round(phase.steps * self.scale))) for phase in phases]
+
+    def trunk(self, log=print) -> None:
+        calibration = self.scaled([CALIBRATION])[0]
+        phases, file = self.scaled(TRUNK_PHASES), self.stages / "trunk.pt"
+        state = train_trunk(self.maker, self.held_out, self.config, phases, file, calibration, log=log)
+        torch.save(state, self.stages / "trunk_state.pt")
+
+    def language(self, log=print) -> None:
+        torch.manual_seed(0)
+        model = IFSegForConditionalGeneration(self.config)
+        state = torch.load(self.stages / "trunk_state.pt", weights_only=True)
+        model.model.encoder.embed_images.load_state_dict(state)
+        self.maker.antialias = False  # as the image processor shrinks photos
+        self.maker.crop = 0.6
+        phases, file = self.scaled(LANGUAGE_PHASES), self.stages / "language.pt"
+        train_vision_language(self.maker, model, self.tokenizer, phases, file, log=log)
+        if processes()[0] == 0:
+            save_checkpoint(model, self.tokenizer, self.output_dir)
+
+
+def _language_process(rank: int, world: int, arguments: tuple) -> None:
+    rendezvous = Path(arguments[2]).resolve() / "stages" / "rendezvous"
+    distributed.init_process_group("gloo", init_method=rendezvous.as_uri(), rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    Pretraining(*arguments).language(tqdm.write)
+    distributed.destroy_process_group()
+
+
+def pretrain(
+    photos: str | Path,
+    street: str | Path | None,
+    output_dir: str | Path,
+    scale: float = 1.0,
+    workers: int = 1,
+    log=tqdm.write,
+) -> Path:
+    """Both stages, see [`Pretraining`]; returns `output_dir`, where the checkpoint is.
+
+    `workers` processes of one thread each share the second stage: on a CPU they are faster than as many threads, which
+    wait for one another at every layer.
+    """
+    arguments = (photos, street, output_dir, scale)
+    run = Pretraining(*arguments)
+    if not (run.stages / "trunk_state.pt").exists():
+        run.trunk(log)
+    if workers == 1:
+        run.language(log)
+    else:
+        (run.stages / "rendezvous").unlink(missing_ok=True)
+        multiprocessing.spawn(_language_process, (workers, arguments), nprocs=workers)
     return Path(output_dir)

@@ -4,7 +4,9 @@ The cosine baseline compares every projected patch (`image_proj` of the trunk's 
 what pre-training alone gives without encoder, decoder and tuning.
 """
 
+import json
 import random
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -87,6 +89,24 @@ def word_ious(matrix: np.ndarray) -> np.ndarray:
     return np.where(matrix.sum(1) > 0, 100 * right / np.maximum(either, 1), np.nan)
 
 
+def at_size(folder: str | Path, size: int, output: str | Path) -> Path:
+    """A copy of a local model folder for photos whose short side is `size`, in `output`; or the folder itself.
+
+    Word maps, and the positions that they train, then have size / 16 cells a side.
+    """
+    folder, output = Path(folder), Path(output)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("image_size", 512) == size:
+        return folder
+    shutil.copytree(folder, output)
+    (output / "config.json").write_text(json.dumps(config | {"image_size": size}), encoding="utf-8")
+    file = output / "processor_config.json"
+    processor = json.loads(file.read_text(encoding="utf-8"))
+    processor["image_processor"]["size"] = {"shortest_edge": size, "longest_edge": 4 * size}
+    file.write_text(json.dumps(processor), encoding="utf-8")
+    return output
+
+
 def with_words(folder: str | Path, processor: IFSegProcessor, words: list[str]) -> IFSegForSemanticSegmentation:
     """The model of a folder for these words, untuned: what is not in the checkpoint is new, from seed 0."""
     torch.manual_seed(0)
@@ -99,14 +119,14 @@ def evaluate(
     folder: str | Path,
     samples: list[tuple[np.ndarray, np.ndarray]],
     words: list[str],
-    tune: Callable[[list[str], int], str | Path],
+    tune: Callable[[str | Path, list[str], int], str | Path],
     seeds: list[int],
     neighbors: tuple[int, ...] = (0, 3, 5),
 ) -> dict:
     """Word IoUs of the cosine baseline, of the model before tuning, and after tuning with each seed.
 
     Args:
-        tune: makes a model of `folder` that is tuned on the words alone, (words, seed) -> its folder.
+        tune: makes a model of `folder` that is tuned on the words alone, (folder, words, seed) -> its folder.
 
     Returns:
         {"words": [...], "cosine": {k: IoUs}, "before": {k: IoUs}, "after": {k: one list of IoUs a seed}}
@@ -121,7 +141,7 @@ def evaluate(
     result = {"words": words, "cosine": ious(untuned, cosine_outputs), "before": ious(untuned)}
     after = []
     for seed in seeds:
-        tuned = IFSegForSemanticSegmentation.from_pretrained(tune(words, seed), dtype=torch.float32).eval()
+        tuned = IFSegForSemanticSegmentation.from_pretrained(tune(folder, words, seed), dtype=torch.float32).eval()
         after.append(ious(tuned))
     result["after"] = {k: [run[k] for run in after] for k in neighbors}
     return result

@@ -59,7 +59,8 @@ class IFSegConfig(PreTrainedConfig):
     """
 
     model_type = "ifseg"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # beside the logits, which are all that Trainer's evaluation is to gather
+    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state", "image_features", "patch_mask"]
     attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "encoder_layers",
@@ -108,8 +109,14 @@ class IFSegConfig(PreTrainedConfig):
         self.trunk_hidden_sizes = tuple(self.trunk_hidden_sizes)
         self.trunk_depths = tuple(self.trunk_depths)
         super().__post_init__(**kwargs)
-        self.label2id = {name: i for i, name in self.id2label.items()}
         self._check()
+
+    def __setattr__(self, key, value):
+        """New names are new both ways round, wherever they come from."""
+        if key == "id2label" and value is not None:
+            value = {int(i): name for i, name in value.items()}
+            super().__setattr__("label2id", {name: i for i, name in value.items()})
+        super().__setattr__(key, value)
 
     def _check(self):
         for stack in ("encoder", "decoder"):
@@ -131,6 +138,27 @@ class IFSegConfig(PreTrainedConfig):
             )
         if self.decoder_positions not in ("segmentation", "image"):
             raise ValueError(f'decoder_positions="{self.decoder_positions}": choose "segmentation" or "image".')
+
+    def check_words(self):
+        """Raises `ValueError` where the words that the model carries contradict each other."""
+        if self.category_ids is None:
+            return
+        categories = len(self.category_ids)
+        if len(self.id2label) != categories:
+            raise ValueError(
+                f"There are {len(self.id2label)} names but sub-words for {categories} categories: num_labels, id2label "
+                "and category_ids change together, by model.set_words(**processor.encode_categories([...]))."
+            )
+        if sorted(self.id2label) != list(range(categories)):
+            raise ValueError(f"id2label numbers the categories {sorted(self.id2label)}: count them from 0.")
+        if self.label2id != {name: i for i, name in self.id2label.items()}:
+            raise ValueError("label2id is not id2label the other way round: give id2label alone.")
+        if (self.word_ids is None) != (self.word_categories is None) or (
+            len(self.word_ids or []) != len(self.word_categories or [])
+        ):
+            raise ValueError("word_ids and word_categories must be given together and have equal lengths.")
+        if self.word_categories is not None and set(self.word_categories) != set(range(categories)):
+            raise ValueError("word_categories must name every category at least once and no other.")
 
     @property
     def patch_size(self) -> int:

@@ -4,18 +4,22 @@ Everything here speaks to the backbone through its encoder and decoder alone: im
 decoder's output at every patch comes out, and the words' own embeddings classify it.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ifseg import IFSegConfig
 from .modeling_ofa import (
     IFSegModel,
     IFSegPreTrainedModel,
+    IFSegTable,
+    cat_sequences,
     one_photo_size_at_a_time,
     resize_grid,
     resized_grid_relative_bias,
@@ -53,22 +57,23 @@ class IFSegSegmentationPositions(nn.Module):
     def __init__(self, config: IFSegConfig):
         super().__init__()
         self.side = config.grid_size
-        self.embed_positions = nn.Embedding(self.side**2 + 1, config.d_model)
+        self.embed_positions = IFSegTable(self.side**2 + 1, config.d_model)
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         rows = (2 * self.side - 1) ** 2 + 3
         self.rel_pos_tables = nn.ModuleList(
-            nn.Embedding(rows, config.decoder_attention_heads) for _ in range(config.decoder_layers)
+            IFSegTable(rows, config.decoder_attention_heads) for _ in range(config.decoder_layers)
         )
 
     def forward(self, height: int, width: int) -> torch.Tensor:
         """Normalised positions of `<s>` and a height x width grid, (1, height * width + 1, d_model)."""
-        start, grid = self.embed_positions.weight[:1], self.embed_positions.weight[1:]
+        table = self.embed_positions()
+        start, grid = table[:1], table[1:]
         grid = resize_grid(grid.T.unflatten(1, (self.side, self.side)), height, width).flatten(1).T
         return self.layer_norm(torch.cat([start, grid]))[None]
 
     def relative_bias(self, layer: int, height: int, width: int) -> torch.Tensor:
         """Relative biases of a layer, (heads, height * width + 1, height * width + 1)."""
-        table = self.rel_pos_tables[layer].weight
+        table = self.rel_pos_tables[layer]()
         return with_start_token(resized_grid_relative_bias(table[:-3], self.side, height, width), table[-3:])
 
 
@@ -90,8 +95,11 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
     before each patch is compared with the mean sub-word embedding of every category.
     """
 
+    main_input_name = "pixel_values"
+
     def __init__(self, config: IFSegConfig):
         super().__init__(config)
+        config.check_words()
         self.model = IFSegModel(config)
         if config.decoder_positions == "segmentation":
             self.segmentation_positions = IFSegSegmentationPositions(config)
@@ -118,19 +126,12 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
 
         Raises `ValueError` where they contradict each other.
         """
-        if len(id2label) != len(category_ids):
-            raise ValueError(f"There are {len(id2label)} names but sub-words for {len(category_ids)} categories.")
-        if (word_ids is None) != (word_categories is None) or len(word_ids or []) != len(word_categories or []):
-            raise ValueError("word_ids and word_categories must be given together and have equal lengths.")
-        if word_categories is not None and set(word_categories) != set(range(len(category_ids))):
-            raise ValueError("word_categories must name every category at least once and no other.")
-        self.config.id2label = dict(id2label)
-        self.config.label2id = {name: i for i, name in id2label.items()}
-        self.config.category_ids = category_ids
-        self.config.prompt_ids = prompt_ids
-        self.config.prompt = prompt
-        self.config.word_ids = word_ids
-        self.config.word_categories = word_categories
+        config = copy.copy(self.config)
+        config.id2label, config.category_ids = id2label, category_ids
+        config.prompt, config.prompt_ids = prompt, prompt_ids
+        config.word_ids, config.word_categories = word_ids, word_categories
+        config.check_words()
+        self.config.__dict__.update(config.__dict__)
 
     def _padded(self, rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Sub-words (1, N, K) padded to the longest, and their mask."""
@@ -144,8 +145,9 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
 
         A row without sub-words becomes zero.
         """
-        mask = word_mask[..., None].to(self.get_input_embeddings().weight.dtype)
-        return (self.get_input_embeddings()(word_ids) * mask).sum(2) / mask.sum(2).clamp(min=1)
+        embeds = self.get_input_embeddings()(word_ids)
+        mask = word_mask[..., None].to(embeds)
+        return (embeds * mask).sum(2) / mask.sum(2).clamp(min=1)
 
     def _words(self, input_ids, category_ids, category_mask, device):
         """The words passed, or else the configuration's: prompt, sub-words of the categories and their mask."""
@@ -160,6 +162,7 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
         if category_ids is None:
             if config.category_ids is None:
                 raise ValueError("Pass category_ids and category_mask beside input_ids: this model carries no words.")
+            config.check_words()
             category_ids, category_mask = self._padded(config.category_ids, device)
         elif category_mask is None:
             category_mask = category_ids != config.pad_token_id
@@ -170,9 +173,10 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
         words = categories
         if own_words and self.config.word_ids is not None:
             words = self.embed_words(*self._padded(self.config.word_ids, word_map.device))
+        word_map = word_map.to(words.device).long()
         if words.shape[0] == 1:
-            return words[0][word_map.long()]
-        return torch.stack([row[patches.long()] for row, patches in zip(words, word_map, strict=True)])
+            return words[0][word_map]
+        return torch.stack([row[patches] for row, patches in zip(words, word_map, strict=True)])
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -202,7 +206,7 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
         if self.config.decoder_positions == "segmentation":
             return self.segmentation_positions(height, width)
         encoder = self.model.encoder
-        start = encoder.embed_image_positions.weight[:1]
+        start = encoder.embed_image_positions()[:1]
         grid = encoder.image_positions(height, width, interpolate=True)
         return encoder.image_pos_ln(torch.cat([start, grid]))[None]
 
@@ -212,7 +216,7 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
             return self.segmentation_positions.relative_bias(layer, height, width)
         decoder = self.model.decoder
         bias = decoder.image_relative_bias(layer, height, width, interpolate=True)
-        return with_start_token(bias, decoder.image_rel_pos_table_list[layer].weight[-3:])
+        return with_start_token(bias, decoder.image_rel_pos_table_list[layer]()[-3:])
 
     @one_photo_size_at_a_time
     @can_return_tuple
@@ -226,7 +230,7 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
         category_ids: torch.Tensor | None = None,
         category_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> IFSegSegmentationOutput:
         r"""
         Args:
@@ -259,7 +263,7 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
         patches = encoder_outputs.last_hidden_state[:, : height * width]
         start = torch.full((len(patches), 1), self.config.decoder_start_token_id, device=patches.device)
         decoder_outputs = self.model.decoder(
-            inputs_embeds=torch.cat([self.get_input_embeddings()(start), patches], dim=1),
+            inputs_embeds=cat_sequences([self.get_input_embeddings()(start), patches]),
             position_embeddings=self._decoder_positions(height, width),
             relative_bias=lambda layer: self._decoder_relative_bias(layer, height, width),
             encoder_hidden_states=encoder_outputs.last_hidden_state,
@@ -270,8 +274,12 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
         )
         # output i has read the patches before i, and all of them through cross-attention: it is patch i's prediction
         predictions = decoder_outputs.last_hidden_state[:, :-1]
-        logits = (predictions @ categories.transpose(1, 2)).transpose(1, 2).unflatten(2, (height, width))
-        absent = ~category_mask.bool().any(2)
+        logits = (
+            (predictions @ categories.to(predictions.device).transpose(1, 2))
+            .transpose(1, 2)
+            .unflatten(2, (height, width))
+        )
+        absent = ~category_mask.to(logits.device).bool().any(2)
         logits = logits.masked_fill(absent[:, :, None, None], torch.finfo(logits.dtype).min)
 
         return IFSegSegmentationOutput(

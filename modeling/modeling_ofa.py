@@ -24,6 +24,8 @@ from transformers.modeling_outputs import (
     Seq2SeqModelOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -204,6 +206,13 @@ class IFSegTrunk(nn.Module):
 # Positions as attention biases ----------------------------------------------------------------------------------------
 
 
+class IFSegTable(nn.Embedding):
+    """A table that is read as a whole, by a call: offloaded weights are brought by hooks, which `.weight` passes by."""
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
 def resize_grid(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Bilinear resizing (align_corners false) of the last two dimensions of `grid` (..., h, w)."""
     if grid.shape[-2:] == (height, width):
@@ -269,12 +278,17 @@ def absolute_bias(
     scale = (factor * query_linear.out_features / heads) ** -0.5
     q = (query_linear(queries) * scale).unflatten(-1, (heads, -1)).transpose(1, 2)
     k = key_linear(keys).unflatten(-1, (heads, -1)).transpose(1, 2)
-    return q @ k.transpose(2, 3)
+    return q @ k.to(q.device).transpose(2, 3)
+
+
+def cat_sequences(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Joins (batch, length, ...) tensors along their lengths, on the device of the first."""
+    return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
 
 
 def masked_bias(bias: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
     """`bias` (batch, heads, queries, keys) with the dtype's minimum wherever `allowed` (broadcastable) is false."""
-    return bias if allowed is None else bias.masked_fill(~allowed, torch.finfo(bias.dtype).min)
+    return bias if allowed is None else bias.masked_fill(~allowed.to(bias.device), torch.finfo(bias.dtype).min)
 
 
 # Transformer ----------------------------------------------------------------------------------------------------------
@@ -442,9 +456,10 @@ class IFSegDecoderLayer(IFSegLayer):
 class IFSegPreTrainedModel(PreTrainedModel):
     config: IFSegConfig
     base_model_prefix = "model"
-    main_input_name = "pixel_values"
+    main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the losses are means: Trainer is to average them over accumulated batches
     _no_split_modules = ["IFSegTrunk", "IFSegEncoderLayer", "IFSegDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
@@ -472,15 +487,15 @@ class _IFSegStack(IFSegPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, d_model, config.pad_token_id)
         self.layernorm_embedding = nn.LayerNorm(d_model, eps=config.layer_norm_eps)
         # two rows more than there are positions, which no text uses: so are the published checkpoints
-        self.embed_positions = nn.Embedding(config.max_position_embeddings + 2, d_model)
-        self.embed_image_positions = nn.Embedding(config.image_bucket_size**2 + 1, d_model)
+        self.embed_positions = IFSegTable(config.max_position_embeddings + 2, d_model)
+        self.embed_image_positions = IFSegTable(config.image_bucket_size**2 + 1, d_model)
         self.pos_ln = nn.LayerNorm(d_model, eps=config.layer_norm_eps)
         self.image_pos_ln = nn.LayerNorm(d_model, eps=config.layer_norm_eps)
         self.layer_norm = nn.LayerNorm(d_model, eps=config.layer_norm_eps)
         text_rows = 2 * config.token_bucket_size - 1
         image_rows = (2 * config.image_bucket_size - 1) ** 2 + 3
-        self.token_rel_pos_table_list = nn.ModuleList(nn.Embedding(text_rows, heads) for _ in range(layers))
-        self.image_rel_pos_table_list = nn.ModuleList(nn.Embedding(image_rows, heads) for _ in range(layers))
+        self.token_rel_pos_table_list = nn.ModuleList(IFSegTable(text_rows, heads) for _ in range(layers))
+        self.image_rel_pos_table_list = nn.ModuleList(IFSegTable(image_rows, heads) for _ in range(layers))
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -493,7 +508,7 @@ class _IFSegStack(IFSegPreTrainedModel):
         limit = self.config.max_position_embeddings
         if stop > limit:
             raise ValueError(f"The text has {stop} tokens; this model has positions for {limit}.")
-        return self.pos_ln(self.embed_positions.weight[start:stop])[None]
+        return self.pos_ln(self.embed_positions()[start:stop])[None]
 
     def image_positions(self, height: int, width: int, interpolate: bool) -> torch.Tensor:
         """Positions of a height x width patch grid, (height * width, d_model), before their layer norm.
@@ -502,7 +517,7 @@ class _IFSegStack(IFSegPreTrainedModel):
         """
         config = self.config
         side, base = config.image_bucket_size, config.grid_size
-        grid = self.embed_image_positions.weight[1:].view(side, side, -1)
+        grid = self.embed_image_positions()[1:].view(side, side, -1)
         if max(height, width) <= side and (height * width <= base**2 or not interpolate):
             return grid[:height, :width].flatten(0, 1)
         if not interpolate:
@@ -514,7 +529,7 @@ class _IFSegStack(IFSegPreTrainedModel):
 
     def image_relative_bias(self, layer: int, height: int, width: int, interpolate: bool) -> torch.Tensor:
         """Relative biases between patches, (heads, height * width, height * width)."""
-        table = self.image_rel_pos_table_list[layer].weight[:-3]
+        table = self.image_rel_pos_table_list[layer]()[:-3]
         if interpolate:
             return resized_grid_relative_bias(table, self.config.grid_size, height, width)
         return grid_relative_bias(table, height, width)
@@ -528,7 +543,7 @@ class IFSegEncoder(_IFSegStack):
     def __init__(self, config: IFSegConfig):
         super().__init__(config, config.encoder_layers, config.encoder_attention_heads)
         d_model = config.d_model
-        self.type_embedding = nn.Embedding(2, d_model)
+        self.type_embedding = IFSegTable(2, d_model)
         self.embed_images = IFSegTrunk(config)
         self.image_proj = nn.Linear(config.trunk_hidden_sizes[-1], d_model)
         self.patch_layernorm_embedding = nn.LayerNorm(d_model, eps=config.layer_norm_eps)
@@ -539,7 +554,7 @@ class IFSegEncoder(_IFSegStack):
         self.post_init()
 
     def _embed(self, tokens: torch.Tensor, token_type: int, norm: nn.LayerNorm) -> torch.Tensor:
-        tokens = norm(tokens + self.type_embedding.weight[token_type])
+        tokens = norm(tokens + self.type_embedding()[token_type].to(tokens.device))
         return nn.functional.dropout(tokens, p=self.config.dropout, training=self.training)
 
     def positions(self, grid: tuple[int, int] | None, text_length: int, interpolate: bool) -> torch.Tensor:
@@ -549,7 +564,7 @@ class IFSegEncoder(_IFSegStack):
             parts.append(self.image_pos_ln(self.image_positions(*grid, interpolate))[None])
         if text_length:
             parts.append(self.text_positions(0, text_length))
-        return torch.cat(parts, dim=1)
+        return cat_sequences(parts)
 
     def _layer_bias(self, bias: torch.Tensor, layer: int, grid, text_length: int, interpolate: bool) -> torch.Tensor:
         """The shared bias plus a layer's relative ones: image with image, text with text, nothing in between."""
@@ -557,10 +572,11 @@ class IFSegEncoder(_IFSegStack):
         if grid is not None:
             height, width = grid
             patches = height * width
-            bias[:, :, :patches, :patches] += self.image_relative_bias(layer, height, width, interpolate)
+            relative = self.image_relative_bias(layer, height, width, interpolate)
+            bias[:, :, :patches, :patches] += relative.to(bias.device)
         if text_length:
-            table = self.token_rel_pos_table_list[layer].weight
-            bias[:, :, -text_length:, -text_length:] += text_relative_bias(table, 0, text_length)
+            table = self.token_rel_pos_table_list[layer]()
+            bias[:, :, -text_length:, -text_length:] += text_relative_bias(table, 0, text_length).to(bias.device)
         return bias
 
     @one_photo_size_at_a_time
@@ -574,7 +590,7 @@ class IFSegEncoder(_IFSegStack):
         pixel_mask: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> IFSegEncoderOutput:
         r"""
         Args:
@@ -607,14 +623,14 @@ class IFSegEncoder(_IFSegStack):
             text_length = inputs_embeds.shape[1]
             text = self._embed(inputs_embeds, 0, self.layernorm_embedding)
             if attention_mask is not None:
-                text = text * attention_mask[:, :, None].to(text.dtype)
+                text = text * attention_mask[:, :, None].to(text)
                 text_mask = attention_mask.bool()
             else:
                 text_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
             parts.append(text.expand(batch, -1, -1))
             masks.append(text_mask.expand(batch, -1))
-        hidden_states = torch.cat(parts, dim=1)
-        mask = None if attention_mask is None and pixel_mask is None else torch.cat(masks, dim=1)
+        hidden_states = cat_sequences(parts)
+        mask = None if attention_mask is None and pixel_mask is None else cat_sequences(masks)
 
         positions = self.positions(grid, text_length, interpolate_pos_encoding)
         heads, factor = self.config.encoder_attention_heads, self.config.attn_scale_factor
@@ -670,7 +686,7 @@ class IFSegDecoder(_IFSegStack):
         relative_bias: Callable[[int], torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
         Args:
@@ -712,12 +728,12 @@ class IFSegDecoder(_IFSegStack):
         hidden_states = nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
         for i, layer in enumerate(self.layers):
             if relative_bias is None:
-                layer_bias = bias + text_relative_bias(self.token_rel_pos_table_list[i].weight, start, stop)
+                layer_bias = text_relative_bias(self.token_rel_pos_table_list[i](), start, stop)
             else:
-                layer_bias = bias + relative_bias(i)
+                layer_bias = relative_bias(i)
             hidden_states = layer(
                 hidden_states,
-                layer_bias,
+                bias + layer_bias.to(bias.device),
                 encoder_hidden_states,
                 cross_bias,
                 past_key_values=past_key_values,
@@ -763,7 +779,7 @@ class IFSegModel(IFSegPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
         r"""
         Args:
@@ -813,7 +829,6 @@ class IFSegModel(IFSegPreTrainedModel):
 class IFSegForConditionalGeneration(IFSegPreTrainedModel, GenerationMixin):
     """OFA with its token-prediction head: captions, answers and whatever else it was trained to write."""
 
-    main_input_name = "input_ids"
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
 
     def __init__(self, config: IFSegConfig):
@@ -839,7 +854,7 @@ class IFSegForConditionalGeneration(IFSegPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         r"""
         Args:

@@ -351,8 +351,13 @@ class IFSegImageProcessor(PilBackend):
         return processed
 
     def post_process_semantic_segmentation(
-        self, outputs, target_sizes=None, smoothing_neighbors: int = 3, smoothing_iterations: int = 25
-    ) -> list[Tensor]:
+        self,
+        outputs,
+        target_sizes=None,
+        smoothing_neighbors: int = 3,
+        smoothing_iterations: int = 25,
+        return_segmentation_scores: bool = False,
+    ) -> list[Tensor] | list[BatchFeature]:
         """
         A category for every pixel.
 
@@ -366,11 +371,19 @@ class IFSegImageProcessor(PilBackend):
                 maps wanted, usually those of the photos before processing. Without it a map has one label a patch.
             smoothing_neighbors (`int`, defaults to 3), smoothing_iterations (`int`, defaults to 25): 0 iterations do
                 not smooth.
+            return_segmentation_scores (`bool`, defaults to `False`): return the scores of all categories as well.
 
         Returns:
-            `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories, one map a photo.
+            `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories, one map a photo. Or, with
+            the scores, `list` of [`BatchFeature`] with **segmentation**, such a map, and **segmentation_scores**
+            (categories, height, width): probabilities, or logits without smoothing.
         """
-        return maps_from_outputs(outputs, target_sizes, smoothing_neighbors, smoothing_iterations)
+        maps = maps_from_outputs(
+            outputs, target_sizes, smoothing_neighbors, smoothing_iterations, return_segmentation_scores
+        )
+        if not return_segmentation_scores:
+            return maps
+        return [BatchFeature({"segmentation": labels, "segmentation_scores": scores}) for labels, scores in maps]
 
 
 def _flatten(images, dimensions: int = 3) -> list:

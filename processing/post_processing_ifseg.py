@@ -125,7 +125,9 @@ def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return labels
 
 
-def segmentation_maps(outputs, target_sizes=None, neighbors: int = 3, iterations: int = 25) -> list[Tensor]:
+def segmentation_maps(
+    outputs, target_sizes=None, neighbors: int = 3, iterations: int = 25, with_scores: bool = False
+) -> list:
     """
     A category for every pixel of every photo.
 
@@ -134,21 +136,22 @@ def segmentation_maps(outputs, target_sizes=None, neighbors: int = 3, iterations
         target_sizes (list of `(height, width)` or `Tensor` of shape `(batch, 2)`, *optional*): the sizes wanted, one a
             photo, usually the original ones. Without it a map has one label a patch.
         neighbors, iterations (`int`): see [`smooth_probabilities`].
+        with_scores (`bool`, defaults to `False`): return pairs of a map and its scores.
 
     Returns:
-        `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories.
+        `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories; or of pairs of such a map and
+        a `Tensor` of shape `(categories, height, width)`: what the categories were compared by.
     """
-    if target_sizes is None:
-        return [scores.argmax(0) for scores in patch_scores(outputs, neighbors, iterations)]
-    sizes = [(int(height), int(width)) for height, width in target_sizes]
-    if len(sizes) != len(outputs.logits):
+    if target_sizes is not None and len(target_sizes) != len(outputs.logits):
         raise ValueError(
-            f"{len(sizes)} target_sizes for {len(outputs.logits)} photos: give one (height, width) a photo."
+            f"{len(target_sizes)} target_sizes for {len(outputs.logits)} photos: give one (height, width) a photo."
         )
-    return [
-        resized_argmax(scores, size)
-        for scores, size in zip(patch_scores(outputs, neighbors, iterations), sizes, strict=True)
-    ]
+    maps = []
+    for index, scores in enumerate(patch_scores(outputs, neighbors, iterations)):
+        height, width = scores.shape[1:] if target_sizes is None else map(int, target_sizes[index])
+        labels = resized_argmax(scores, (height, width))
+        maps.append((labels, resize_scores(scores, (height, width))) if with_scores else labels)
+    return maps
 
 
 __all__ = [

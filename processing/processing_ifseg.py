@@ -30,6 +30,8 @@ class IFSegProcessor(ProcessorMixin):
 
     def __init__(self, image_processor, tokenizer):
         super().__init__(image_processor, tokenizer)
+        # Saving sets this; set here, a processor is the same before it is saved, after it and when it is loaded.
+        self.auto_map = {"AutoProcessor": f"{__name__.rpartition('.')[2]}.{type(self).__name__}"}
 
     def __call__(
         self,
@@ -37,8 +39,7 @@ class IFSegProcessor(ProcessorMixin):
         categories=None,
         prompt: str | None = None,
         segmentation_maps=None,
-        append_unknown: bool = True,
-        return_tensors: str | None = None,
+        append_unknown: bool | None = None,
         **kwargs,
     ) -> BatchFeature:
         """
@@ -46,7 +47,8 @@ class IFSegProcessor(ProcessorMixin):
             images (*optional*): a photo or a list of them; see [`IFSegImageProcessor.preprocess`].
             categories (`list[str]`, `dict[str, list[str]]`, or a list of either, one a photo; *optional*): the words to
                 choose from. A dict is a hierarchical vocabulary (Appendix A.1 of the paper): coarse categories, which
-                are predicted, each with the fine names that word maps are made of. White space in names is collapsed.
+                are predicted, each with the fine names that word maps are made of (a name may belong to several).
+                White space in names is collapsed.
             prompt (`str`, *optional*): the question before the names; the published one by default.
             segmentation_maps (*optional*): one map of labels a photo.
             append_unknown (`bool`, defaults to `True`): whether the prompt ends with the word "unknown", as the
@@ -69,7 +71,12 @@ class IFSegProcessor(ProcessorMixin):
             `ValueError` for no or an empty list of categories, for one that is empty, double or unknown to the
             tokenizer, for a prompt longer than the model's positions, and for as many lists as there are no photos.
         """
-        kwargs.update(kwargs.pop("images_kwargs", {}))
+        images_kwargs = kwargs.pop("images_kwargs", {})
+        for name in images_kwargs.keys() & kwargs.keys():
+            raise ValueError(f"{name} is passed twice: by itself and in images_kwargs.")
+        kwargs.update(images_kwargs)
+        return_tensors = kwargs.pop("return_tensors", None)
+        append_unknown = True if append_unknown is None else append_unknown
         if images is None and categories is None:
             raise ValueError("There is nothing to process: give images, categories or both.")
         if images is None and (segmentation_maps is not None or kwargs):
@@ -112,7 +119,6 @@ class IFSegProcessor(ProcessorMixin):
         fine = None
         if isinstance(categories, Mapping):
             fine = [_clean_names(names, f'names of "{coarse}"') for coarse, names in categories.items()]
-            _clean_names([name for names in fine for name in names], "fine names")
         names = _clean_names(list(categories) if isinstance(categories, Mapping) else categories, "categories")
         category_ids = [self._name_ids(name) for name in names]
         return {

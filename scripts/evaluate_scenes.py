@@ -22,6 +22,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--words", type=integers, default=[10, 40, 100], help="numbers of words (default: 10,40,100)")
     parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="seeds of tuning (default: 0,1,2)")
     parser.add_argument("--scenes", type=int, default=500, help="mosaics for each number of words (default: 500)")
+    parser.add_argument("--mosaic-size", type=int, default=128, help="short side of mosaics (default: 128, their own)")
+    parser.add_argument("--street-size", type=int, default=256, help="short side of street photos (default: 256)")
     parser.add_argument("--steps", type=int, default=150, help="steps of tuning (default: 150)")
     parser.add_argument("--batch-size", type=int, default=16, help="word maps in a step (default: 16)")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="(default: 3e-4)")
@@ -43,12 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
     from ifseg_hf import resolve_model, scene_evaluation, scenes
     from ifseg_hf.training import WordMapTraining, train
 
-    folder = resolve_model(options.model)
     with tempfile.TemporaryDirectory() as scratch:
+        original = resolve_model(options.model)
+        small, large = (
+            scene_evaluation.at_size(original, size, Path(scratch) / f"model-{size}")
+            for size in (options.mosaic_size, options.street_size)
+        )
         photos = scenes.load_photos(options.photos, options.cache or scratch)
         photos = photos.part(slice(len(photos) - scenes.HELD_OUT, len(photos)))
 
-        def tune(words: list[str], seed: int) -> str:
+        def tune(folder: Path, words: list[str], seed: int) -> str:
             output = str(Path(scratch) / f"tuned-{len(words)}-{words[0]}-{seed}")
             settings = WordMapTraining(
                 categories=words,
@@ -68,15 +74,14 @@ def main(arguments: list[str] | None = None) -> int:
         for count, words in scene_evaluation.word_lists(photos, options.words).items():
             samples = list(scenes.evaluation_scenes(photos, words, options.scenes, seed=count))
             name = f"{len(samples)} mosaics, {count} words"
-            results[name] = scene_evaluation.evaluate(folder, samples, words, tune, options.seeds)
+            results[name] = scene_evaluation.evaluate(small, samples, words, tune, options.seeds)
             print(scene_evaluation.table({name: results[name]}), flush=True)
         if options.street:
             streets = scenes.load_streets(options.street, "val")
-            large = list(scene_evaluation.LARGE_STREET_NAMES)
-            for words in (streets.names, large):
+            for words in (streets.names, list(scene_evaluation.LARGE_STREET_NAMES)):
                 samples = scene_evaluation.street_samples(streets, words)
                 name = f"{len(samples)} street photos, {len(words)} words"
-                results[name] = scene_evaluation.evaluate(folder, samples, words, tune, options.seeds)
+                results[name] = scene_evaluation.evaluate(large, samples, words, tune, options.seeds)
     print("\n" + scene_evaluation.table(results))
     if options.street:
         name = f"{len(streets.images)} street photos, {len(streets.names)} words"

@@ -17,27 +17,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--street", default=None, help="folder of street photos with masks, which choose named boxes")
     parser.add_argument("--output-dir", required=True, help="folder for the checkpoint and the stages before it")
     parser.add_argument("--scale", type=float, default=1.0, help="steps of every phase, as part of the recipe's")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: its own choice)")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the second stage (default: 2)")
     options = parser.parse_args(arguments)
     if not list(Path(options.photos).glob("*.parquet")):
         parser.error(f"there are no parquet files in {options.photos}")
     if options.street and not (Path(options.street) / "dataset.json").is_file():
         parser.error(f"there is no dataset.json in {options.street}")
-    if not options.scale > 0:
-        parser.error("--scale must be more than 0")
+    if not options.scale > 0 or options.workers < 1:
+        parser.error("--scale and --workers must be more than 0")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    import torch
-    from tqdm import tqdm
-
     from ifseg_hf.pretraining import pretrain
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    folder = pretrain(options.photos, options.street, options.output_dir, options.scale, log=tqdm.write)
+    folder = pretrain(options.photos, options.street, options.output_dir, options.scale, options.workers)
     print(f"The checkpoint is in {folder}; its stages, no longer needed, in {folder / 'stages'}.")
     return 0
 

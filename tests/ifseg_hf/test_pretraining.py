@@ -85,6 +85,33 @@ def test_batches_are_the_same_wherever_a_run_goes_on():
     assert (everything[0]["labels"] >= 0).all()
 
 
+def test_processes_share_the_scenes_of_a_batch():
+    phases = [Phase(1, 5, 32)]
+    (whole,) = pretraining.SceneBatches(maker(), phases, 0)
+    halves = [next(iter(pretraining.SceneBatches(maker(), phases, 0, rank=rank, world=2))) for rank in range(2)]
+    assert torch.equal(whole["images"][0::2], halves[0]["images"])
+    assert torch.equal(whole["images"][1::2], halves[1]["images"])
+
+
+def _average(rank, file):
+    pretraining.distributed.init_process_group("gloo", init_method=file, rank=rank, world_size=2)
+    assert pretraining.processes() == (rank, 2)
+    parameters = [
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.nn.Parameter(torch.zeros(1, 3)),
+        torch.nn.Parameter(torch.zeros(1)),
+    ]
+    parameters[0].grad, parameters[1].grad = torch.full((2,), float(rank)), torch.full((1, 3), 2.0 * rank)
+    pretraining.average_gradients(parameters)
+    assert parameters[0].grad.tolist() == [0.5, 0.5]
+    assert parameters[1].grad.tolist() == [[1, 1, 1]]
+    assert parameters[2].grad is None
+
+
+def test_gradients_are_averaged_over_processes(tmp_path):
+    pretraining.multiprocessing.spawn(_average, ((tmp_path / "rendezvous").as_uri(),), nprocs=2)
+
+
 def test_pixels_are_normalised_and_jitter_stays_in_range():
     images = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 8, 8, 3)
     pixels = pretraining.to_pixels(images)
@@ -156,6 +183,13 @@ def test_both_stages_run_save_and_go_on(tokenizer, tmp_path):
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert "model.encoder.image_proj.weight" in changed
     assert not any("embed_images" in name for name in changed)
+
+    phases = [Phase(3, 4, 32, train_norms=True, language_every=2), Phase(1, 2, 32)]
+    pretraining.train_vision_language(scene_maker, model, tokenizer, phases, tmp_path / "more.pt", log=lines.append)
+    assert "caption" in lines[-1]
+    norm = model.model.encoder.embed_images.bn1
+    assert isinstance(norm, pretraining.IFSegFrozenBatchNorm2d)
+    assert not torch.equal(norm.running_mean, state["bn1.running_mean"])
 
     pretraining.save_checkpoint(model, tokenizer, tmp_path / "nano")
     processor = IFSegProcessor.from_pretrained(tmp_path / "nano")

@@ -156,7 +156,7 @@ def test_images_alone_and_categories_alone(processor):
         ([["cat"], "dog"], "list of words"),
         ([["cat"], []], "empty"),
         ({"animal": []}, 'names of "animal" is empty'),
-        ({"animal": ["cat"], "pet": ["cat"]}, '"cat" is twice among the fine names'),
+        ({"animal": ["cat", "dog", "cat"]}, '"cat" is twice among the names of "animal"'),
         ({"animal": "cat"}, "list of words"),
     ],
 )
