@@ -29,27 +29,10 @@ from .modeling import (  # noqa: E402
     IFSegModel,
 )
 from .processing import IFSegImageProcessor, IFSegImageSegmentationPipeline, IFSegProcessor  # noqa: E402
+from .recipe import resolve_model  # noqa: E402
 
 NANO = _HERE / "nano"
 """Folder of the embedded checkpoint, for `from_pretrained`: a small OFA, before any tuning on words."""
-
-
-def resolve_model(name: str | Path) -> str | Path:
-    """Returns what `from_pretrained` takes for `name`: a folder, a Hub id, or `"ifseg-ofa-nano"`, the embedded model.
-
-    Raises `FileNotFoundError` if `name` can only be a folder and there is none, before anything is looked up.
-    """
-    if str(name) == "ifseg-ofa-nano":
-        return NANO
-    # A Hub id is "name" or "owner/name"; everything else, and whatever begins like a path, can only be a folder.
-    is_path = isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    folder = Path(name).expanduser()
-    if is_path and not folder.is_dir():
-        raise FileNotFoundError(
-            f'There is no model folder "{name}". Give the folder of a saved model, a name on the Hub (owner/name), '
-            "or ifseg-ofa-nano for the embedded model."
-        )
-    return folder if folder.is_dir() else name
 
 
 def _register() -> None:

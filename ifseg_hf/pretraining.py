@@ -5,12 +5,14 @@ text denoising and alignment through `IFSegForConditionalGeneration`. Both see s
 names and boxes, never a segmentation target.
 """
 
+import copy
 import json
 import math
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -529,11 +531,17 @@ def train_vision_language(
 
 
 def save_checkpoint(model: IFSegForConditionalGeneration, tokenizer: BartTokenizer, folder: str | Path) -> None:
-    """Save the model in float16 with its processor, which makes the short side of photos as long as `image_size`."""
+    """Save the model in float16 with its processor, which makes the short side of photos `image_size` long.
+
+    Its word maps are half as wide and high as such a photo's patch grid: tuning takes a quarter of the time, and in the
+    same time gives the better model.
+    """
     size = model.config.image_size
     image_processor = IFSegImageProcessor(size={"shortest_edge": size, "longest_edge": 4 * size})
     # A copy: the model itself stays in float32, and in the memory layout that convolutions like.
-    small = IFSegForConditionalGeneration(model.config)
+    config = copy.deepcopy(model.config)
+    config.image_size = size // 2
+    small = IFSegForConditionalGeneration(config)
     small.load_state_dict({name: value.contiguous() for name, value in model.state_dict().items()})
     small.half().save_pretrained(folder)
     IFSegProcessor(image_processor, tokenizer).save_pretrained(folder)
@@ -548,6 +556,10 @@ LANGUAGE_PHASES = [
     Phase(1400, 48, (128, 192, 256)),
     Phase(6000, 48, (128, 128, 192, 256), train_norms=True, language_every=4),
     Phase(800, 48, (128, 128, 192, 256), language_every=2),
+]
+SECOND_LANGUAGE_PHASES = [
+    Phase(3100, 64, (96, 128, 96, 128, 256), train_norms=True, language_every=4),
+    Phase(400, 64, (96, 128, 192, 256), language_every=2),
 ]
 
 
@@ -593,8 +605,10 @@ class Pretraining:
         model.model.encoder.embed_images.load_state_dict(state)
         self.maker.antialias = False  # as the image processor shrinks photos
         self.maker.crop = 0.6
-        phases, file = self.scaled(LANGUAGE_PHASES), self.stages / "language.pt"
-        train_vision_language(self.maker, model, self.tokenizer, phases, file, log=log)
+        run = partial(train_vision_language, self.maker, model, self.tokenizer, log=log)
+        run(self.scaled(LANGUAGE_PHASES), self.stages / "language.pt")
+        phases, file = self.scaled(SECOND_LANGUAGE_PHASES), self.stages / "language_2.pt"
+        run(phases, file, learning_rate=6e-4, trunk_learning_rate=4e-4, seed=2)
         if processes()[0] == 0:
             save_checkpoint(model, self.tokenizer, self.output_dir)
 

@@ -1,20 +1,47 @@
 """What a person can set about tuning on words alone, with the published recipe as defaults.
 
-Only the standard library is imported here, so that a script can refuse a wrong setting before it imports torch.
+Only the standard library and PyYAML are imported here, so that a script can refuse a wrong setting before it imports
+torch.
 """
 
+import difflib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+import re
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 EMBEDDED = "ifseg-ofa-nano"
 SETTINGS_FILE = "word_map_training.json"
+CHECKPOINT_FILE = "checkpoint.json"  # in every checkpoint: the step, and the settings that led there
+INCOMPLETE = ".incomplete"  # ends the name of a folder that is being written or deleted
 
 
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def resolve_model(name: str | Path) -> str | Path:
+    """Returns what `from_pretrained` takes for `name`: a folder, a Hub id, or `"ifseg-ofa-nano"`, the embedded model.
+
+    Raises `FileNotFoundError` if `name` can only be a folder and there is none, before anything is looked up.
+    """
+    if str(name) == EMBEDDED:
+        return Path(__file__).resolve().parent / "nano"
+    folder = Path(name).expanduser()
+    if name != "" and folder.is_dir():
+        return folder
+    # Models on the Hub have an owner: without one a name is rather a folder that is missing.
+    if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return name
+    raise FileNotFoundError(
+        f'There is no model folder "{name}". Give the folder of a saved model (scripts/convert_ofa.py makes one of an '
+        f"OFA checkpoint), a name on the Hub (owner/name), or {EMBEDDED} for the embedded model."
+    )
+
+
+def _setting(default: Any, help: str, may_change: bool = False) -> Any:
+    """`may_change`: by a run that goes on from a checkpoint."""
+    return field(default=default, metadata={"help": help, "may_change": may_change})
 
 
 @dataclass
@@ -23,10 +50,11 @@ class WordMapTraining:
 
     categories: list[str] | dict[str, list[str]] = field(
         metadata={
-            "help": "words with commas between them, or a file: one a line, or YAML or JSON of category: [fine, ...]"
+            "help": "words with commas between them; a file: one a line, or YAML or JSON of category: [fine, ...]; or "
+            "one of ade20k, coco-stuff, coco-stuff-coarse, coco-stuff-unseen"
         }
     )
-    output_dir: str = field(metadata={"help": "folder for the tuned model"})
+    output_dir: str = field(metadata={"help": "folder for the tuned model and the checkpoints", "may_change": True})
     model: str = _setting(EMBEDDED, "folder or Hub id of the model to start from")
     prompt: str | None = _setting(None, "question put to the model, before the words")
     append_unknown: bool = _setting(True, "end the prompt with the word unknown, which is never a category")
@@ -34,7 +62,7 @@ class WordMapTraining:
     seed: int = _setting(0, "of the word maps, new parameters and dropout")
     steps: int = _setting(2000, "optimiser steps")
     batch_size: int = _setting(16, "samples in an optimiser step, over all processes and accumulated batches")
-    gradient_accumulation_steps: int = _setting(1, "batches accumulated for an optimiser step")
+    gradient_accumulation_steps: int = _setting(1, "batches accumulated for an optimiser step", may_change=True)
     learning_rate: float = _setting(5e-5, "at the start; falls to 0 like a cosine")
     warmup_steps: int = _setting(0, "steps over which the learning rate rises from 0 first")
     weight_decay: float = _setting(0.1, "of AdamW")
@@ -44,17 +72,39 @@ class WordMapTraining:
     max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm")
     dropout: float = _setting(0.1, "dropout rate")
     drop_path: float = _setting(0.1, "stochastic depth of the last layer of encoder and decoder")
+    # It may not change either, but what None stands for is known only later: training.py compares it.
     mixed_precision: str | None = _setting(
-        None, "no, fp16 or bf16 (default: what `accelerate launch` was told, else bf16 or fp16 on a GPU, no on a CPU)"
+        None,
+        "no, fp16 or bf16 (default: what `accelerate launch` was told, else bf16 or fp16 on a GPU, no on a CPU)",
+        may_change=True,
     )
-    dataloader_workers: int = _setting(0, "processes that draw word maps; the samples are the same for any number")
-    report_to: str | None = _setting(None, "trackers of accelerate, with commas between them (tensorboard, wandb, ...)")
-    cpu: bool = _setting(False, "train on the CPU even where there is a GPU")
+    dataloader_workers: int = _setting(
+        0, "processes that draw word maps; the samples are the same for any number", may_change=True
+    )
+    report_to: str | None = _setting(
+        None, "trackers of accelerate, with commas between them (tensorboard, wandb, ...)", may_change=True
+    )
+    cpu: bool = _setting(False, "train on the CPU even where there is a GPU", may_change=True)
+    checkpointing_steps: int = _setting(
+        500, "steps between checkpoints, of which one is also written on Ctrl-C and SIGTERM (0: never)", may_change=True
+    )
+    checkpoints_total_limit: int = _setting(2, "checkpoints to keep, the newest", may_change=True)
+    resume: str | None = _setting(
+        None, "go on from a checkpoint's folder, or from the latest in output_dir, if there is one", may_change=True
+    )
+    push_to_hub: str | None = _setting(
+        None, "publish the result in this repository of the Hub, owner/name", may_change=True
+    )
+    hub_private: bool | None = _setting(
+        None, "whether a new repository is private (default: as its owner has set)", may_change=True
+    )
+    hub_revision: str | None = _setting(None, "branch to publish on (default: main)", may_change=True)
+    hub_commit_message: str | None = _setting(None, "first line of the commit", may_change=True)
 
     @property
     def model_path(self) -> str:
-        """What `from_pretrained` takes."""
-        return str(Path(__file__).parent / "nano" if self.model == EMBEDDED else Path(self.model).expanduser())
+        """What `from_pretrained` takes. Raises `FileNotFoundError` as [`resolve_model`] does."""
+        return str(resolve_model(self.model))
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -74,12 +124,33 @@ class WordMapTraining:
                 raise ValueError(
                     f"max_cells={self.max_cells}: a word map of this model has {side} cells a side at most."
                 )
+        checkpoint = self.checkpoint()
+        if checkpoint is not None:
+            self._check_unchanged(checkpoint)
         self._check_output_dir()
 
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that `resume` asks for; None to start at the first step.
+
+        Raises `ValueError` if there is none at the path given. "latest" starts at the first step where there is none,
+        so that a run which is to survive anything is begun and gone on with by the same command.
+        """
+        if self.resume is None:
+            return None
+        folder = Path(self.output_dir if self.resume == "latest" else self.resume).expanduser()
+        if (folder / CHECKPOINT_FILE).is_file():
+            return folder
+        found = checkpoints(folder)
+        if not found:
+            if self.resume == "latest":
+                return None
+            raise ValueError(f'"{self.resume}" is no checkpoint of training, nor a folder that holds one.')
+        return found[max(found)]
+
     def _check_numbers(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps"):
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"):
             self._require(name, lambda x: x >= 1, "at least 1")
-        for name in ("seed", "warmup_steps", "weight_decay", "dataloader_workers"):
+        for name in ("seed", "warmup_steps", "weight_decay", "dataloader_workers", "checkpointing_steps"):
             self._require(name, lambda x: x >= 0, "at least 0")
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             self._require(name, lambda x: x > 0, "more than 0")
@@ -97,18 +168,19 @@ class WordMapTraining:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps}: must be fewer than steps={self.steps}.")
 
-    def _require(self, name: str, holds: Any, expected: str) -> None:
+    def _require(self, name: str, holds: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)
         if not (holds(value) and value < float("inf")):
             raise ValueError(f"{name}={value}: must be {expected}.")
 
     def _read_config(self) -> dict | None:
         """The configuration of a model in a local folder; None for one on the Hub."""
-        folder = Path(self.model_path)
+        try:
+            folder = Path(self.model_path)
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
         if not folder.is_dir():
-            if self.model.count("/") == 1 and not self.model.startswith((".", "/", "~")):
-                return None
-            raise ValueError(f'There is no model folder "{self.model}".')
+            return None
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except OSError:
@@ -121,6 +193,26 @@ class WordMapTraining:
             )
         return config
 
+    def _check_unchanged(self, checkpoint: Path) -> None:
+        before = read_checkpoint(checkpoint)["settings"]
+        changed = []
+        for setting in fields(self):
+            if setting.metadata.get("may_change"):
+                continue
+            was, now = before.get(setting.name, setting.default), getattr(self, setting.name)
+            same = was == now
+            if setting.name == "categories":
+                same = same and list(was) == list(now)  # their order counts, in a mapping too
+            elif setting.name == "model" and not same:
+                same = os.path.realpath(os.path.expanduser(was)) == os.path.realpath(self.model_path)
+            if not same:
+                changed.append(f"{setting.name} (was {_brief(was)}, is {_brief(now)})")
+        if changed:
+            raise ValueError(
+                f'The run of "{checkpoint}" cannot go on with other settings: {", ".join(changed)}. Give them as they '
+                "were, or begin a run in another folder."
+            )
+
     def _check_output_dir(self) -> None:
         output = Path(self.output_dir)
         if output.is_dir() and any(output.iterdir()) and not (output / SETTINGS_FILE).is_file():
@@ -129,9 +221,87 @@ class WordMapTraining:
             )
         if output.resolve() == Path(self.model_path).resolve():
             raise ValueError(f'The output folder "{output}" is the model to start from: choose another.')
+        if self.resume is None and checkpoints(output):
+            raise ValueError(
+                f'The output folder "{output}" holds checkpoints of an earlier run: go on from them with --resume, '
+                "delete them, or choose another folder."
+            )
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f'The output folder "{output}" cannot be made: {error.strerror}.') from None
         if not os.access(output, os.W_OK | os.X_OK):
             raise ValueError(f'The output folder "{output}" cannot be written to.')
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder: str | Path) -> dict[int, Path]:
+    """The complete checkpoints in `folder` by their step."""
+    names = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(folder).glob("checkpoint-*")}
+    found = {int(name[1]): path for path, name in names.items() if name and (path / CHECKPOINT_FILE).is_file()}
+    return dict(sorted(found.items()))
+
+
+def read_checkpoint(checkpoint: Path) -> dict:
+    """What a checkpoint says about itself. Raises `ValueError`, in one line, if it says nothing."""
+    try:
+        told = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))
+        return {**told, "step": int(told["step"]), "settings": dict(told["settings"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f'The checkpoint "{checkpoint}" is damaged: its {CHECKPOINT_FILE} cannot be read.') from None
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, (list, dict)):
+        names = list(value)
+        return f"{len(names)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+    return json.dumps(value, ensure_ascii=False)
+
+
+# Settings in a file ---------------------------------------------------------------------------------------------------
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """The settings that a YAML or JSON file gives by name, such as the one that training leaves beside its result.
+
+    Raises `ValueError`, in one line, for a file that cannot be read, an unknown name, or a value of the wrong kind.
+    """
+    import yaml
+
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f'The settings\' file "{path}" cannot be read: {error.strerror}.') from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f'"{path}" is not YAML or JSON: {" ".join(str(error).split())}.') from None
+    if not isinstance(given, dict):
+        raise ValueError(f'"{path}" holds no settings: write one a line, such as "steps: 2000".')
+    known = {setting.name: setting for setting in fields(WordMapTraining)}
+    settings = {}
+    for name, value in given.items():
+        setting = known.get(str(name).replace("-", "_"))
+        if setting is None:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f": {close[0]}?" if close else "."
+            raise ValueError(f'In "{path}": there is no setting "{name}"{hint}')
+        settings[setting.name] = _convert(setting, value, path)
+    return settings
+
+
+def _convert(setting: Field, value: Any, path: str) -> Any:
+    """The value as its setting has it; YAML reads 5e-5 as text."""
+    kinds = typing.get_args(setting.type) or (setting.type,)
+    if setting.default is MISSING and setting.name == "categories":
+        kinds = (str, list, dict)
+    if (value is None and type(None) in kinds) or type(value) in kinds:
+        return value
+    if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: ""}
+    expected = next(names[kind] for kind in kinds if kind in names)
+    raise ValueError(f'In "{path}": {setting.name} is {value!r}, but must be {expected}.')

@@ -89,22 +89,21 @@ def word_ious(matrix: np.ndarray) -> np.ndarray:
     return np.where(matrix.sum(1) > 0, 100 * right / np.maximum(either, 1), np.nan)
 
 
-def at_size(folder: str | Path, size: int, output: str | Path) -> Path:
-    """A copy of a local model folder for photos whose short side is `size`, in `output`; or the folder itself.
+def at_size(folder: str | Path, image_size: int, short_side: int, output: str | Path) -> Path:
+    """A copy of a local model folder, in `output`, that is tuned on word maps of image_size / 16 cells a side.
 
-    Word maps, and the positions that they train, then have size / 16 cells a side.
+    Photos are resized to `short_side`; if that makes another grid, the positions of the word maps are interpolated.
     """
-    folder, output = Path(folder), Path(output)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("image_size", 512) == size:
-        return folder
-    shutil.copytree(folder, output)
-    (output / "config.json").write_text(json.dumps(config | {"image_size": size}), encoding="utf-8")
-    file = output / "processor_config.json"
-    processor = json.loads(file.read_text(encoding="utf-8"))
-    processor["image_processor"]["size"] = {"shortest_edge": size, "longest_edge": 4 * size}
-    file.write_text(json.dumps(processor), encoding="utf-8")
-    return output
+    shutil.copytree(folder, output, dirs_exist_ok=True)
+    for name, change in [
+        ("config.json", {"image_size": image_size}),
+        ("processor_config.json", {"size": {"shortest_edge": short_side, "longest_edge": 4 * short_side}}),
+    ]:
+        file = Path(output) / name
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content.get("image_processor", content).update(change)
+        file.write_text(json.dumps(content), encoding="utf-8")
+    return Path(output)
 
 
 def with_words(folder: str | Path, processor: IFSegProcessor, words: list[str]) -> IFSegForSemanticSegmentation:

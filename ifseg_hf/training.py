@@ -3,8 +3,13 @@
 import json
 import math
 import os
+import shutil
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +21,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from ifseg_hf.hub import push_to_hub
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
-from ifseg_hf.recipe import SETTINGS_FILE, WordMapTraining
+from ifseg_hf.recipe import (
+    CHECKPOINT_FILE,
+    INCOMPLETE,
+    SETTINGS_FILE,
+    WordMapTraining,
+    checkpoints,
+    read_checkpoint,
+)
 from ifseg_hf.word_maps import word_map_labels, word_map_stream
 
 try:
@@ -26,7 +39,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["SettingError", "TrainingError", "TrainingResult", "WordMapTraining", "train"]
+__all__ = ["SettingError", "TrainingError", "TrainingResult", "TrainingStopped", "WordMapTraining", "train"]
 
 
 class SettingError(ValueError):
@@ -35,6 +48,14 @@ class SettingError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training that cannot go on. The message is one line for a person."""
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """Training was told to stop, by Ctrl-C or SIGTERM, and did after a step."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.signal_number = signal_number
 
 
 @dataclass
@@ -46,10 +67,13 @@ class TrainingResult:
     loss: float  # of the last step
     seconds: float  # in the loop
     peak_memory: int  # bytes: of the GPU, or of the process where there is none
+    resumed_at: int = 0  # step of the checkpoint that the run went on from
 
     def __str__(self) -> str:
+        done = self.steps - self.resumed_at
+        resumed = f" (the last {done} of {self.steps})" if self.resumed_at else ""
         return (
-            f"{self.steps} steps in {self.seconds:.0f} s ({self.steps / self.seconds:.2f} steps/s), "
+            f"{done} steps{resumed} in {self.seconds:.0f} s ({done / self.seconds:.2f} steps/s), "
             f"last loss {self.loss:.4f}, peak memory {self.peak_memory / 2**30:.2f} GiB.\n"
             f"The tuned model is in {self.output_dir}. To use it:\n\n"
             f"    import ifseg_hf, transformers\n"
@@ -60,29 +84,70 @@ class TrainingResult:
 def train(settings: WordMapTraining) -> TrainingResult:
     """Tunes a model on word maps of its categories and saves it, with its processor and words, in `output_dir`.
 
-    Call it under `accelerate launch` for several processes; their number changes nothing in what is learnt from.
+    Call it under `accelerate launch` for several processes; their number changes nothing in what is learnt from. A run
+    that was stopped or killed goes on from its last checkpoint with `resume="latest"`, and ends as if it had not been.
 
     Raises:
         `ValueError`: a setting is wrong; almost all are noticed before the weights are loaded.
-        `TrainingError`: the loss is no longer finite, or the result cannot be saved.
+        `TrainingError`: the loss is no longer finite, or a checkpoint or the result cannot be saved.
+        `HubError`: the result could not be published. It is in `output_dir` all the same.
+        `TrainingStopped`: on Ctrl-C or SIGTERM, once the step is done and a checkpoint written. A second signal
+            of the kind, more than two seconds later, interrupts at once.
     """
     settings.check()
+    checkpoint = settings.checkpoint()
     accelerator = make_accelerator(settings)
+    stopped = None
+    try:
+        result = tune(settings, accelerator, checkpoint)
+    except TrainingStopped as error:
+        stopped = error.with_traceback(None)
+    # What `tune` prepared has to go before the processes part: with torch 2.13 the wrapper of a distributed model, as
+    # the last to know their group, may wait for ever for a thread that waits for it.
+    accelerator.free_memory()
+    accelerator.end_training()
+    if stopped:
+        raise stopped
+    accelerator.print(result)
+    if settings.push_to_hub and accelerator.is_main_process:
+        commit = push_to_hub(
+            settings.output_dir,
+            settings.push_to_hub,
+            settings.hub_private,
+            settings.hub_revision,
+            settings.hub_commit_message,
+        )
+        print(f"Published: {commit.commit_url}")
+    return result
+
+
+def tune(settings: WordMapTraining, accelerator: Accelerator, checkpoint: Path | None) -> TrainingResult:
+    """From the model's weights, or the checkpoint's, to those in `output_dir`."""
     batch_size = samples_per_batch(settings, accelerator.num_processes)
+    told = checkpoint and read_checkpoint(checkpoint)
+    if told and told["mixed_precision"] != accelerator.mixed_precision:
+        raise SettingError(
+            f'The run of "{checkpoint}" cannot go on with other settings: mixed_precision (was '
+            f"{told['mixed_precision']}, is {accelerator.mixed_precision}). Give it as it was."
+        )
+    step = told["step"] if told else 0  # optimiser steps done
 
     # The seed is set before the model is made: a checkpoint of OFA has no segmentation positions, they start at random.
     set_seed(settings.seed)
     processor, model = load_model(settings)
     set_seed(settings.seed, device_specific=True)  # dropout differs between processes
     config = model.config
-    if accelerator.is_main_process and not (Path(settings.output_dir) / SETTINGS_FILE).exists():
-        write_settings(settings)  # a run that is cut short can be started again in the same folder
+    if accelerator.is_main_process:
+        prepare_output(settings, step)
+    simple = {name: x for name, x in settings.to_dict().items() if isinstance(x, (int, float, str))}
+    accelerator.init_trackers("ifseg", config=simple)  # from here on trackers write into the folder
 
     stream = word_map_stream(
         num_words=len(config.word_ids or config.category_ids),
         seed=settings.seed,
         grid_size=config.grid_size,
         max_cells=settings.max_cells,
+        start=step * settings.batch_size,  # the stream needs no state of its own
         word_categories=config.word_categories,
         block_size=batch_size,
     )
@@ -99,25 +164,33 @@ def train(settings: WordMapTraining) -> TrainingResult:
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
     model, optimizer, schedule, loader = accelerator.prepare(model, optimizer, schedule, loader)
+    accelerator.register_save_state_pre_hook(drop_tied_weights)
 
     accelerator.print(
         f"Tuning {settings.model} on {len(config.category_ids)} categories: {settings.steps} steps of "
         f"{settings.batch_size} samples, {accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision: {accelerator.mixed_precision}."
     )
+    if checkpoint:
+        load_checkpoint(accelerator, settings, checkpoint)
+        accelerator.print(f"Going on after step {step}, from {checkpoint}.")
+    elif settings.resume:
+        accelerator.print(f"There is no checkpoint in {settings.output_dir} yet: starting at the first step.")
     progress = tqdm(
         total=settings.steps,
+        initial=step,
         unit="step",
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]",
         mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
         disable=not accelerator.is_main_process,
     )
     model.train()
-    started = time.perf_counter()
-    step = 0  # optimiser steps done
+    started, resumed_at = time.perf_counter(), step
+    last_loss = told["loss"] if told else math.nan
     step_loss = torch.zeros((), device=accelerator.device)
-    try:
-        for batch in loader:
+    stop = 0.0
+    with progress, stop_signals() as signals:  # the bar ends before any sentence about the end
+        for batch in loader if step < settings.steps else ():
             with accelerator.accumulate(model):
                 labels = word_map_labels(
                     batch["word_map"], batch["grid_size"], config.image_size, config.word_categories
@@ -127,8 +200,10 @@ def train(settings: WordMapTraining) -> TrainingResult:
                 step_loss += loss.detach() / settings.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                    last_loss = accelerator.reduce(step_loss, "mean").item()
-                    check_finite(last_loss, norm, step + 1, accelerator)
+                    # A signal may reach the processes at different steps; this way they stop after the same one.
+                    shared = torch.stack([step_loss, step_loss.new_tensor(bool(signals))])
+                    last_loss, stop = accelerator.reduce(shared, "mean").tolist()
+                    check_finite(last_loss, norm, step + 1, accelerator, checkpoint)
                     step_loss.zero_()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -139,20 +214,46 @@ def train(settings: WordMapTraining) -> TrainingResult:
             step += 1
             progress.set_postfix(loss=f"{last_loss:.4f}", refresh=False)
             progress.update()
-            if step == settings.steps:
+            if settings.checkpointing_steps and (stop or step % settings.checkpointing_steps == 0):
+                checkpoint = save_checkpoint(accelerator, settings, step, last_loss, checkpoint)
+            if stop or step == settings.steps:
                 break
-    except KeyboardInterrupt:
-        progress.close()  # before the sentence, so that it stands below the bar
-        accelerator.print(f"Stopped after {step} of {settings.steps} steps. Nothing was saved.")
-        raise
+    seconds = time.perf_counter() - started
+    if step < settings.steps:
+        saved = f"Go on from {checkpoint} with --resume." if checkpoint else "Nothing was saved."
+        accelerator.print(f"Stopped after {step} of {settings.steps} steps. {saved}")
+        raise TrainingStopped(signals[0] if signals else signal.SIGTERM)
+    save(settings, accelerator, model, processor, checkpoint)
+    peak = peak_memory(accelerator.device)
+    return TrainingResult(settings.output_dir, settings.steps, last_loss, seconds, peak, resumed_at)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yields a list in which Ctrl-C and SIGTERM leave their numbers, in place of ending the process."""
+    received: list[int] = []
+    since: dict[int, float] = {}
+    process = os.getpid()
+
+    def receive(number, frame):
+        # Launchers pass on a Ctrl-C that the terminal has sent already: at once is no second wish.
+        if number in since and time.monotonic() - since[number] > 2:
+            raise KeyboardInterrupt
+        since.setdefault(number, time.monotonic())
+        received.append(number)
+        if len(received) == 1 and os.getpid() == process:  # workers of the loader inherit this function
+            # Not print: it may be what the signal interrupted.
+            os.write(2, b"\nStopping after this step. Once more stops at once.\n")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python allows signal handlers nowhere else
+        return
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
     finally:
-        progress.close()
-    result = TrainingResult(
-        settings.output_dir, settings.steps, last_loss, time.perf_counter() - started, peak_memory(accelerator.device)
-    )
-    save(settings, accelerator, model, processor)
-    accelerator.print(result)
-    return result
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def make_accelerator(settings: WordMapTraining) -> Accelerator:
@@ -176,8 +277,6 @@ def make_accelerator(settings: WordMapTraining) -> Accelerator:
         raise SettingError(" ".join(str(error).split())) from error
     if len(accelerator.log_with) < len(trackers):
         raise SettingError(f"report_to={settings.report_to}: the package of a tracker is not installed.")
-    simple = {name: x for name, x in settings.to_dict().items() if isinstance(x, (int, float, str))}
-    accelerator.init_trackers("ifseg", config=simple)
     return accelerator
 
 
@@ -217,7 +316,7 @@ def load_model(settings: WordMapTraining) -> tuple[IFSegProcessor, IFSegForSeman
     return processor, model
 
 
-def check_finite(loss: float, norm: torch.Tensor, step: int, accelerator: Accelerator) -> None:
+def check_finite(loss: float, norm: torch.Tensor, step: int, accelerator: Accelerator, checkpoint: Path | None) -> None:
     """Raises `TrainingError` before a step that would spoil the weights."""
     # With fp16 a gradient that overflows is ordinary: accelerate skips the step and scales the loss down.
     if not math.isfinite(loss):
@@ -227,9 +326,13 @@ def check_finite(loss: float, norm: torch.Tensor, step: int, accelerator: Accele
     else:
         return
     raise TrainingError(
-        f"The {what} is not finite at step {step}, after {step - 1} good ones. Nothing was saved. "
+        f"The {what} is not finite at step {step}, after {step - 1} good ones. {last_good(checkpoint)} "
         f"A lower learning rate may help, or mixed precision switched off."
     )
+
+
+def last_good(checkpoint: Path | None) -> str:
+    return f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint of it."
 
 
 def peak_memory(device: torch.device) -> int:
@@ -242,23 +345,166 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def prepare_output(settings: WordMapTraining, step: int) -> None:
+    """Marks the folder as this run's, and deletes what a killed one was writing or had yet to delete."""
+    output = Path(settings.output_dir)
+    with plain_errors(f'The output folder "{output}" cannot be written to'):
+        for folder in output.glob(f"*{INCOMPLETE}"):
+            shutil.rmtree(folder, ignore_errors=True)
+        prune(settings, step)
+        if not (output / SETTINGS_FILE).exists():
+            write_settings(settings, output)
+
+
+def save_checkpoint(
+    accelerator: Accelerator, settings: WordMapTraining, step: int, loss: float, before: Path | None
+) -> Path:
+    """Everything that the steps after this one depend on, in `checkpoint-STEP`; older ones beyond the limit go.
+
+    The folder gets its name when all of it is on the disk: a folder of that name is whole, whenever the power fails.
+
+    Raises `TrainingError` in every process if any of them cannot write, with the checkpoint `before` untouched.
+    """
+    output = Path(settings.output_dir)
+    folder, incomplete = output / f"checkpoint-{step}", output / f"checkpoint-{step}{INCOMPLETE}"
+    failure = f'The checkpoint of step {step} could not be written to "{output}". {last_good(before)} The reason'
+    with on_every_process(accelerator), plain_errors(failure, incomplete):
+        accelerator.save_state(incomplete)
+    with on_every_process(accelerator), plain_errors(failure, incomplete):
+        if accelerator.is_main_process:
+            told = {
+                "step": step,
+                "loss": loss,
+                "mixed_precision": accelerator.mixed_precision,
+                "processes": accelerator.num_processes,
+                "settings": settings.to_dict(),
+            }
+            (incomplete / CHECKPOINT_FILE).write_text(json.dumps(told, indent=2, ensure_ascii=False), encoding="utf-8")
+            for path in incomplete.rglob("*"):
+                flush_to_disk(path)
+            flush_to_disk(incomplete)
+            if folder.exists():  # of a run that went on from an earlier one
+                remove(folder)
+            incomplete.rename(folder)
+            flush_to_disk(output)
+            prune(settings, step)
+    return folder
+
+
+def prune(settings: WordMapTraining, step: int) -> None:
+    """Deletes the oldest checkpoints beyond the limit. Those after `step`, of a run before, are not yet in the way."""
+    older = [path for done, path in checkpoints(settings.output_dir).items() if done < step]
+    for path in older[: max(0, len(older) + 1 - settings.checkpoints_total_limit)]:
+        remove(path)
+
+
+def drop_tied_weights(models: list, states: list[dict], folder: str) -> None:
+    """Leaves tied weights one name: accelerate does so too, with a warning at every checkpoint."""
+    for state in states:
+        names: dict[int, str] = {}
+        for name in list(state):
+            if names.setdefault(state[name].data_ptr(), name) != name:
+                del state[name]
+
+
+def load_checkpoint(accelerator: Accelerator, settings: WordMapTraining, checkpoint: Path) -> None:
+    """Puts everything prepared, and the random number generators, where they were. Raises `SettingError` if damaged."""
+    told = read_checkpoint(checkpoint)
+    try:
+        accelerator.load_state(checkpoint)
+    except Exception as error:  # of any kind: what pickle, zip and safetensors make of a damaged file
+        reason = " ".join(str(error).split())[:300]
+        raise SettingError(
+            f'The checkpoint "{checkpoint}" cannot be loaded; delete it to go on from the one before: {reason}'
+        ) from error
+    accelerator.step = 0  # a checkpoint stands between steps, wherever it stood among other accumulated batches
+    if told["processes"] != accelerator.num_processes:
+        # There is not one state for each; and from the start again, dropout would repeat itself.
+        set_seed(settings.seed + told["step"], device_specific=True)
+
+
 def save(
-    settings: WordMapTraining, accelerator: Accelerator, model: torch.nn.Module, processor: IFSegProcessor
+    settings: WordMapTraining,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    processor: IFSegProcessor,
+    checkpoint: Path | None,
 ) -> None:
     """Weights, words, processor and settings: a folder that runs by itself."""
     accelerator.wait_for_everyone()
     state_dict = accelerator.get_state_dict(model)  # gathered from every process where the weights are spread
     if accelerator.is_main_process:
-        try:
-            accelerator.unwrap_model(model).save_pretrained(settings.output_dir, state_dict=state_dict)
-            processor.save_pretrained(settings.output_dir)
-            write_settings(settings)
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(f'The model could not be saved in "{settings.output_dir}": {error}') from error
-    accelerator.end_training()
+        output = Path(settings.output_dir)
+        incomplete = output / f"result{INCOMPLETE}"
+        failure = f'The model could not be saved in "{output}". {last_good(checkpoint)} The reason'
+        with plain_errors(failure, incomplete):
+            # Beside its place first, so that no kill and no full disk leaves half a file there.
+            with torch.device("meta"):  # an empty model: FSDP changes the class of the one that was trained
+                empty = IFSegForSemanticSegmentation(accelerator.unwrap_model(model).config)
+            empty.save_pretrained(incomplete, state_dict=state_dict)
+            processor.save_pretrained(incomplete)
+            write_settings(settings, incomplete)
+            for path in incomplete.iterdir():
+                flush_to_disk(path)
+                path.replace(output / path.name)
+            incomplete.rmdir()
+            flush_to_disk(output)
 
 
-def write_settings(settings: WordMapTraining) -> None:
+def write_settings(settings: WordMapTraining, folder: Path) -> None:
     """What the model was trained with. The file also marks its folder as one that training may write to again."""
-    text = json.dumps(settings.to_dict(), indent=2, ensure_ascii=False)
-    (Path(settings.output_dir) / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+    told = settings.to_dict()
+    del told["resume"]  # it is about one of the processes that trained, not about the training
+    text = json.dumps(told, indent=2, ensure_ascii=False)
+    (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, have reached the disk. Windows does so for files only."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint so that half of it is never taken for one."""
+    going = folder.rename(folder.with_name(f"{folder.name}.old{INCOMPLETE}"))
+    shutil.rmtree(going, ignore_errors=True)  # the next run tries again
+
+
+@contextmanager
+def plain_errors(failure: str, incomplete: Path | None = None) -> Iterator[None]:
+    """Turns what writing files may raise into a `TrainingError`, and deletes the folder that was being written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if isinstance(error, RuntimeError):
+            if "inline_container" not in reason:  # what torch.save calls any trouble with its file
+                raise
+            reason = "a file could not be written to its end (is the disk full?)"
+        if incomplete:
+            shutil.rmtree(incomplete, ignore_errors=True)
+        raise TrainingError(f"{failure}: {reason}.") from error
+
+
+@contextmanager
+def on_every_process(accelerator: Accelerator) -> Iterator[None]:
+    """A block that fails in every process if it fails in one: the others would wait for that one for ever."""
+    failed = None
+    try:
+        yield
+    except TrainingError as error:
+        failed = error
+    count = accelerator.reduce(torch.tensor(float(failed is not None), device=accelerator.device), "sum").item()
+    if failed is not None:
+        raise failed
+    if count:
+        raise TrainingError("Another process could not write its part of the checkpoint.")

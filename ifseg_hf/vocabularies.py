@@ -1,25 +1,37 @@
-"""Category words as a person gives them: a comma list, or a file.
+"""Category words as a person gives them: a comma list, a file, or the name of a vocabulary of a benchmark.
 
 Only the standard library and PyYAML are imported here, so that a script can refuse wrong words before it imports torch.
 """
 
+import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 _FILES = (".txt", ".yaml", ".yml", ".json")
+VOCABULARIES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "words").iterdir())}
+"""Files of the embedded vocabularies by name: ade20k, coco-stuff, coco-stuff-coarse (hierarchical) and -unseen."""
 
 
-def read_categories(text: str) -> list[str] | dict[str, list[str]]:
+def read_categories(text: str | Iterable[str] | Mapping[str, Iterable[str]]) -> list[str] | dict[str, list[str]]:
     """The categories that `text` gives: a list of names or, for a hierarchical vocabulary, fine names by category.
 
     Args:
-        text (`str`): names with commas between them, or the path of a file: names one a line (.txt or anything else),
-            a list of names or a mapping `category: [fine name, ...]` (.yaml, .yml, .json).
+        text (`str`): names with commas between them, one of [`VOCABULARIES`] by name, or the path of a file: names one
+            a line (.txt or anything else), a list of names or a mapping `category: [fine name, ...]` (.yaml, .yml,
+            .json). Names already in a list or a mapping are only checked.
 
     Raises:
-        `ValueError`: for a missing or unreadable file, no name, an empty name or one given twice.
+        `ValueError`: for a missing or unreadable file, no name, an empty name, or one given twice. A fine name may
+            belong to two categories, as the table of the paper has it.
     """
+    if not isinstance(text, str):
+        return _check_categories(text)
+    text = VOCABULARIES.get(text, text)
     if not (os.path.isfile(text) or text.lower().endswith(_FILES)):
+        close = difflib.get_close_matches(text, VOCABULARIES, n=1, cutoff=0.8)
+        if close:
+            raise ValueError(f'There is no vocabulary "{text}": {close[0]}?')
         return _check_categories(text.split(",") if text.strip() else [])
     try:
         with open(text, encoding="utf-8-sig") as file:
@@ -36,9 +48,9 @@ def read_categories(text: str) -> list[str] | dict[str, list[str]]:
         raise ValueError(f'In "{text}": {error}') from None
 
 
-def _check_categories(categories: Iterable[str] | dict[str, Iterable[str]]) -> list[str] | dict[str, list[str]]:
+def _check_categories(categories: Iterable[str] | Mapping[str, Iterable[str]]) -> list[str] | dict[str, list[str]]:
     """The same names with single spaces between their words. Raises `ValueError` as [`read_categories`] does."""
-    if not isinstance(categories, dict):
+    if not isinstance(categories, Mapping):
         return _check_names(categories, "category")
     names = _check_names(categories, "category")
     for category, words in categories.items():
@@ -47,7 +59,6 @@ def _check_categories(categories: Iterable[str] | dict[str, Iterable[str]]) -> l
     fine = [
         _check_names(words, f'fine name of "{name}"') for name, words in zip(names, categories.values(), strict=True)
     ]
-    _check_names((word for words in fine for word in words), "fine name")  # a word belongs to one category
     return dict(zip(names, fine, strict=True))
 
 

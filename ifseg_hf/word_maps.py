@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from datasets import Array2D, DatasetInfo, Features, IterableDataset, List, Value
 from datasets.iterable_dataset import _BaseExamplesIterable
+from torch.utils.data import default_collate
 
 # Blocks of a stream without end. Divisible by every number of processes and workers up to 36, so that `datasets` splits
 # it by whole blocks whatever their number.
@@ -97,6 +98,32 @@ def word_map_labels(
     columns = _first_patches(grid_size[:, 1], word_map.shape[2], width)
     word_map = word_map.gather(1, rows[:, :, None].expand(-1, -1, word_map.shape[2]))
     return word_map.gather(2, columns[:, None, :].expand(-1, height, -1))
+
+
+class WordMapCollator:
+    """Batches for transformers' `Trainer`: `word_map` and `labels`, from samples of [`word_map_stream`].
+
+    It needs both columns of the stream, so Trainer must not drop the one that the model does not take:
+    `TrainingArguments(remove_unused_columns=False, ...)`.
+
+    Args:
+        size, word_categories: as for [`word_map_labels`]; `model.config.image_size`, `model.config.word_categories`.
+    """
+
+    def __init__(self, size: int, word_categories: Sequence[int] | None = None):
+        self.size = size
+        self.word_categories = word_categories
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        """`{"word_map": (batch, g, g), "labels": (batch, size, size)}`, int64."""
+        if "grid_size" not in samples[0]:
+            raise ValueError(
+                "The samples have lost their grid_size, which the labels are made of: pass "
+                "TrainingArguments(remove_unused_columns=False)."
+            )
+        batch = default_collate(samples)
+        labels = word_map_labels(batch["word_map"], batch["grid_size"], self.size, self.word_categories)
+        return {"word_map": batch["word_map"], "labels": labels}
 
 
 def _first_patches(cells: torch.Tensor, patches: int, pixels: int) -> torch.Tensor:

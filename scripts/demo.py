@@ -14,7 +14,15 @@ from pathlib import Path
 # What there is to see in the bundled photos.
 CATEGORIES = "sky, building, tree, cat, coffee, table"
 # The embedded model is small and tuned for minutes: a higher learning rate and fewer steps than OFA-base's 2000.
-RECIPE = {"steps": 120, "batch_size": 32, "learning_rate": 3e-4, "weight_decay": 0.01}
+RECIPE = {
+    "steps": 120,
+    "batch_size": 32,
+    "learning_rate": 3e-4,
+    "weight_decay": 0.01,
+    "max_cells": 3,
+    "mixed_precision": "bf16",
+    "checkpointing_steps": 0,
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -24,8 +24,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=500, help="mosaics for each number of words (default: 500)")
     parser.add_argument("--mosaic-size", type=int, default=128, help="short side of mosaics (default: 128, their own)")
     parser.add_argument("--street-size", type=int, default=256, help="short side of street photos (default: 256)")
-    parser.add_argument("--steps", type=int, default=150, help="steps of tuning (default: 150)")
-    parser.add_argument("--batch-size", type=int, default=16, help="word maps in a step (default: 16)")
+    parser.add_argument("--image-size", type=int, default=128, help="16 times the side of word maps (default: 128)")
+    parser.add_argument("--max-cells", type=int, default=3, help="most cells of a word map a side (default: 3)")
+    parser.add_argument("--steps", type=int, default=120, help="steps of tuning (default: 120)")
+    parser.add_argument("--batch-size", type=int, default=32, help="word maps in a step (default: 32)")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="(default: 3e-4)")
     parser.add_argument("--mixed-precision", default="bf16", help="no, fp16 or bf16, for tuning (default: bf16)")
     parser.add_argument("--cache", default=None, help="folder that keeps the decoded photos (default: a temporary one)")
@@ -48,19 +50,20 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         original = resolve_model(options.model)
         small, large = (
-            scene_evaluation.at_size(original, size, Path(scratch) / f"model-{size}")
+            scene_evaluation.at_size(original, options.image_size, size, Path(scratch) / f"model-{size}")
             for size in (options.mosaic_size, options.street_size)
         )
         photos = scenes.load_photos(options.photos, options.cache or scratch)
         photos = photos.part(slice(len(photos) - scenes.HELD_OUT, len(photos)))
 
-        def tune(folder: Path, words: list[str], seed: int) -> str:
+        def tune(folder: str | Path, words: list[str], seed: int) -> str:
             output = str(Path(scratch) / f"tuned-{len(words)}-{words[0]}-{seed}")
             settings = WordMapTraining(
                 categories=words,
                 output_dir=output,
                 model=str(folder),
                 seed=seed,
+                max_cells=options.max_cells,
                 steps=options.steps,
                 batch_size=options.batch_size,
                 learning_rate=options.learning_rate,
@@ -79,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.street:
             streets = scenes.load_streets(options.street, "val")
             for words in (streets.names, list(scene_evaluation.LARGE_STREET_NAMES)):
-                samples = scene_evaluation.street_samples(streets, words)
+                samples = list(scene_evaluation.street_samples(streets, words))
                 name = f"{len(samples)} street photos, {len(words)} words"
                 results[name] = scene_evaluation.evaluate(large, samples, words, tune, options.seeds)
     print("\n" + scene_evaluation.table(results))

@@ -1,9 +1,17 @@
-"""Tunes a model on words alone: `accelerate launch scripts/train.py --categories "cat, coffee" --output-dir OUT`."""
+"""Tunes a model on words alone.
+
+    accelerate launch scripts/train.py --categories "cat, coffee" --output-dir OUT
+    accelerate launch scripts/train.py --config scripts/configs/ade20k.yaml
+
+A run that was stopped, or lost its machine, goes on when it is started again with --resume.
+"""
 
 import argparse
 import dataclasses
 import importlib.util
+import os
 import runpy
+import signal
 import sys
 import typing
 from pathlib import Path
@@ -15,18 +23,34 @@ def parse_arguments() -> dict:
     # that a wrong argument is told at once.
     package = Path(importlib.util.find_spec("ifseg_hf").submodule_search_locations[0])
     read_categories = runpy.run_path(str(package / "vocabularies.py"))["read_categories"]
-    settings = runpy.run_path(str(package / "recipe.py"))["WordMapTraining"]
+    recipe = runpy.run_path(str(package / "recipe.py"))
 
-    parser = Parser(description=__doc__, usage="%(prog)s --categories WORDS --output-dir FOLDER [settings]")
-    for field in dataclasses.fields(settings):
+    parser = Parser(
+        description=__doc__,
+        usage="%(prog)s [--config FILE] --categories WORDS --output-dir FOLDER [settings]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given is left to the file, then to the recipe
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with any of these settings; flags go before it")
+    for field in dataclasses.fields(recipe["WordMapTraining"]):
         add_flag(parser, field)
-    arguments = parser.parse_args()
+    given = vars(parser.parse_args())
     try:
-        arguments.categories = read_categories(arguments.categories)
-        settings(**vars(arguments)).check()
+        settings = {**(recipe["read_settings"](given.pop("config")) if "config" in given else {}), **given}
+        for name in ("categories", "output_dir"):
+            if name not in settings:
+                raise ValueError(f"--{name.replace('_', '-')} is needed, here or in a file for --config.")
+        settings["categories"] = read_categories(settings["categories"])
+        recipe["WordMapTraining"](**settings).check()
     except ValueError as error:
         parser.error(str(error))
-    return vars(arguments)
+    if settings.get("push_to_hub") and os.environ.get("RANK", "0") == "0":  # one question to the Hub, not one a process
+        hub = runpy.run_path(str(package / "hub.py"))
+        try:
+            hub["check_access"](settings["push_to_hub"])
+        except (ValueError, hub["HubError"]) as error:
+            parser.error(str(error))
+    return settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,31 +61,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    """`--learning-rate` for the field `learning_rate`, with its type, default and help."""
+    """`--learning-rate` for the field `learning_rate`, with its type and help."""
     flag = "--" + field.name.replace("_", "-")
     help = field.metadata["help"]
-    if field.default is dataclasses.MISSING:
-        parser.add_argument(flag, required=True, metavar="TEXT", help=help)
+    if field.name == "resume":  # alone, the latest
+        parser.add_argument(flag, nargs="?", const="latest", metavar="FOLDER", help=help)
         return
-    if field.default is not None:
+    if field.default not in (None, dataclasses.MISSING):
         help += f" (default: {field.default})"
-    if field.type is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help)
+    if bool in (field.type, *typing.get_args(field.type)):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         return
     kind = next((kind for kind in (int, float) if kind in (field.type, *typing.get_args(field.type))), str)
-    metavar = "TEXT" if kind is str else "NUMBER"
-    parser.add_argument(flag, type=kind, default=field.default, metavar=metavar, help=help)
+    parser.add_argument(flag, type=kind, metavar="TEXT" if kind is str else "NUMBER", help=help)
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    settings = parse_arguments()
     try:
+        from ifseg_hf.hub import HubError
         from ifseg_hf.training import SettingError, TrainingError, WordMapTraining, train
 
-        train(WordMapTraining(**arguments))
-    except KeyboardInterrupt:
-        return 130
-    except (SettingError, TrainingError) as error:
+        train(WordMapTraining(**settings))
+    except KeyboardInterrupt as error:
+        return 128 + getattr(error, "signal_number", signal.SIGINT)
+    except (SettingError, TrainingError, HubError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingError) else 1
     return 0

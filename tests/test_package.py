@@ -92,7 +92,8 @@ def test_every_import_is_a_declared_dependency():
     used = {canonicalize_name(DISTRIBUTIONS.get(module, module)) for module in used - {"ifseg_hf"}}
     demo = {canonicalize_name(r.name) for r in required if r.marker and r.marker.evaluate({"extra": "demo"})}
     optional = {"scikit-learn": "sklearn", "scikit-image": "skimage"}
-    assert {name for name in used if name not in optional.values()} <= always
+    onnx = {canonicalize_name(r.name) for r in required if r.marker and r.marker.evaluate({"extra": "onnx"})}
+    assert {name for name in used if name not in optional.values()} <= always | onnx
     assert demo == set(optional)
 
 

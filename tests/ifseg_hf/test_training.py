@@ -1,17 +1,30 @@
 """Tuning on words alone, on a model of a few thousand parameters."""
 
 import json
+import os
+import signal
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_model import is_key_bias, save_tiny_model
 
+from ifseg_hf import training
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
-from ifseg_hf.recipe import SETTINGS_FILE
-from ifseg_hf.training import SettingError, TrainingError, WordMapTraining, samples_per_batch, train
+from ifseg_hf.recipe import CHECKPOINT_FILE, SETTINGS_FILE, checkpoints
+from ifseg_hf.training import (
+    SettingError,
+    TrainingError,
+    TrainingStopped,
+    WordMapTraining,
+    samples_per_batch,
+    stop_signals,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +117,11 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(tiny_model, tmp_path):
     train(settings(tiny_model, tmp_path / "out", steps=1))  # the folder may be used again
 
 
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tiny_model, tmp_path):
+    with pytest.raises(TrainingError, match=r"not finite at step ([23]), after [12] good.*checkpoint-[12]\. "):
+        train(settings(tiny_model, tmp_path / "out", learning_rate=1e30, checkpointing_steps=1))
+
+
 def test_a_result_that_cannot_be_saved_is_told(tiny_model, tmp_path, monkeypatch):
     def disk_full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -134,19 +152,106 @@ def test_a_batch_that_cannot_be_divided_is_refused():
         samples_per_batch(WordMapTraining(["a", "b"], ""), 3)
 
 
-def test_defaults_are_the_published_recipe():
-    recipe = WordMapTraining(["a", "b"], "").to_dict()
-    expected = {
-        "steps": 2000,
-        "batch_size": 16,
-        "learning_rate": 5e-5,
-        "warmup_steps": 0,
-        "weight_decay": 0.1,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.999,
-        "adam_epsilon": 1e-8,
-        "max_grad_norm": 1.0,
-        "dropout": 0.1,
-        "drop_path": 0.1,
-    }
-    assert {name: recipe[name] for name in expected} == expected
+def test_trackers_follow_the_run(tiny_model, tmp_path):
+    """And a run that is refused leaves no file of theirs in the way of the next."""
+    pytest.importorskip("tensorboard")
+    changed = settings(tiny_model, tmp_path / "out", report_to="tensorboard")
+    with pytest.raises(SettingError, match="120 positions"):
+        train(replace(changed, categories=["cat", "a" * 200]))
+    train(changed)
+    assert list((tmp_path / "out").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(("name", "told"), [("nonesuch", "nonesuch"), ("dvclive", "report_to=dvclive")])
+def test_a_tracker_that_is_not_there_is_told(name, told, tiny_model, tmp_path):
+    with pytest.raises(SettingError, match=told):
+        train(settings(tiny_model, tmp_path / "out", report_to=name))
+
+
+# Checkpoints. What no kill may spoil is tested in test_interruptions.py. ----------------------------------------------
+
+
+def test_checkpoints_come_every_n_steps_and_the_oldest_go(tiny_model, tmp_path):
+    changed = settings(tiny_model, tmp_path / "out", steps=7, checkpointing_steps=2, checkpoints_total_limit=2)
+    train(changed)
+    assert list(checkpoints(tmp_path / "out")) == [4, 6]
+    told = json.loads((tmp_path / "out" / "checkpoint-6" / CHECKPOINT_FILE).read_text())
+    assert WordMapTraining(**told["settings"]) == changed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(number, tiny_model, tmp_path, monkeypatch, capfd):
+    def signalled(loss, norm, step, *rest):
+        if step == 3:
+            os.kill(os.getpid(), number)
+
+    train(settings(tiny_model, tmp_path / "whole", steps=6))
+    monkeypatch.setattr(training, "check_finite", signalled)
+    with pytest.raises(TrainingStopped) as stopped:
+        train(settings(tiny_model, tmp_path / "out", steps=6))
+    assert stopped.value.signal_number == number
+    step = max(checkpoints(tmp_path / "out"))
+    assert step in (3, 4)  # it arrives after this step's collective, or in the next step
+    assert f"Stopped after {step} of 6 steps" in capfd.readouterr().out
+
+    monkeypatch.undo()
+    result = train(settings(tiny_model, tmp_path / "out", steps=6, resume="latest"))
+    assert f"{6 - step} steps (the last {6 - step} of 6)" in str(result)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "out")
+
+
+def test_without_checkpoints_a_stopped_run_saves_nothing(tiny_model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(training, "check_finite", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(TrainingStopped):
+        train(settings(tiny_model, tmp_path / "out", checkpointing_steps=0))
+    assert "Nothing was saved" in capfd.readouterr().out
+    assert os.listdir(tmp_path / "out") == [SETTINGS_FILE]
+
+
+def test_a_launcher_may_repeat_a_signal_but_a_person_who_does_means_it(monkeypatch):
+    now = time.monotonic()
+    with stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGINT, signal.SIGINT, signal.SIGTERM]
+        monkeypatch.setattr(training.time, "monotonic", lambda: now + 60)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_may_go_on_for_no_step(tiny_model, tmp_path):
+    first = train(settings(tiny_model, tmp_path / "out", checkpointing_steps=3))
+    before = weights(tmp_path / "out")
+    again = train(settings(tiny_model, tmp_path / "out", resume="latest"))
+    assert again.loss == first.loss
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "out").items())
+
+
+def test_another_precision_is_refused_by_name(tiny_model, tmp_path):
+    train(settings(tiny_model, tmp_path / "out", checkpointing_steps=2))
+    file = tmp_path / "out" / "checkpoint-2" / CHECKPOINT_FILE
+    file.write_text(file.read_text().replace('"mixed_precision": "no"', '"mixed_precision": "bf16"'))
+    with pytest.raises(SettingError, match=r"mixed_precision \(was bf16, is no\)"):
+        train(settings(tiny_model, tmp_path / "out", resume="latest"))
+
+
+def test_a_damaged_checkpoint_is_told(tiny_model, tmp_path):
+    train(settings(tiny_model, tmp_path / "out", checkpointing_steps=2))
+    os.truncate(tmp_path / "out" / "checkpoint-2" / "optimizer.bin", 100)
+    with pytest.raises(SettingError, match=r"checkpoint-2.* cannot be loaded; delete it"):
+        train(settings(tiny_model, tmp_path / "out", resume="latest"))
+
+
+def test_a_folder_that_turned_read_only_is_told_with_the_checkpoint_before(tiny_model, tmp_path, monkeypatch):
+    def read_only(self, folder):
+        if "checkpoint-2" not in str(folder):
+            raise OSError(30, "Read-only file system")
+        return save_state(self, folder)
+
+    save_state = training.Accelerator.save_state
+    monkeypatch.setattr(training.Accelerator, "save_state", read_only)
+    with pytest.raises(TrainingError, match=r"step 4 .*checkpoint-2\. .*Read-only file system\."):
+        train(settings(tiny_model, tmp_path / "out", steps=5, checkpointing_steps=2))
+    assert list(checkpoints(tmp_path / "out")) == [2]

@@ -125,6 +125,22 @@ def test_a_late_state_is_reached_without_walking_there():
     assert samples(stream, 1) == samples(word_map_stream(5, grid_size=8, start=10**12), 1)
 
 
+@pytest.mark.parametrize("position", [0, 10_000_000])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_late_start_draws_no_more_than_an_early_one(position, resumed, monkeypatch):
+    """One call of the generator, at the sample itself, whatever the position."""
+    drawn = []
+    draw = WordMapSampler.__call__
+    monkeypatch.setattr(WordMapSampler, "__call__", lambda self, *call: drawn.append(call) or draw(self, *call))
+    stream = word_map_stream(5, grid_size=8, start=0 if resumed else position)
+    if resumed:
+        state = stream.state_dict()
+        state["examples_iterable"]["position"] = position
+        stream.load_state_dict(state)
+    next(iter(stream))
+    assert drawn == [(position, 64)]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_workers_change_nothing(workers):
     stream = word_map_stream(5, grid_size=8, block_size=4)

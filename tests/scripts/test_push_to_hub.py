@@ -1,0 +1,100 @@
+"""`scripts/push_to_hub.py` as a person runs it, against a Hub on loopback."""
+
+import runpy
+import shlex
+
+import pytest
+from hub_client import SCRIPT, environment, run, save_tuned_model
+from hub_server import HubServer, Refused
+
+WORDS = ["cat", "wet grass", "sky"]
+# A client that has nothing of the repository, and that would notice a wrong byte.
+DOWNLOAD = """
+import sys
+from huggingface_hub import snapshot_download
+print(snapshot_download("alice/ifseg-test"))
+"""
+
+
+@pytest.fixture
+def hub():
+    with HubServer({"hf_alice": "alice"}) as server:
+        yield server
+    assert server.unknown == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tuned_model(tmp_path_factory.mktemp("saved") / "my words", WORDS)
+
+
+@pytest.mark.parametrize("xet", [False, True])
+def test_large_files_go_by_git_lfs_and_by_xet(hub, folder, tmp_path, xet):
+    """Both ways that huggingface_hub has: Xet where its library is installed, as it is by default, and LFS."""
+    if xet:
+        pytest.importorskip("hf_xet")
+        hub.xet_folder = tmp_path / "xet"
+        hub.xet_folder.mkdir()
+    variables = {"HF_HUB_DISABLE_XET": "0" if xet else "1"}
+    env = environment(hub, tmp_path / "home", **variables)
+    message = ["--commit-message", "Three words"]
+    done = run(SCRIPT, folder, "alice/ifseg-test", "--private", *message, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    repository = hub.repositories["alice/ifseg-test"]
+    assert done.stdout == f"Published: {hub.url}/alice/ifseg-test/commit/{repository.branches['main']}\n"
+    assert repository.private
+    assert repository.messages[-1] == "Three words"
+    assert len(repository.messages) == 2  # one commit for everything
+    stored = [request.rpartition("/")[0] for request in hub.requests if "/large/" in request or "/verify/" in request]
+    assert stored == ([] if xet else ["PUT /large", "POST /verify"])
+
+    done = run("-c", DOWNLOAD, cwd=tmp_path, env=environment(hub, tmp_path / "other home", **variables))
+    assert done.returncode == 0, done.stderr
+    copy = done.stdout.strip()
+    for name in ("model.safetensors", "config.json", "modeling_ifseg.py", "tokenizer.json"):
+        with open(f"{copy}/{name}", "rb") as file:
+            assert file.read() == (folder / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_hub_that_dies_leaves_the_folder_whole_and_the_command_it_tells_works(folder, tmp_path):
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with HubServer({"hf_alice": "alice"}) as hub:
+        hub.refuse = lambda request: "die" if request.startswith("PUT /large/") else None
+        command = [SCRIPT, folder, "alice/ifseg-test", "--private", "--revision", "v1", "--commit-message", "It's new"]
+        done = run(*command, cwd=tmp_path, env=environment(hub, tmp_path / "home"))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (told,) = (line for line in done.stderr.splitlines() if line.startswith("push_to_hub.py: "))
+    assert told.startswith("push_to_hub.py: The upload to alice/ifseg-test failed: ")
+    assert f"Nothing is lost: the model is in {folder}. To try again: python " in told
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    repository = hub.repositories["alice/ifseg-test"]
+    assert repository.messages == ["initial commit"]  # nothing half-way
+
+    hub.refuse = None
+    with hub:  # the same Hub, at the same address, is there again
+        python, *command = shlex.split(told.split("To try again: ")[1])
+        assert python == "python"
+        done = run(*command, cwd=tmp_path, env=environment(hub, tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert hub.unknown == []
+    assert repository.messages[-1] == "It's new"
+    assert hub.files("alice/ifseg-test", "v1")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert set(hub.files("alice/ifseg-test")) == {".gitattributes"}
+
+
+def test_a_commit_that_the_hub_refuses(hub, folder, tmp_path):
+    hub.refuse = lambda request: Refused(403, "", "Storage quota exceeded") if "/commit/" in request else None
+    done = run(SCRIPT, folder, "alice/ifseg-test", cwd=tmp_path, env=environment(hub, tmp_path / "home"))
+    assert done.returncode == 1
+    (told,) = (line for line in done.stderr.splitlines() if line.startswith("push_to_hub.py: "))
+    assert "Storage quota exceeded" in told
+    assert told.endswith("alice/ifseg-test")
+
+
+def test_a_wrong_folder(tmp_path, capsys):
+    main = runpy.run_path(SCRIPT)["main"]
+    assert main([str(tmp_path), "alice/ifseg-test"]) == 2
+    told = "config.json can't be read (No such file or directory)."
+    assert capsys.readouterr().err == f'push_to_hub.py: "{tmp_path}" holds no model: {told}\n'
