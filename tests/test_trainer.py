@@ -116,7 +116,6 @@ def mean_iou(model: IFSegForSemanticSegmentation) -> float:
     return word_ious(pairs.bincount(minlength=words**2).view(words, words).numpy()).mean()
 
 
-@pytest.mark.skipif(not (NANO / "config.json").exists(), reason="the embedded checkpoint is missing")
 def test_tunes_the_nano_checkpoint_as_well_as_our_loop(tmp_path):
     nano, ours = str(at_size(NANO, 64, 64, tmp_path / "nano")), str(tmp_path / "ours")
     words = ["cat", "dog", "sky", "grass", "road"]
