@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -256,11 +256,20 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def cpu_computes_in_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16. One without emulates it, up to hundreds of times slower."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def make_accelerator(settings: WordMapTraining) -> Accelerator:
     """Accelerate with the settings that are its own. Each process draws its samples itself."""
     mixed_precision = settings.mixed_precision
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
-    if mixed_precision is None and not told and not settings.cpu and torch.cuda.is_available():
+    told = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    on_cpu = settings.cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    emulated = on_cpu and told == "bf16" and not cpu_computes_in_bfloat16()
+    if emulated:
+        mixed_precision = "no"
+    elif mixed_precision is None and told == "no" and not on_cpu and torch.cuda.is_available():
         mixed_precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     trackers = [name.strip() for name in settings.report_to.split(",")] if settings.report_to else []
     try:
@@ -277,6 +286,8 @@ def make_accelerator(settings: WordMapTraining) -> Accelerator:
         raise SettingError(" ".join(str(error).split())) from error
     if len(accelerator.log_with) < len(trackers):
         raise SettingError(f"report_to={settings.report_to}: the package of a tracker is not installed.")
+    if emulated:
+        accelerator.print("In float32: this CPU only emulates bfloat16, which is up to hundreds of times slower.")
     return accelerator
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_model import is_key_bias, save_tiny_model
 
@@ -21,6 +22,7 @@ from ifseg_hf.training import (
     TrainingError,
     TrainingStopped,
     WordMapTraining,
+    make_accelerator,
     samples_per_batch,
     stop_signals,
     train,
@@ -166,6 +168,18 @@ def test_trackers_follow_the_run(tiny_model, tmp_path):
 def test_a_tracker_that_is_not_there_is_told(name, told, tiny_model, tmp_path):
     with pytest.raises(SettingError, match=told):
         train(settings(tiny_model, tmp_path / "out", report_to=name))
+
+
+@pytest.mark.parametrize("asked", [{"mixed_precision": "bf16"}, {}])
+def test_bfloat16_that_a_cpu_only_emulates_gives_way_to_float32(asked, tmp_path, monkeypatch, capsys):
+    """Whether the settings ask for it or `accelerate launch` does; a CPU that computes in it keeps it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if asked else "bf16")
+    for computes, precision in [(False, "no"), (True, "bf16")]:
+        monkeypatch.setattr(training, "cpu_computes_in_bfloat16", lambda computes=computes: computes)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert make_accelerator(settings("model", tmp_path, **asked)).mixed_precision == precision
+        assert ("In float32: this CPU only emulates bfloat16" in capsys.readouterr().out) is not computes
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # Checkpoints. What no kill may spoil is tested in test_interruptions.py. ----------------------------------------------
