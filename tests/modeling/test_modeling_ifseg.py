@@ -214,11 +214,13 @@ def test_word_maps_can_be_learnt():
     nn.init.normal_(model.get_input_embeddings().weight)
     model.freeze_for_word_maps()
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
     for _ in range(120):
         loss = model(**word_maps(8)).loss
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     model.eval()
     maps = word_maps(8)["word_map"]
