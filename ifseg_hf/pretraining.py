@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,9 @@ from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration, IFSegFrozenBatchNorm2d, IFSegTrunk
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor
 from ifseg_hf.processing.processing_ifseg import PROMPT, UNKNOWN, IFSegProcessor
+from ifseg_hf.recipe import resolve_model
 from ifseg_hf.scenes import HELD_OUT, Photos, Scene, SceneMaker, cells, load_photos, load_streets, reading_order
+from ifseg_hf.training import cpu_computes_in_bfloat16
 
 CAPTION_PROMPT = "what does the image describe?"
 INFILLING_PROMPT = 'what is the complete text of "{}"?'
@@ -164,6 +165,11 @@ def to_pixels(images: torch.Tensor, generator: torch.Generator | None = None) ->
     return (centre + (pixels - centre) * (1 + contrast) + light).clamp_(-1, 1)
 
 
+def autocast() -> torch.autocast:
+    """bfloat16 where the processor computes in it; emulated, it would be many times slower than float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_computes_in_bfloat16())
+
+
 def _load(file: Path, model: nn.Module, optimizer, schedule) -> int:
     """Takes up the state in `file`, if there is one; returns the steps done."""
     if not file.exists():
@@ -273,7 +279,7 @@ def trunk_accuracy(trunk: nn.Module, head: nn.Linear, photos: Photos, size: int,
     for start in range(0, len(photos), batch):
         images = torch.from_numpy(np.array(photos.pixels[start : start + batch]))
         pixels = nn.functional.interpolate(to_pixels(images), size=(size, size), mode="bilinear")
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             scores = head(trunk(pixels).float().mean((2, 3)))
         guess = scores[:, : len(photos.names)].argmax(1)
         right += (guess == torch.from_numpy(photos.labels[start : start + batch])).sum().item()
@@ -290,7 +296,7 @@ def calibrate_batch_norm(trunk: nn.Module, batches) -> nn.Module:
             module.momentum = None  # a plain mean over all batches
     trunk.train()
     for batch in batches:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             trunk(to_pixels(batch["images"]))
     return trunk.eval()
 
@@ -302,7 +308,8 @@ def train_trunk(
     phases: list[Phase],
     output: Path,
     calibration: Phase | None = None,
-    learning_rate: float = 0.2,
+    start: dict[str, torch.Tensor] | None = None,
+    learning_rate: float = 0.1,
     weight_decay: float = 5e-4,
     seed: int = 0,
     log=print,
@@ -311,10 +318,14 @@ def train_trunk(
 
     SGD with a one-cycle schedule, label smoothing 0.1, batch norm in training mode; at the end its statistics are taken
     anew from the scenes of `calibration`. `output` (a .pt file) is rewritten every 500 steps; a run that finds it goes
-    on from there.
+    on from there. `start`: the state of a trunk to begin with, in the place of random weights.
     """
+    rank, world = processes()
     torch.manual_seed(seed)
-    trunk = train_batch_norm(initialize_trunk(IFSegTrunk(config))).to(memory_format=torch.channels_last)
+    trunk = initialize_trunk(IFSegTrunk(config))
+    if start is not None:
+        trunk.load_state_dict(start)
+    trunk = train_batch_norm(trunk).to(memory_format=torch.channels_last)
     head = nn.Linear(config.trunk_hidden_sizes[-1], len(maker.names))
     both = nn.ModuleDict({"trunk": trunk, "head": head})
     matrices = [p for p in both.parameters() if p.ndim > 1]
@@ -328,20 +339,22 @@ def train_trunk(
     total = sum(phase.steps for phase in phases)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total, pct_start=0.15)
     step = _load(output, both, optimizer, schedule)
-    batches = DataLoader(SceneBatches(maker, phases, seed, step), batch_size=None, num_workers=1, prefetch_factor=4)
-    generator = torch.Generator().manual_seed(seed + step)
+    scenes = SceneBatches(maker, phases, seed, step, rank, world)
+    batches = DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=4)
+    generator = torch.Generator().manual_seed(seed + step + rank)
     loss_sum = right = count = 0.0
-    start = time.time()
-    bar = tqdm(batches, total=total, initial=step, desc="trunk", mininterval=5)
+    started = time.time()
+    bar = tqdm(batches, total=total, initial=step, desc="trunk", mininterval=5, disable=rank > 0)
     for batch in bar:
         pixels = to_pixels(batch["images"], generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             features = trunk(pixels)
         named = batch["labels"] >= 0
         scores = head(pool_boxes(features, batch["boxes"])[named])
         loss = nn.functional.cross_entropy(scores, batch["labels"][named], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(both.parameters())
         optimizer.step()
         schedule.step()
         step += 1
@@ -349,20 +362,20 @@ def train_trunk(
         right += (scores.argmax(1) == batch["labels"][named]).float().mean().item()
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss_sum / count:.3f}", accuracy=f"{right / count:.3f}")
-        if step % 500 == 0 or step == total:
-            accuracy = trunk_accuracy(trunk, head, held_out.part(slice(0, 1000)), 128)
+        if rank == 0 and (step % 500 == 0 or step == total):
+            accuracy = trunk_accuracy(trunk, head, held_out.part(slice(0, 1000)), 96)
             log(
-                f"trunk step {step}/{total} {time.time() - start:.0f} s loss {loss_sum / count:.3f} "
-                f"box accuracy {right / count:.3f} held-out photos at 128: {accuracy:.3f}"
+                f"trunk step {step}/{total} {time.time() - started:.0f} s loss {loss_sum / count:.3f} "
+                f"box accuracy {right / count:.3f} held-out photos at 96: {accuracy:.3f}"
             )
             loss_sum = right = count = 0.0
             _save(output, step, both, optimizer, schedule)
-    if calibration is not None:
+    if calibration is not None and rank == 0:
         calibrate_batch_norm(trunk, SceneBatches(maker, [calibration], seed + 1))
         accuracy = [
-            f"{trunk_accuracy(trunk, head, held_out.part(slice(0, 1000)), size):.3f}" for size in (64, 128, 192)
+            f"{trunk_accuracy(trunk, head, held_out.part(slice(0, 1000)), size):.3f}" for size in (64, 96, 128, 192)
         ]
-        log(f"trunk calibrated: held-out photos at 64, 128 and 192: {', '.join(accuracy)}")
+        log(f"trunk calibrated: held-out photos at 64, 96, 128 and 192: {', '.join(accuracy)}")
     return trunk_state(trunk)
 
 
@@ -494,7 +507,7 @@ def train_vision_language(
         encoder.embed_images.requires_grad_(phase.train_trunk)
         pixels = to_pixels(batch["images"], generator)
         loss = 0.0
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             if step % phase.language_every == 0:
                 # Positions mostly as segmentation takes them, sometimes as generation; equal for the largest scenes.
                 interpolate = random.Random(f"positions:{seed}:{step}").random() < 0.75
@@ -549,17 +562,11 @@ def save_checkpoint(model: IFSegForConditionalGeneration, tokenizer: BartTokeniz
 
 # The whole recipe ----------------------------------------------------------------------------------------------------
 
-TRUNK_PHASES = [Phase(2400, 128, 64, single=True), Phase(2600, 48, 128), Phase(2000, 48, (128, 192))]
-CALIBRATION = Phase(60, 48, (128, 192, 256))
+TRUNK_PHASES = [Phase(1600, 160, (48, 64), single=True), Phase(1000, 64, (96, 128))]
+CALIBRATION = Phase(40, 48, (96, 128, 192, 256))
 LANGUAGE_PHASES = [
-    Phase(200, 48, 128, train_trunk=False),
-    Phase(1400, 48, (128, 192, 256)),
-    Phase(6000, 48, (128, 128, 192, 256), train_norms=True, language_every=4),
-    Phase(800, 48, (128, 128, 192, 256), language_every=2),
-]
-SECOND_LANGUAGE_PHASES = [
-    Phase(3100, 64, (96, 128, 96, 128, 256), train_norms=True, language_every=4),
-    Phase(400, 64, (96, 128, 192, 256), language_every=2),
+    Phase(500, 64, (96, 128), train_trunk=False),
+    Phase(900, 48, (96, 128, 96, 128, 256), language_every=2),
 ]
 
 
@@ -570,13 +577,15 @@ class Pretraining:
     Args:
         photos, street: folders of named photos and of street photos (or `None`).
         output_dir: where the checkpoint goes.
-        scale: shortens every phase; 1 is the recipe of the embedded checkpoint.
+        scale: multiplies the steps of every phase.
+        model: a checkpoint that this function made earlier, to go on from; its names must be the same.
     """
 
     photos: str | Path
     street: str | Path | None
     output_dir: str | Path
     scale: float = 1.0
+    model: str | Path | None = None
 
     def __post_init__(self):
         self.stages = Path(self.output_dir) / "stages"
@@ -592,32 +601,45 @@ class Pretraining:
     def scaled(self, phases: list[Phase]) -> list[Phase]:
         return [replace(phase, steps=max(1, round(phase.steps * self.scale))) for phase in phases]
 
-    def trunk(self, log=print) -> None:
-        calibration = self.scaled([CALIBRATION])[0]
-        phases, file = self.scaled(TRUNK_PHASES), self.stages / "trunk.pt"
-        state = train_trunk(self.maker, self.held_out, self.config, phases, file, calibration, log=log)
-        torch.save(state, self.stages / "trunk_state.pt")
-
-    def language(self, log=print) -> None:
+    def start(self) -> IFSegForConditionalGeneration:
+        """The model that training begins with: new, or `model`."""
         torch.manual_seed(0)
         model = IFSegForConditionalGeneration(self.config)
-        state = torch.load(self.stages / "trunk_state.pt", weights_only=True)
-        model.model.encoder.embed_images.load_state_dict(state)
+        if self.model is not None:
+            folder = resolve_model(self.model)
+            if IFSegProcessor.from_pretrained(folder).tokenizer.get_vocab() != self.tokenizer.get_vocab():
+                raise ValueError(f'"{self.model}" was trained with other names: it has another tokenizer.')
+            before = IFSegForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            model.load_state_dict(before.state_dict())
+        return model
+
+    def run(self, log=print) -> None:
+        """Both stages, in each of the processes that train together."""
+        first, model = processes()[0] == 0, self.start()
+        trunk = model.model.encoder.embed_images
+        trunk_file = self.stages / "trunk_state.pt"
+        if not trunk_file.exists():
+            calibration, start = self.scaled([CALIBRATION])[0], trunk.state_dict() if self.model else None
+            phases, file = self.scaled(TRUNK_PHASES), self.stages / "trunk.pt"
+            state = train_trunk(self.maker, self.held_out, self.config, phases, file, calibration, start, log=log)
+            if first:
+                torch.save(state, trunk_file)
+        if distributed.is_initialized():
+            distributed.barrier()
+        trunk.load_state_dict(torch.load(trunk_file, weights_only=True))
         self.maker.antialias = False  # as the image processor shrinks photos
         self.maker.crop = 0.6
-        run = partial(train_vision_language, self.maker, model, self.tokenizer, log=log)
-        run(self.scaled(LANGUAGE_PHASES), self.stages / "language.pt")
-        phases, file = self.scaled(SECOND_LANGUAGE_PHASES), self.stages / "language_2.pt"
-        run(phases, file, learning_rate=6e-4, trunk_learning_rate=4e-4, seed=2)
-        if processes()[0] == 0:
+        phases, file = self.scaled(LANGUAGE_PHASES), self.stages / "language.pt"
+        train_vision_language(self.maker, model, self.tokenizer, phases, file, log=log)
+        if first:
             save_checkpoint(model, self.tokenizer, self.output_dir)
 
 
-def _language_process(rank: int, world: int, arguments: tuple) -> None:
+def _process(rank: int, world: int, arguments: tuple) -> None:
     rendezvous = Path(arguments[2]).resolve() / "stages" / "rendezvous"
     distributed.init_process_group("gloo", init_method=rendezvous.as_uri(), rank=rank, world_size=world)
     torch.set_num_threads(1)
-    Pretraining(*arguments).language(tqdm.write)
+    Pretraining(*arguments).run(tqdm.write)
     distributed.destroy_process_group()
 
 
@@ -626,21 +648,20 @@ def pretrain(
     street: str | Path | None,
     output_dir: str | Path,
     scale: float = 1.0,
+    model: str | Path | None = None,
     workers: int = 1,
     log=tqdm.write,
 ) -> Path:
     """Both stages, see [`Pretraining`]; returns `output_dir`, where the checkpoint is.
 
-    `workers` processes of one thread each share the second stage: on a CPU they are faster than as many threads, which
-    wait for one another at every layer.
+    `workers` processes of one thread each train together: on a CPU they are faster than as many threads, which wait for
+    one another at every layer.
     """
-    arguments = (photos, street, output_dir, scale)
-    run = Pretraining(*arguments)
-    if not (run.stages / "trunk_state.pt").exists():
-        run.trunk(log)
+    arguments = (photos, street, output_dir, scale, model)
+    run = Pretraining(*arguments)  # decodes the photos once, before there are several processes
     if workers == 1:
-        run.language(log)
+        run.run(log)
     else:
         (run.stages / "rendezvous").unlink(missing_ok=True)
-        multiprocessing.spawn(_language_process, (workers, arguments), nprocs=workers)
+        multiprocessing.spawn(_process, (workers, arguments), nprocs=workers)
     return Path(output_dir)

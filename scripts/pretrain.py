@@ -17,7 +17,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--street", default=None, help="folder of street photos with masks, which choose named boxes")
     parser.add_argument("--output-dir", required=True, help="folder for the checkpoint and the stages before it")
     parser.add_argument("--scale", type=float, default=1.0, help="steps of every phase, as part of the recipe's")
-    parser.add_argument("--workers", type=int, default=2, help="processes of the second stage (default: 2)")
+    parser.add_argument("--model", default=None, help="an earlier checkpoint of this script, to go on from")
+    parser.add_argument("--workers", type=int, default=2, help="processes that train together (default: 2)")
     options = parser.parse_args(arguments)
     if not list(Path(options.photos).glob("*.parquet")):
         parser.error(f"there are no parquet files in {options.photos}")
@@ -32,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     from ifseg_hf.pretraining import pretrain
 
-    folder = pretrain(options.photos, options.street, options.output_dir, options.scale, options.workers)
+    folder = pretrain(
+        options.photos, options.street, options.output_dir, options.scale, options.model, options.workers
+    )
     print(f"The checkpoint is in {folder}; its stages, no longer needed, in {folder / 'stages'}.")
     return 0
 

@@ -55,7 +55,6 @@ def test_a_miniature_run(tmp_path, photos, monkeypatch, capsys):
     monkeypatch.setattr(pretraining, "TRUNK_PHASES", [pretraining.Phase(2, 4, 32, single=True)])
     monkeypatch.setattr(pretraining, "CALIBRATION", pretraining.Phase(1, 4, 32))
     monkeypatch.setattr(pretraining, "LANGUAGE_PHASES", [pretraining.Phase(2, 2, 32)])
-    monkeypatch.setattr(pretraining, "SECOND_LANGUAGE_PHASES", [pretraining.Phase(1, 2, 32)])
     output = tmp_path / "out"
     assert script("pretrain").main(["--photos", str(photos), "--output-dir", str(output), "--workers", "1"]) == 0
     assert (output / "model.safetensors").stat().st_size < 12e6
