@@ -4,7 +4,7 @@ Section 2.4 of the paper: a model tuned on word maps alone has never seen a phot
 averaged with those for the patches that look alike in the trunk's features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -59,7 +59,11 @@ def smooth_probabilities(probabilities: Tensor, features: Tensor, neighbors: int
     probabilities = probabilities.float()
     if iterations == 0:
         return probabilities
-    neighbors_of = nearest_patches(features, neighbors)
+    return _repeat_mean(probabilities, nearest_patches(features, neighbors), iterations)
+
+
+def _repeat_mean(probabilities: Tensor, neighbors_of: Tensor, iterations: int) -> Tensor:
+    """`smooth_probabilities` over the neighbours (patches, neighbors) of every patch."""
     for _ in range(iterations):
         probabilities = embedding_bag(neighbors_of, probabilities, mode="mean")
     return probabilities
@@ -79,10 +83,23 @@ def patch_scores(outputs, neighbors: int = 3, iterations: int = 25) -> Iterator[
         For each photo a `Tensor` of shape `(categories, h, w)`, float32, without padding: smoothed probabilities, or
         the logits when `iterations` is 0.
     """
-    if iterations < 0:
-        raise ValueError(f"smoothing_iterations={iterations}: give 0 for no smoothing, or more.")
+    for (scores,) in smoothing_sweep(outputs, [(neighbors, iterations)]):
+        yield scores
+
+
+def smoothing_sweep(outputs, settings: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
+    """
+    [`patch_scores`] for several pairs of neighbours and iterations, which share the search for neighbours.
+
+    Yields:
+        For each photo a list of `Tensor` of shape `(categories, h, w)`, one for each of the `settings`.
+    """
+    for _, iterations in settings:
+        if iterations < 0:
+            raise ValueError(f"smoothing_iterations={iterations}: give 0 for no smoothing, or more.")
+    most = max((neighbors for neighbors, iterations in settings if iterations), default=0)
     mask = getattr(outputs, "patch_mask", None)
-    if iterations and getattr(outputs, "image_features", None) is None:
+    if any(iterations for _, iterations in settings) and getattr(outputs, "image_features", None) is None:
         raise ValueError(
             "Smoothing compares patches by outputs.image_features, which are missing: a word map has none. "
             "Pass smoothing_iterations=0."
@@ -92,12 +109,19 @@ def patch_scores(outputs, neighbors: int = 3, iterations: int = 25) -> Iterator[
         if mask is not None:
             height, width = int(mask[index].any(1).sum()), int(mask[index].any(0).sum())
             logits = logits[:, :height, :width]
-        if iterations:
-            probabilities = logits.softmax(0).flatten(1).T
+        scores = {(neighbors, 0): logits.contiguous() for neighbors, iterations in settings if not iterations}
+        if len(scores) < len(settings):
             patches = outputs.image_features[index, :, :height, :width].flatten(1).T
-            probabilities = smooth_probabilities(probabilities, patches, neighbors, iterations)
-            logits = probabilities.T.unflatten(1, (height, width))
-        yield logits.contiguous()
+            neighbors_of = nearest_patches(patches, most)  # the most alike first
+            done, probabilities = (0, 0), None
+            for neighbors, iterations in sorted(setting for setting in set(settings) if setting[1]):
+                if neighbors != done[0]:
+                    done, probabilities = (neighbors, 0), logits.softmax(0).flatten(1).T
+                some = neighbors_of[:, :neighbors].contiguous()
+                probabilities = _repeat_mean(probabilities, some, iterations - done[1])
+                done = neighbors, iterations
+                scores[done] = probabilities.T.unflatten(1, (height, width)).contiguous()
+        yield [scores[setting] for setting in settings]
 
 
 def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
@@ -161,4 +185,5 @@ __all__ = [
     "resized_argmax",
     "segmentation_maps",
     "smooth_probabilities",
+    "smoothing_sweep",
 ]
