@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -309,7 +310,7 @@ def train_trunk(
     output: Path,
     calibration: Phase | None = None,
     start: dict[str, torch.Tensor] | None = None,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.2,
     weight_decay: float = 5e-4,
     seed: int = 0,
     log=print,
@@ -363,19 +364,19 @@ def train_trunk(
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss_sum / count:.3f}", accuracy=f"{right / count:.3f}")
         if rank == 0 and (step % 500 == 0 or step == total):
-            accuracy = trunk_accuracy(trunk, head, held_out.part(slice(0, 1000)), 96)
+            accuracy = trunk_accuracy(trunk, head, held_out.part(slice(0, 1000)), 128)
             log(
                 f"trunk step {step}/{total} {time.time() - started:.0f} s loss {loss_sum / count:.3f} "
-                f"box accuracy {right / count:.3f} held-out photos at 96: {accuracy:.3f}"
+                f"box accuracy {right / count:.3f} held-out photos at 128: {accuracy:.3f}"
             )
             loss_sum = right = count = 0.0
             _save(output, step, both, optimizer, schedule)
     if calibration is not None and rank == 0:
         calibrate_batch_norm(trunk, SceneBatches(maker, [calibration], seed + 1))
         accuracy = [
-            f"{trunk_accuracy(trunk, head, held_out.part(slice(0, 1000)), size):.3f}" for size in (64, 96, 128, 192)
+            f"{trunk_accuracy(trunk, head, held_out.part(slice(0, 1000)), size):.3f}" for size in (64, 128, 192)
         ]
-        log(f"trunk calibrated: held-out photos at 64, 96, 128 and 192: {', '.join(accuracy)}")
+        log(f"trunk calibrated: held-out photos at 64, 128 and 192: {', '.join(accuracy)}")
     return trunk_state(trunk)
 
 
@@ -562,11 +563,17 @@ def save_checkpoint(model: IFSegForConditionalGeneration, tokenizer: BartTokeniz
 
 # The whole recipe ----------------------------------------------------------------------------------------------------
 
-TRUNK_PHASES = [Phase(1600, 160, (48, 64), single=True), Phase(1000, 64, (96, 128))]
-CALIBRATION = Phase(40, 48, (96, 128, 192, 256))
+TRUNK_PHASES = [Phase(2400, 128, 64, single=True), Phase(2600, 48, 128), Phase(2000, 48, (128, 192))]
+CALIBRATION = Phase(60, 48, (128, 192, 256))
 LANGUAGE_PHASES = [
-    Phase(500, 64, (96, 128), train_trunk=False),
-    Phase(900, 48, (96, 128, 96, 128, 256), language_every=2),
+    Phase(200, 48, 128, train_trunk=False),
+    Phase(1400, 48, (128, 192, 256)),
+    Phase(6000, 48, (128, 128, 192, 256), train_norms=True, language_every=4),
+    Phase(800, 48, (128, 128, 192, 256), language_every=2),
+]
+SECOND_LANGUAGE_PHASES = [
+    Phase(3100, 64, (96, 128, 96, 128, 256), train_norms=True, language_every=4),
+    Phase(400, 64, (96, 128, 192, 256), language_every=2),
 ]
 
 
@@ -629,8 +636,10 @@ class Pretraining:
         trunk.load_state_dict(torch.load(trunk_file, weights_only=True))
         self.maker.antialias = False  # as the image processor shrinks photos
         self.maker.crop = 0.6
-        phases, file = self.scaled(LANGUAGE_PHASES), self.stages / "language.pt"
-        train_vision_language(self.maker, model, self.tokenizer, phases, file, log=log)
+        run = partial(train_vision_language, self.maker, model, self.tokenizer, log=log)
+        run(self.scaled(LANGUAGE_PHASES), self.stages / "language.pt")
+        phases, file = self.scaled(SECOND_LANGUAGE_PHASES), self.stages / "language_2.pt"
+        run(phases, file, learning_rate=6e-4, trunk_learning_rate=4e-4, seed=2)
         if first:
             save_checkpoint(model, self.tokenizer, self.output_dir)
 

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from ifseg_hf.modeling import IFSegForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,11 +58,21 @@ def test_a_miniature_run(tmp_path, photos, monkeypatch, capsys):
     monkeypatch.setattr(pretraining, "TRUNK_PHASES", [pretraining.Phase(2, 4, 32, single=True)])
     monkeypatch.setattr(pretraining, "CALIBRATION", pretraining.Phase(1, 4, 32))
     monkeypatch.setattr(pretraining, "LANGUAGE_PHASES", [pretraining.Phase(2, 2, 32)])
+    monkeypatch.setattr(pretraining, "SECOND_LANGUAGE_PHASES", [pretraining.Phase(1, 2, 32)])
     output = tmp_path / "out"
     assert script("pretrain").main(["--photos", str(photos), "--output-dir", str(output), "--workers", "1"]) == 0
     assert (output / "model.safetensors").stat().st_size < 12e6
     assert (output / "processor_config.json").is_file()
     assert "checkpoint is in" in capsys.readouterr().out
+
+    again = tmp_path / "again"
+    arguments = ["--photos", str(photos), "--output-dir", str(again), "--workers", "1", "--model", str(output)]
+    begun = pretraining.Pretraining(photos, None, again, model=output).start().state_dict()
+    saved = IFSegForConditionalGeneration.from_pretrained(output, dtype=torch.float32).state_dict()
+    assert all(torch.equal(begun[name], saved[name]) for name in saved)
+    assert script("pretrain").main(arguments) == 0
+    with pytest.raises(ValueError, match="other names"):
+        pretraining.Pretraining(photos, None, again, model="ifseg-ofa-nano").start()
 
 
 def test_evaluation_skips_without_the_data(tmp_path, capsys):
