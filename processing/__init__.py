@@ -11,6 +11,7 @@ from .post_processing_ifseg import (
     smooth_probabilities,
 )
 from .processing_ifseg import IFSegProcessor
+from .sliding_window_ifseg import sliding_window_outputs
 
 __all__ = [
     "IFSegImageProcessor",
@@ -21,5 +22,6 @@ __all__ = [
     "resize_scores",
     "resized_argmax",
     "segmentation_maps",
+    "sliding_window_outputs",
     "smooth_probabilities",
 ]

@@ -224,6 +224,11 @@ class IFSegImageProcessor(PilBackend):
             with 0 to the largest height and width among them, or to `pad_size`.
         do_reduce_labels (`bool`, defaults to `False`), ignore_index (`int`, *optional*): see
             [`IFSegImageProcessorKwargs`].
+        smoothing_neighbors (`int`, defaults to 3), smoothing_iterations (`int`, defaults to 25): what
+            [`~IFSegImageProcessor.post_process_semantic_segmentation`] does when it is not told. A model that was
+            trained on photos has 0 iterations here: it needs no smoothing.
+        sliding_window (`int`, *optional*): side of the crops that the model was trained on, which the pipeline then
+            takes photos in; by default it takes them whole.
     """
 
     _auto_class = "AutoImageProcessor"  # saved with its code, wherever it was loaded from
@@ -243,6 +248,10 @@ class IFSegImageProcessor(PilBackend):
     do_pad = True
     do_reduce_labels = False
     ignore_index = None
+    # What post-processing and the pipeline do unless they are told otherwise; saved with the rest.
+    smoothing_neighbors = 3
+    smoothing_iterations = 25
+    sliding_window: int | None = None
 
     def __init__(self, **kwargs: Unpack[IFSegImageProcessorKwargs]):
         super().__init__(**kwargs)
@@ -354,8 +363,8 @@ class IFSegImageProcessor(PilBackend):
         self,
         outputs,
         target_sizes=None,
-        smoothing_neighbors: int = 3,
-        smoothing_iterations: int = 25,
+        smoothing_neighbors: int | None = None,
+        smoothing_iterations: int | None = None,
         return_segmentation_scores: bool = False,
     ) -> list[Tensor] | list[BatchFeature]:
         """
@@ -369,8 +378,8 @@ class IFSegImageProcessor(PilBackend):
             outputs ([`IFSegSegmentationOutput`]): what the model returned for these photos.
             target_sizes (list of `(height, width)` or `Tensor` of shape `(batch, 2)`, *optional*): the sizes of the
                 maps wanted, usually those of the photos before processing. Without it a map has one label a patch.
-            smoothing_neighbors (`int`, defaults to 3), smoothing_iterations (`int`, defaults to 25): 0 iterations do
-                not smooth.
+            smoothing_neighbors (`int`, *optional*), smoothing_iterations (`int`, *optional*): 0 iterations do not
+                smooth. Default: this processor's own, 3 and 25 unless its model was trained on photos.
             return_segmentation_scores (`bool`, defaults to `False`): return the scores of all categories as well.
 
         Returns:
@@ -378,9 +387,9 @@ class IFSegImageProcessor(PilBackend):
             the scores, `list` of [`BatchFeature`] with **segmentation**, such a map, and **segmentation_scores**
             (categories, height, width): probabilities, or logits without smoothing.
         """
-        maps = maps_from_outputs(
-            outputs, target_sizes, smoothing_neighbors, smoothing_iterations, return_segmentation_scores
-        )
+        neighbors = self.smoothing_neighbors if smoothing_neighbors is None else smoothing_neighbors
+        iterations = self.smoothing_iterations if smoothing_iterations is None else smoothing_iterations
+        maps = maps_from_outputs(outputs, target_sizes, neighbors, iterations, return_segmentation_scores)
         if not return_segmentation_scores:
             return maps
         return [BatchFeature({"segmentation": labels, "segmentation_scores": scores}) for labels, scores in maps]

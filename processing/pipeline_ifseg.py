@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from .image_processing_ifseg import read_image
 from .post_processing_ifseg import patch_scores, resize_scores, resized_argmax
 from .processing_ifseg import IFSegProcessor
+from .sliding_window_ifseg import sliding_window_outputs
 
 
 class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
@@ -42,8 +43,10 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
             categories (`list[str]` or `dict[str, list[str]]`, *optional*): the words to choose from, instead of those
                 in the model's configuration.
             prompt (`str`, *optional*): the question before the words, instead of the one in the configuration.
-            smoothing_neighbors (`int`, defaults to 3), smoothing_iterations (`int`, defaults to 25): see
+            smoothing_neighbors (`int`, *optional*), smoothing_iterations (`int`, *optional*): see
                 [`IFSegImageProcessor.post_process_semantic_segmentation`]. 0 iterations do not smooth.
+            inference (`str`, *optional*): "whole" takes a photo at once, "slide" in overlapping square crops, averaged.
+                Default: "slide" for a model that was trained on crops, as its image processor knows.
             subtask (`str`, *optional*): only "semantic" exists.
             timeout (`float`, *optional*): seconds to wait for a URL.
 
@@ -62,6 +65,10 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         postprocess = {key: kwargs[key] for key in ("smoothing_neighbors", "smoothing_iterations") if key in kwargs}
         if kwargs.get("subtask") not in (None, "semantic"):
             raise ValueError(f'subtask="{kwargs["subtask"]}": IFSeg predicts semantic masks only.')
+        if kwargs.get("inference") is not None:
+            if kwargs["inference"] not in ("whole", "slide"):
+                raise ValueError(f'inference="{kwargs["inference"]}": choose "whole" or "slide".')
+            forward["inference"] = kwargs["inference"]
         if kwargs.get("categories") is not None or kwargs.get("prompt") is not None:
             forward["words"], postprocess["labels"] = self._words(kwargs.get("categories"), kwargs.get("prompt"))
         return preprocess, forward, postprocess
@@ -91,11 +98,17 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         # In a list, because transformers' collation would refuse photos of several sizes; _forward pads them.
         return {"photos": [inputs], "target_size": [photo.shape[1:]]}
 
-    def _forward(self, model_inputs: dict, words: dict[str, torch.Tensor] | None = None) -> ModelOutput:
+    def _forward(
+        self, model_inputs: dict, words: dict[str, torch.Tensor] | None = None, inference: str | None = None
+    ) -> ModelOutput:
         if words is None:
             self._check_words()
         words = {name: tensor.to(self.device) for name, tensor in (words or {}).items()}
-        outputs = self.model(**_join(model_inputs["photos"]), **words)
+        photos, crop = _join(model_inputs["photos"]), self.image_processor.sliding_window
+        if inference == "slide" or (inference is None and crop):
+            outputs = sliding_window_outputs(self.model, **photos, crop=crop, **words)
+        else:
+            outputs = self.model(**photos, **words)
         needed = {name: outputs[name] for name in ("logits", "image_features", "patch_mask")}
         return ModelOutput({**needed, "target_size": model_inputs["target_size"]})
 
@@ -103,14 +116,17 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         self,
         model_outputs: ModelOutput,
         labels: dict[int, str] | None = None,
-        smoothing_neighbors: int = 3,
-        smoothing_iterations: int = 25,
+        smoothing_neighbors: int | None = None,
+        smoothing_iterations: int | None = None,
     ) -> list[dict]:
         (size,) = model_outputs.target_size
         labels = self.model.config.id2label if labels is None else labels
-        (scores,) = patch_scores(model_outputs, smoothing_neighbors, smoothing_iterations)
+        own = self.image_processor
+        neighbors = own.smoothing_neighbors if smoothing_neighbors is None else smoothing_neighbors
+        iterations = own.smoothing_iterations if smoothing_iterations is None else smoothing_iterations
+        (scores,) = patch_scores(model_outputs, neighbors, iterations)
         segmentation = resized_argmax(scores, size)
-        probabilities = scores if smoothing_iterations else scores.softmax(0)
+        probabilities = scores if iterations else scores.softmax(0)
         segments = []
         for category in segmentation.unique().tolist():
             mask = segmentation == category

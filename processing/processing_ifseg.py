@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .sliding_window_ifseg import sliding_window_outputs
+
 PROMPT = "what is the segmentation map of the image? object:"
 UNKNOWN = "unknown"
 MAX_TOKENS = 1024  # text positions of every OFA, for tokenizers that don't know their model's limit
@@ -138,6 +140,11 @@ class IFSegProcessor(ProcessorMixin):
     def post_process_semantic_segmentation(self, *args, **kwargs):
         """See [`IFSegImageProcessor.post_process_semantic_segmentation`]."""
         return self.image_processor.post_process_semantic_segmentation(*args, **kwargs)
+
+    def sliding_window(self, model, **inputs):
+        """What `model` says of `inputs`, of this processor, in crops: see [`sliding_window_outputs`]."""
+        inputs.setdefault("crop", self.image_processor.sliding_window)
+        return sliding_window_outputs(model, **inputs)
 
     def pipeline(self, model, **kwargs):
         """The [`IFSegImageSegmentationPipeline`] of this processor and `model`."""

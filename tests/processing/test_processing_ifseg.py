@@ -11,6 +11,8 @@ from parity_kit import token_ids
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
 from ifseg_hf.processing.processing_ifseg import PROMPT
 
+CODE = ("image_processing", "pipeline", "post_processing", "processing", "sliding_window")
+
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1, max_size=8)
 vocabularies = st.lists(names, min_size=1, max_size=4, unique=True)
 
@@ -221,4 +223,4 @@ def test_saved_and_loaded(processor, tmp_path):
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
     files = {path.name for path in tmp_path.glob("*.py")}
-    assert files == {f"{stem}_ifseg.py" for stem in ("image_processing", "pipeline", "post_processing", "processing")}
+    assert files == {f"{stem}_ifseg.py" for stem in CODE}

@@ -1,0 +1,112 @@
+"""Inference in square crops, for models that were trained on crops of photos."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.utils import ModelOutput
+
+
+def window_starts(patches: int, window: int, stride: int) -> list[int]:
+    """Where windows of `window` patches begin so that they cover `patches`: every `stride`, the last at the end."""
+    last = max(0, patches - window)
+    return [*range(0, last, stride), last]
+
+
+@torch.no_grad()
+def sliding_window_outputs(
+    model,
+    pixel_values: Tensor,
+    pixel_mask: Tensor | None = None,
+    crop: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    **words: Tensor,
+) -> ModelOutput:
+    """
+    What the model says of every patch, averaged over the square crops that the patch lies in.
+
+    Crops begin at patches, and the last of a row or column ends where the photo does: every patch is covered, and the
+    logits are those of a whole photo in shape. A photo smaller than a crop is one crop of its own size.
+
+    Args:
+        model ([`IFSegForSemanticSegmentation`]): in evaluation mode.
+        pixel_values (`Tensor` of shape `(batch, 3, H, W)`), pixel_mask (`Tensor` of shape `(batch, H, W)`,
+            *optional*): as the model takes them.
+        crop (`int`, *optional*): side in pixels, a multiple of the model's patches. Default: `config.image_size`.
+        stride (`int`, *optional*): pixels from crop to crop, rounded down to whole patches. Default: two thirds of
+            `crop`, of which a third then overlaps.
+        batch_size (`int`, defaults to 8): crops that go through the model at once.
+        **words: `input_ids`, `attention_mask`, `category_ids`, `category_mask` for other words than the model's own;
+            the same for all photos (a leading dimension of 1).
+
+    Returns:
+        [`ModelOutput`] with **logits** (batch, categories, h, w), **image_features** (batch, channels, h, w), both
+        float32, and **patch_mask** (batch, h, w), bool, as
+        [`IFSegImageProcessor.post_process_semantic_segmentation`] takes them.
+
+    Raises:
+        `ValueError` for a crop or stride that is no multiple of a patch, or words of their own for each photo.
+    """
+    patch = model.config.patch_size
+    crop = model.config.image_size if crop is None else crop
+    stride = 2 * crop // 3 if stride is None else stride
+    if crop < patch or crop % patch:
+        raise ValueError(f"crop={crop}: must be a multiple of the model's patches of {patch} pixels.")
+    if not patch <= stride <= crop:
+        raise ValueError(f"stride={stride}: must be from {patch}, one patch, to crop={crop}.")
+    if any(len(tensor) != 1 for tensor in words.values()):
+        raise ValueError("Crops take the same words for all photos: pass tensors with a first dimension of 1.")
+    outputs = []
+    for index, photo in enumerate(pixel_values):
+        if pixel_mask is not None:  # without what pads it at the right and bottom
+            photo = photo[:, : pixel_mask[index].any(1).sum(), : pixel_mask[index].any(0).sum()]
+        outputs.append(_average_over_windows(model, photo, crop // patch, stride // patch, batch_size, words))
+    height, width = (max(logits.shape[axis] for logits, _ in outputs) for axis in (1, 2))
+
+    def joined(tensors) -> Tensor:
+        return torch.stack([pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2])) for x in tensors])
+
+    logits, features = zip(*outputs, strict=True)
+    inside = joined([torch.ones_like(x[0], dtype=torch.bool) for x in logits])
+    return ModelOutput(logits=joined(logits), image_features=joined(features), patch_mask=inside)
+
+
+def _average_over_windows(
+    model, photo: Tensor, window: int, stride: int, batch_size: int, words: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Logits (categories, h, w) and image features (channels, h, w) of a photo (3, H, W); sizes here in patches."""
+    patch = model.config.patch_size
+    height, width = (-(-side // patch) for side in photo.shape[1:])
+    corners = [(y, x) for y in window_starts(height, window, stride) for x in window_starts(width, window, stride)]
+    count = torch.zeros(height, width, device=photo.device)
+    for y, x in corners:
+        count[y : y + window, x : x + window] += 1
+    sums: list[Tensor] = []
+    for start in range(0, len(corners), batch_size):
+        some = corners[start : start + batch_size]
+        outputs = model(**_crops(photo, some, window * patch, patch), **words)
+        for row, (y, x) in enumerate(some):
+            place = count[y : y + window, x : x + window]  # smaller than a window where the photo is
+            found = [outputs.logits[row].float(), outputs.image_features[row].float()]
+            if not sums:
+                sums = [tensor.new_zeros(len(tensor), height, width) for tensor in found]
+            for total, tensor in zip(sums, found, strict=True):
+                area = total[:, y : y + window, x : x + window]
+                # Divided first: the logits of categories that a photo lacks are the lowest number there is.
+                area += tensor[:, : place.shape[0], : place.shape[1]] / place
+    return sums[0], sums[1]
+
+
+def _crops(photo: Tensor, corners: list[tuple[int, int]], side: int, patch: int) -> dict[str, Tensor]:
+    """A batch of crops; those that end with the photo, between two patches, are padded."""
+    crops = [photo[:, y * patch : y * patch + side, x * patch : x * patch + side] for y, x in corners]
+    height, width = (max(crop.shape[axis] for crop in crops) for axis in (1, 2))
+    margins = [(0, width - crop.shape[2], 0, height - crop.shape[1]) for crop in crops]
+    inside = [torch.ones(crop.shape[1:], dtype=torch.long, device=photo.device) for crop in crops]
+    return {
+        "pixel_values": torch.stack([pad(crop, margin) for crop, margin in zip(crops, margins, strict=True)]),
+        "pixel_mask": torch.stack([pad(mask, margin) for mask, margin in zip(inside, margins, strict=True)]),
+    }
+
+
+__all__ = ["sliding_window_outputs", "window_starts"]
