@@ -132,16 +132,18 @@ class MeanIoU(evaluate.Metric):
                 "both must have the height and width of the photo."
             )
         counted = reference != self.ignore_index
-        prediction, reference = prediction[counted], reference[counted]
         for labels, what in ((prediction, "prediction"), (reference, "reference")):
-            if labels.size and (labels.min() < 0 or labels.max() >= self.num_labels):
-                wrong = labels[(labels < 0) | (labels >= self.num_labels)][0]
-                ignored = f" or, to be ignored, {self.ignore_index}" if what == "reference" else ""
-                raise ValueError(
-                    f"The {what} holds label {wrong}; it should be one of 0 ... {self.num_labels - 1}{ignored}."
-                )
-        pairs = reference.astype(np.int64) * self.num_labels + prediction
-        return np.bincount(pairs, minlength=self.num_labels**2).reshape(self.confusion_matrix.shape)
+            wrong = counted & ((labels < 0) | (labels >= self.num_labels))
+            if wrong.any():
+                right = f"0 ... {self.num_labels - 1}"
+                if what == "reference":
+                    right += f" or, to be ignored, {self.ignore_index}"
+                raise ValueError(f"The {what} holds label {labels[wrong][0]}; it should be one of {right}.")
+        # Pixels that are ignored get a bin of their own: cheaper than taking them out of both maps.
+        pairs = reference * self.num_labels + prediction
+        pairs[~counted] = self.confusion_matrix.size
+        counts = np.bincount(pairs.ravel(), minlength=self.confusion_matrix.size + 1)
+        return counts[:-1].reshape(self.confusion_matrix.shape)
 
 
 def _label_map(labels, what: str) -> np.ndarray:
