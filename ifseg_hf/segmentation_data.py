@@ -227,8 +227,10 @@ def _load_coco(folder: Path, split: str | None, view: str) -> SegmentationData:
     seen = [name for name in names if name not in unseen]
     subsets = {"seen": [names.index(name) for name in seen], "unseen": [names.index(name) for name in unseen]}
     data = SegmentationData(_paired_samples(photos, masks), names, labels, subsets)
-    views = {"coco-stuff-unseen": unseen, "coco-stuff-seen": seen, "coco-stuff-coarse": _coarse_categories(names)}
-    return data.select(views[view]) if view in views else data
+    if view == "coco-stuff-coarse":
+        return data.select(_coarse_categories(names))
+    views = {"coco-stuff": names, "coco-stuff-unseen": unseen, "coco-stuff-seen": seen}
+    return data.select(views[view])
 
 
 def _coarse_categories(names: Sequence[str]) -> dict[str, list[str]]:
