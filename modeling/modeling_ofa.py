@@ -137,7 +137,10 @@ def _photos(inputs: dict, rows, size: tuple[int, int]) -> dict:
 
 
 class IFSegFrozenBatchNorm2d(nn.Module):
-    """Batch norm that always uses its stored statistics, in training too (as OFA fine-tuning does)."""
+    """Batch norm that always uses its stored statistics, in training too (as OFA fine-tuning does).
+
+    It is then a part of the convolution before it (see [`convolve`]).
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -146,10 +149,32 @@ class IFSegFrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.batch_norm(
-            hidden_states, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-5
-        )
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x is `x * scale + shift`; returns both, (channels), in float32 at least."""
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var)
+        weight, bias, mean, var = (x if x.dtype == torch.float64 else x.float() for x in tensors)
+        scale = weight * (var + 1e-5).rsqrt()
+        return scale, bias - mean * scale
+
+
+class IFSegConv2d(nn.Conv2d):
+    """A convolution without bias, or with the scale and the shift (output channels) of a norm behind it."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, scale=None, shift=None) -> torch.Tensor:
+        if scale is None:
+            return super().forward(hidden_states)
+        weight = (self.weight * scale[:, None, None, None]).to(hidden_states.dtype)
+        return self._conv_forward(hidden_states, weight, shift.to(hidden_states.dtype))
+
+
+def convolve(conv: IFSegConv2d, norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`norm(conv(hidden_states))`: in one pass over the image where the norm is frozen, in two where it is learnt."""
+    if isinstance(norm, IFSegFrozenBatchNorm2d):
+        return conv(hidden_states, *norm())
+    return norm(conv(hidden_states))
 
 
 class IFSegTrunkBlock(nn.Module):
@@ -158,24 +183,23 @@ class IFSegTrunkBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         width = out_channels // 4
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.conv1 = IFSegConv2d(in_channels, width, 1)
         self.bn1 = IFSegFrozenBatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = IFSegConv2d(width, width, 3, stride)
         self.bn2 = IFSegFrozenBatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.conv3 = IFSegConv2d(width, out_channels, 1)
         self.bn3 = IFSegFrozenBatchNorm2d(out_channels)
         self.downsample = None
         if stride > 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
-                IFSegFrozenBatchNorm2d(out_channels),
+            self.downsample = nn.ModuleList(
+                [IFSegConv2d(in_channels, out_channels, 1, stride), IFSegFrozenBatchNorm2d(out_channels)]
             )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        shortcut = hidden_states if self.downsample is None else self.downsample(hidden_states)
-        hidden_states = self.bn1(self.conv1(hidden_states)).relu()
-        hidden_states = self.bn2(self.conv2(hidden_states)).relu()
-        return (self.bn3(self.conv3(hidden_states)) + shortcut).relu()
+        shortcut = hidden_states if self.downsample is None else convolve(*self.downsample, hidden_states)
+        hidden_states = convolve(self.conv1, self.bn1, hidden_states).relu_()
+        hidden_states = convolve(self.conv2, self.bn2, hidden_states).relu_()
+        return convolve(self.conv3, self.bn3, hidden_states).add_(shortcut).relu_()
 
 
 class IFSegTrunk(nn.Module):
@@ -184,7 +208,7 @@ class IFSegTrunk(nn.Module):
     def __init__(self, config: IFSegConfig):
         super().__init__()
         channels = config.trunk_embedding_size
-        self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        self.conv1 = IFSegConv2d(3, channels, 7, stride=2)
         self.bn1 = IFSegFrozenBatchNorm2d(channels)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         for i, (out_channels, depth) in enumerate(zip(config.trunk_hidden_sizes, config.trunk_depths, strict=True)):
@@ -197,7 +221,9 @@ class IFSegTrunk(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must be (batch, 3, H, W), not {tuple(pixel_values.shape)}.")
-        hidden_states = self.maxpool(self.bn1(self.conv1(pixel_values.to(self.conv1.weight.dtype))).relu())
+        # convolutions are fastest with the channels last in memory
+        pixel_values = pixel_values.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
+        hidden_states = self.maxpool(convolve(self.conv1, self.bn1, pixel_values).relu_())
         for i in range(self.stages):
             hidden_states = getattr(self, f"layer{i + 1}")(hidden_states)
         return hidden_states
