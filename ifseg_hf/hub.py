@@ -20,8 +20,10 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     constants,
+    metadata_update,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 
 RESULTS_FILE = "evaluation_results.json"
@@ -159,6 +161,48 @@ def check_access(repo_id: str, token: str | None = None) -> str:
     if role == "write" and owner and owner.lower() not in map(str.lower, owners):
         raise HubError(f"The token is one of {', '.join(owners)}, which is not {owner}, the owner of {repo_id}.")
     return f"{owner or user['name']}/{name}"
+
+
+def add_results(repo_id: str, evaluation: dict, token: str | None = None) -> str:
+    """Adds the numbers of an evaluation to the card (model-index) of a published model; the same number is replaced.
+
+    Args:
+        repo_id: `owner/name`, of a model that is there.
+        evaluation: what scripts/evaluate.py writes as results.json.
+
+    Returns:
+        Where the commit can be seen. Raises [`HubError`] if the Hub refuses it or can't be reached.
+    """
+    repo_id = check_access(repo_id, token)
+    dataset = evaluation["dataset"].rstrip("/").rpartition("/")[2]  # nobody needs to know in which folder it was
+    results = []
+    for setting in evaluation["results"]:
+        smoothing = {name: setting[name] for name in ("smoothing_neighbors", "smoothing_iterations")}
+        smoothed = "k={smoothing_neighbors}, {smoothing_iterations} iterations".format(**smoothing)
+        how = f"{evaluation['inference']} photos, " + (
+            smoothed if smoothing["smoothing_iterations"] else "no smoothing"
+        )
+        results += [
+            EvalResult(
+                task_type="image-segmentation",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split=evaluation["split"] or "validation",
+                dataset_args={"images": evaluation["images"]},
+                metric_type=name,
+                metric_name=f"{name.replace('_', ' ').replace('iou', 'IoU')} ({how})",
+                metric_value=round(100 * value, 2),
+                metric_args={"inference": evaluation["inference"], **smoothing},
+            )
+            for name, value in setting.items()
+            if ("mean_" in name or "accuracy" in name) and value is not None
+        ]
+    try:
+        index = eval_results_to_model_index(repo_id.partition("/")[2], results)
+        message = f"Add results on {dataset}"
+        return metadata_update(repo_id, {"model-index": index}, overwrite=True, token=token, commit_message=message)
+    except Exception as error:  # as in push_to_hub
+        raise HubError(f"The results could not be added to {repo_id}: {_one_line(error)}") from error
 
 
 def files_to_publish(folder: Path) -> list[Path]:

@@ -17,7 +17,9 @@ from ifseg_hf import IFSegForConditionalGeneration
 from ifseg_hf.hub import RESULTS_FILE, check_repo_id, files_to_publish, model_card
 
 CODE = {"configuration_ifseg.py", "modeling_ifseg.py", "modeling_ofa.py"}
-CODE |= {f"{name}_ifseg.py" for name in ("image_processing", "pipeline", "post_processing", "processing")}
+CODE |= {
+    f"{name}_ifseg.py" for name in ("image_processing", "pipeline", "post_processing", "processing", "sliding_window")
+}
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 RESULT = {
     "task_type": "image-segmentation",
@@ -31,7 +33,7 @@ RESULT = {
 # Calls of the library, as JSON in and out: one process does them all.
 CALLS = """
 import json, sys
-from ifseg_hf.hub import HubError, check_access, push_to_hub
+from ifseg_hf.hub import HubError, add_results, check_access, push_to_hub
 
 told = []
 for name, arguments in json.load(sys.stdin):
@@ -332,6 +334,30 @@ def test_repository_ids():
     for wrong in ["", "a/b/c", "owner/", "/name", "a b", "owner/na--me", "owner/name.git", "./folder"]:
         with pytest.raises(ValueError, match=r"is no repository id \(owner/name\)"):
             check_repo_id(wrong)
+
+
+def test_results_are_added_to_a_card_and_replaced(hub, published, tmp_path):
+    smoothed = {"smoothing_neighbors": 3, "smoothing_iterations": 25, "mean_iou": 0.41234, "mean_iou_seen": None}
+    plain = {"smoothing_neighbors": 1, "smoothing_iterations": 0, "mean_iou": 0.3, "overall_accuracy": 0.5}
+    evaluation = {"dataset": "some/where/streets", "split": None, "inference": "whole", "images": 7}
+    later = {**evaluation, "results": [{**smoothed, "mean_iou": 0.5}]}
+    asked = [
+        ["add_results", {"repo_id": "alice/ifseg-test", "evaluation": told}]
+        for told in ({**evaluation, "results": [smoothed, plain]}, later)
+    ]
+    asked.append(["add_results", {"repo_id": "alice/nowhere", "evaluation": later}])
+    text = ModelCard(read(hub, "alice/ifseg-test")["README.md"]).text
+    done = run("-c", CALLS, cwd=tmp_path, env=environment(hub, tmp_path / "home"), input=json.dumps(asked))
+    assert done.returncode == 0, done.stderr
+    first, second, third = json.loads(done.stdout)
+    assert "/commit/" in first
+    assert "/commit/" in second
+    assert third.startswith("HubError: The results could not be added to alice/nowhere")
+    card = ModelCard(read(hub, "alice/ifseg-test")["README.md"])
+    assert card.text == text
+    numbers = {(x.metric_type, x.metric_args["smoothing_neighbors"]): x.metric_value for x in card.data.eval_results}
+    assert numbers == {("mean_iou", 3): 50.0, ("mean_iou", 1): 30.0, ("overall_accuracy", 1): 50.0}
+    assert {x.dataset_name for x in card.data.eval_results} == {"streets"}
 
 
 def test_words_are_text_in_a_card(folders, tmp_path):

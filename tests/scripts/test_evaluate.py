@@ -1,0 +1,135 @@
+"""scripts/evaluate.py as a person starts it: through accelerate, in two processes, and with mistakes."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_model import save_tiny_model
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a model, `model`, and seven photos of two sizes with masks, `streets`."""
+    folder = tmp_path_factory.mktemp("work")
+    save_tiny_model(folder / "model")
+    rng = np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (folder / "streets" / "val" / part).mkdir(parents=True)
+    for i in range(7):
+        size = (40, 56) if i % 3 else (56, 40)
+        photo = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        photo.save(folder / "streets" / "val" / "images" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 3, size, dtype=np.uint8)).save(
+            folder / "streets" / "val" / "masks" / f"{i}.png"
+        )
+    (folder / "streets" / "dataset.json").write_text(json.dumps({"categories": ["cat", "grass", "sky"]}))
+    return folder
+
+
+def run(work: Path, launcher: list[str], *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *launcher, str(SCRIPT), "--model", "model", "--dataset", "streets", "--cpu"]
+    return subprocess.run([*command, *arguments], cwd=work, capture_output=True, text=True, timeout=600)
+
+
+def test_through_accelerate(work):
+    grid = ["--smoothing-neighbors", "2,3", "--smoothing-iterations", "0,1"]
+    extra = ["--save-overlays", "1", "--save-predictions", "maps", "--output-dir", "out"]
+    done = run(work, ["accelerate.commands.launch", "--cpu"], *grid, *extra)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((work / "out" / "results.json").read_text())
+    assert told["images"] == 7
+    assert told["command"].startswith("scripts/evaluate.py --model model --dataset streets")
+    assert set(told["versions"]) == {"python", "ifseg-hf", "torch", "transformers", "datasets", "accelerate"}
+    settings = [(x["smoothing_neighbors"], x["smoothing_iterations"]) for x in told["results"]]
+    assert settings == [(1, 0), (2, 1), (3, 1)]
+    for result in told["results"]:
+        ious = [category["iou"] for category in result["categories"].values()]
+        assert result["mean_iou"] == pytest.approx(np.mean(ious), abs=1e-5)
+    assert "| cat |" in (work / "out" / "results.md").read_text()
+    assert "| k=3, n=1 |" in done.stdout
+    assert "mIoU=" in done.stderr  # the bar
+    assert (work / "out" / "overlays" / "0.png").is_file()
+    assert len(list((work / "maps").iterdir())) == 7
+
+
+def test_two_processes_count_what_one_does(work):
+    counted = []
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, start in [("two", launcher), ("one", ["accelerate.commands.launch", "--cpu"])]:
+        done = run(work, start, "--output-dir", name, "--batch-size", "2")
+        assert done.returncode == 0, done.stderr
+        parts = [np.load(file) for file in sorted((work / name / "state").glob("part-*.npz"))]
+        counted.append(sum(part["matrix_3_25"] for part in parts))
+        assert sum(len(part["images"]) for part in parts) == 7
+        assert len(parts) == (2 if name == "two" else 1)
+    assert (counted[0] == counted[1]).all()
+    told = [json.loads((work / name / "results.json").read_text()) for name in ("one", "two")]
+    assert told[0]["results"] == told[1]["results"]
+    assert told[1]["processes"] == 2
+    assert told[1]["images"] == 7
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    return runpy.run_path(str(SCRIPT))["main"]
+
+
+def test_other_words_and_broken_photos(work, evaluate, tmp_path, capsys):
+    folder = shutil.copytree(work / "streets", tmp_path / "streets")
+    (folder / "val" / "images" / "2.png").write_bytes(b"")
+    words = tmp_path / "words.yaml"
+    words.write_text("animal: [cat]\nbackground: [grass, sky]\n")
+    arguments = ["--model", str(work / "model"), "--dataset", str(folder), "--categories", str(words), "--cpu"]
+    assert evaluate([*arguments, "--output-dir", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "2.png" in error.splitlines()[-1]
+    assert evaluate([*arguments, "--output-dir", str(tmp_path / "skipped"), "--on-error", "skip"]) == 0
+    told = json.loads((tmp_path / "skipped" / "results.json").read_text())
+    assert told["images"] == 6
+    assert len(told["skipped"]) == 1
+    assert list(told["results"][0]["categories"]) == ["animal", "background"]
+    assert "1 photos were left out" in (tmp_path / "skipped" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--dataset", "nowhere"], "no folder, no data set of the Hub"),
+        (["--dataset", "coco-stuff"], "needs the folder"),
+        (["--dataset", "{streets}", "--categories", "cat, gras"], "Close to it: grass"),
+        (["--dataset", "{streets}", "--model", "nowhere"], "no model folder"),
+        (["--dataset", "{streets}", "--baseline", "clip", "--model", "{model}"], "is no CLIP"),
+    ],
+)
+def test_mistakes_are_one_line(work, evaluate, tmp_path, capsys, arguments, complaint):
+    places = {"streets": work / "streets", "model": work / "model"}
+    arguments = [argument.format(**places) for argument in arguments]
+    if "--model" not in arguments:
+        arguments += ["--model", str(work / "model")]
+    assert evaluate([*arguments, "--output-dir", str(tmp_path / "out"), "--cpu"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate.py:")]
+    assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--smoothing-neighbors", "0"], "at least 1"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--limit", "0"], "at least 1"),
+        (["--push-to-hub", "a/b", "--limit", "3"], "--push-to-hub is for whole data sets"),
+    ],
+)
+def test_wrong_arguments(evaluate, capsys, arguments, complaint):
+    with pytest.raises(SystemExit):
+        evaluate(["--dataset", "streets", *arguments])
+    assert complaint in capsys.readouterr().err
