@@ -93,7 +93,8 @@ def test_every_import_is_a_declared_dependency():
     demo = {canonicalize_name(r.name) for r in required if r.marker and r.marker.evaluate({"extra": "demo"})}
     optional = {"scikit-learn": "sklearn", "scikit-image": "skimage"}
     onnx = {canonicalize_name(r.name) for r in required if r.marker and r.marker.evaluate({"extra": "onnx"})}
-    assert {name for name in used if name not in optional.values()} <= always | onnx
+    train = {canonicalize_name(r.name) for r in required if r.marker and r.marker.evaluate({"extra": "train"})}
+    assert {name for name in used if name not in optional.values()} <= always | onnx | train
     assert demo == set(optional)
 
 
