@@ -1,4 +1,4 @@
-"""What a person can set about tuning on words alone, with the published recipe as defaults.
+"""What a person can set about training, with the published recipe of tuning on words alone as defaults.
 
 Only the standard library and PyYAML are imported here, so that a script can refuse a wrong setting before it imports
 torch.
@@ -18,6 +18,9 @@ EMBEDDED = "ifseg-ofa-nano"
 SETTINGS_FILE = "word_map_training.json"
 CHECKPOINT_FILE = "checkpoint.json"  # in every checkpoint: the step, and the settings that led there
 INCOMPLETE = ".incomplete"  # ends the name of a folder that is being written or deleted
+STAGES = ("word-maps", "supervised", "self-training")
+FREEZE = {"nothing": "supervised", "words": "self-training", "trunk": "word-maps"}  # and the stage it is the default of
+PSEUDO_LABELS = "pseudo_labels"  # key of a dataset.json that scripts/pseudo_label.py wrote
 
 
 def resolve_model(name: str | Path) -> str | Path:
@@ -45,21 +48,49 @@ def _setting(default: Any, help: str, may_change: bool = False) -> Any:
 
 
 @dataclass
-class WordMapTraining:
-    """The settings of [`ifseg_hf.training.train`]; the defaults are the published recipe."""
+class Training:
+    """The settings of [`ifseg_hf.training.train`]; the defaults are the published recipe.
 
-    categories: list[str] | dict[str, list[str]] = field(
+    `categories` may be None where there is a `dataset`: its own. With photos a dict says which names of the data set
+    count as each word.
+    """
+
+    categories: list[str] | dict[str, list[str]] | None = field(
         metadata={
             "help": "words with commas between them; a file: one a line, or YAML or JSON of category: [fine, ...]; or "
-            "one of ade20k, coco-stuff, coco-stuff-coarse, coco-stuff-unseen"
+            "one of ade20k, coco-stuff, coco-stuff-coarse, coco-stuff-unseen (default: the names of the data set)"
         }
     )
     output_dir: str = field(metadata={"help": "folder for the tuned model and the checkpoints", "may_change": True})
     model: str = _setting(EMBEDDED, "folder or Hub id of the model to start from")
     prompt: str | None = _setting(None, "question put to the model, before the words")
     append_unknown: bool = _setting(True, "end the prompt with the word unknown, which is never a category")
+    stage: str = _setting(
+        "word-maps", "word-maps: words alone; supervised: photos and masks; self-training: photos and pseudo-labels"
+    )
+    dataset: str | None = _setting(
+        None, "photos with masks: a folder with dataset.json, coco-stuff, ade20k, ... or owner/name on the Hub"
+    )
+    data_dir: str | None = _setting(None, "folder that coco-stuff or ade20k was unpacked to", may_change=True)
+    split: str | None = _setting(None, "part of the data set (default: train, where there are parts)")
+    unseen: str | None = _setting(
+        None,
+        "categories whose labels are not looked at, with commas between them, or the data set's subset of that name",
+    )
+    crop_size: int | None = _setting(None, "side of the square crops of photos (default: the model's image_size)")
+    short_side: int | None = _setting(
+        None, "short side of photos, before a random scale from 0.5 to 2 (default: the processor's)"
+    )
+    word_map_ratio: float = _setting(0.0, "share of word maps among the samples, the rest being photos")
+    freeze: str | None = _setting(
+        None,
+        "nothing; words: their embeddings; or trunk: the words, the trunk and its projection (default: nothing when "
+        "supervised, words in self-training)",
+    )
+    from_scratch: bool = _setting(False, "random weights, and of the model only its configuration and processor")
+    refresh_every: int = _setting(0, "steps after which the model makes the pseudo-labels anew, each time (0: never)")
     max_cells: int | None = _setting(None, "S, the largest side of the random grids (default: the whole feature map)")
-    seed: int = _setting(0, "of the word maps, new parameters and dropout")
+    seed: int = _setting(0, "of the samples, new parameters and dropout")
     steps: int = _setting(2000, "optimiser steps")
     batch_size: int = _setting(16, "samples in an optimiser step, over all processes and accumulated batches")
     gradient_accumulation_steps: int = _setting(1, "batches accumulated for an optimiser step", may_change=True)
@@ -79,7 +110,7 @@ class WordMapTraining:
         may_change=True,
     )
     dataloader_workers: int = _setting(
-        0, "processes that draw word maps; the samples are the same for any number", may_change=True
+        0, "processes that draw samples; these are the same for any number", may_change=True
     )
     report_to: str | None = _setting(
         None, "trackers of accelerate, with commas between them (tensorboard, wandb, ...)", may_change=True
@@ -115,15 +146,19 @@ class WordMapTraining:
         Makes `output_dir`.
         """
         self._check_numbers()
-        if len(self.categories) < 2:
+        self._check_stage()
+        if self.categories is not None and len(self.categories) < 2:
             raise ValueError("One category leaves nothing to tell apart: give at least two.")
         config = self._read_config()
         if config is not None:
-            side = config.get("image_size", 512) // (4 * 2 ** (len(config.get("trunk_depths", (3, 4, 23))) - 1))
+            patch = 4 * 2 ** (len(config.get("trunk_depths", (3, 4, 23))) - 1)
+            side = config.get("image_size", 512) // patch
             if self.max_cells is not None and self.max_cells > side:
                 raise ValueError(
                     f"max_cells={self.max_cells}: a word map of this model has {side} cells a side at most."
                 )
+            if self.crop_size is not None and self.crop_size % patch:
+                raise ValueError(f"crop_size={self.crop_size}: must be a multiple of the model's patches of {patch}.")
         checkpoint = self.checkpoint()
         if checkpoint is not None:
             self._check_unchanged(checkpoint)
@@ -147,17 +182,57 @@ class WordMapTraining:
             raise ValueError(f'"{self.resume}" is no checkpoint of training, nor a folder that holds one.')
         return found[max(found)]
 
+    @property
+    def on_photos(self) -> bool:
+        return self.stage != "word-maps"
+
+    @property
+    def frozen(self) -> str:
+        """`freeze`, or what it is by default: a key of `FREEZE`."""
+        return self.freeze or next(part for part, stage in FREEZE.items() if stage == self.stage)
+
+    def _check_stage(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f'stage="{self.stage}": choose {", ".join(STAGES[:-1])} or {STAGES[-1]}.')
+        if self.dataset is None and (self.on_photos or self.categories is None):
+            missing = f"stage={self.stage} needs photos" if self.on_photos else "There are no categories"
+            raise ValueError(f"{missing}: give a dataset (--dataset).")
+        if self.freeze is not None and self.freeze not in FREEZE:
+            raise ValueError(f'freeze="{self.freeze}": choose {", ".join(FREEZE)}.')
+        users = {"unseen": STAGES[1:2], "refresh_every": STAGES[2:], "from_scratch": STAGES[1:]}
+        users |= dict.fromkeys(("crop_size", "short_side", "word_map_ratio", "freeze"), STAGES[1:])
+        for setting in fields(self):
+            stages = users.get(setting.name)
+            if stages and self.stage not in stages and getattr(self, setting.name) != setting.default:
+                raise ValueError(f"{setting.name} belongs to stage={' or '.join(stages)}, not to {self.stage}.")
+        if self.refresh_every:
+            self._check_refresh()
+
+    def _check_refresh(self) -> None:
+        """Only folders of scripts/pseudo_label.py say which labels are given and which are guesses."""
+        try:
+            told = json.loads((Path(self.dataset) / "dataset.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            told = {}
+        if PSEUDO_LABELS not in told:
+            raise ValueError(
+                f'refresh_every={self.refresh_every} needs pseudo-labels, and "{self.dataset}" is no folder of '
+                "scripts/pseudo_label.py."
+            )
+
     def _check_numbers(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"):
             self._require(name, lambda x: x >= 1, "at least 1")
         for name in ("seed", "warmup_steps", "weight_decay", "dataloader_workers", "checkpointing_steps"):
             self._require(name, lambda x: x >= 0, "at least 0")
+        self._require("refresh_every", lambda x: x >= 0, "at least 0")
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             self._require(name, lambda x: x > 0, "more than 0")
-        for name in ("adam_beta1", "adam_beta2", "dropout", "drop_path"):
+        for name in ("adam_beta1", "adam_beta2", "dropout", "drop_path", "word_map_ratio"):
             self._require(name, lambda x: 0 <= x < 1, "from 0 to less than 1")
-        if self.max_cells is not None:
-            self._require("max_cells", lambda x: x >= 1, "at least 1")
+        for name in ("max_cells", "crop_size", "short_side"):
+            if getattr(self, name) is not None:
+                self._require(name, lambda x: x >= 1, "at least 1")
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise ValueError(f'mixed_precision="{self.mixed_precision}": choose no, fp16 or bf16.')
         if self.batch_size % self.gradient_accumulation_steps:
@@ -201,7 +276,7 @@ class WordMapTraining:
                 continue
             was, now = before.get(setting.name, setting.default), getattr(self, setting.name)
             same = was == now
-            if setting.name == "categories":
+            if setting.name == "categories" and now is not None:
                 same = same and list(was) == list(now)  # their order counts, in a mapping too
             elif setting.name == "model" and not same:
                 same = os.path.realpath(os.path.expanduser(was)) == os.path.realpath(self.model_path)
@@ -232,6 +307,9 @@ class WordMapTraining:
             raise ValueError(f'The output folder "{output}" cannot be made: {error.strerror}.') from None
         if not os.access(output, os.W_OK | os.X_OK):
             raise ValueError(f'The output folder "{output}" cannot be written to.')
+
+
+WordMapTraining = Training  # what it was called when words were all that it trained on
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -278,7 +356,7 @@ def read_settings(path: str) -> dict[str, Any]:
         raise ValueError(f'"{path}" is not YAML or JSON: {" ".join(str(error).split())}.') from None
     if not isinstance(given, dict):
         raise ValueError(f'"{path}" holds no settings: write one a line, such as "steps: 2000".')
-    known = {setting.name: setting for setting in fields(WordMapTraining)}
+    known = {setting.name: setting for setting in fields(Training)}
     settings = {}
     for name, value in given.items():
         setting = known.get(str(name).replace("-", "_"))
@@ -294,7 +372,7 @@ def _convert(setting: Field, value: Any, path: str) -> Any:
     """The value as its setting has it; YAML reads 5e-5 as text."""
     kinds = typing.get_args(setting.type) or (setting.type,)
     if setting.default is MISSING and setting.name == "categories":
-        kinds = (str, list, dict)
+        kinds = (str, list, dict, type(None))
     if (value is None and type(None) in kinds) or type(value) in kinds:
         return value
     if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):

@@ -1,5 +1,9 @@
-"""Tuning on words alone (the paper, section 2.3): arguments, preparation, loop and result, in the order they happen."""
+"""Training on words alone (the paper, section 2.3) or on photos: preparation, loop and result, in their order.
 
+The loop is one; the stage chooses what it reads, what is trained, and what the result knows of inference.
+"""
+
+import importlib.util
 import json
 import math
 import os
@@ -15,31 +19,36 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from ifseg_hf.hub import push_to_hub
+from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
+from ifseg_hf.pseudo_labels import refresh_labels
 from ifseg_hf.recipe import (
     CHECKPOINT_FILE,
     INCOMPLETE,
     SETTINGS_FILE,
+    Training,
     WordMapTraining,
     checkpoints,
     read_checkpoint,
 )
-from ifseg_hf.word_maps import word_map_labels, word_map_stream
+from ifseg_hf.segmentation_data import SampleError, SegmentationData
+from ifseg_hf.supervised import MixedSamples, PhotoSamples, collate, find_labels, load_training_data
+from ifseg_hf.word_maps import WordMapSampler, word_map_labels, word_map_stream
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["SettingError", "TrainingError", "TrainingResult", "TrainingStopped", "WordMapTraining", "train"]
+__all__ = ["SettingError", "Training", "TrainingError", "TrainingResult", "TrainingStopped", "WordMapTraining", "train"]
 
 
 class SettingError(ValueError):
@@ -81,8 +90,8 @@ class TrainingResult:
         )
 
 
-def train(settings: WordMapTraining) -> TrainingResult:
-    """Tunes a model on word maps of its categories and saves it, with its processor and words, in `output_dir`.
+def train(settings: Training) -> TrainingResult:
+    """Trains a model, on word maps of its categories or on photos, and saves it with its processor and words.
 
     Call it under `accelerate launch` for several processes; their number changes nothing in what is learnt from. A run
     that was stopped or killed goes on from its last checkpoint with `resume="latest"`, and ends as if it had not been.
@@ -96,10 +105,11 @@ def train(settings: WordMapTraining) -> TrainingResult:
     """
     settings.check()
     checkpoint = settings.checkpoint()
+    data = load_data(settings)
     accelerator = make_accelerator(settings)
     stopped = None
     try:
-        result = tune(settings, accelerator, checkpoint)
+        result = tune(settings, accelerator, checkpoint, data)
     except TrainingStopped as error:
         stopped = error.with_traceback(None)
     # What `tune` prepared has to go before the processes part: with torch 2.13 the wrapper of a distributed model, as
@@ -121,9 +131,17 @@ def train(settings: WordMapTraining) -> TrainingResult:
     return result
 
 
-def tune(settings: WordMapTraining, accelerator: Accelerator, checkpoint: Path | None) -> TrainingResult:
+def tune(
+    settings: Training, accelerator: Accelerator, checkpoint: Path | None, data: SegmentationData | None = None
+) -> TrainingResult:
     """From the model's weights, or the checkpoint's, to those in `output_dir`."""
     batch_size = samples_per_batch(settings, accelerator.num_processes)
+    if accelerator.distributed_type == DistributedType.FSDP and (
+        settings.frozen == "nothing" or settings.refresh_every
+    ):
+        raise SettingError(
+            "FSDP trains no word embeddings and makes no pseudo-labels: --freeze words, or several GPUs."
+        )
     told = checkpoint and read_checkpoint(checkpoint)
     if told and told["mixed_precision"] != accelerator.mixed_precision:
         raise SettingError(
@@ -134,7 +152,7 @@ def tune(settings: WordMapTraining, accelerator: Accelerator, checkpoint: Path |
 
     # The seed is set before the model is made: a checkpoint of OFA has no segmentation positions, they start at random.
     set_seed(settings.seed)
-    processor, model = load_model(settings)
+    processor, model = load_model(settings, data)
     set_seed(settings.seed, device_specific=True)  # dropout differs between processes
     config = model.config
     if accelerator.is_main_process:
@@ -142,19 +160,6 @@ def tune(settings: WordMapTraining, accelerator: Accelerator, checkpoint: Path |
     simple = {name: x for name, x in settings.to_dict().items() if isinstance(x, (int, float, str))}
     accelerator.init_trackers("ifseg", config=simple)  # from here on trackers write into the folder
 
-    stream = word_map_stream(
-        num_words=len(config.word_ids or config.category_ids),
-        seed=settings.seed,
-        grid_size=config.grid_size,
-        max_cells=settings.max_cells,
-        start=step * settings.batch_size,  # the stream needs no state of its own
-        word_categories=config.word_categories,
-        block_size=batch_size,
-    )
-    # A generator of its own: starting workers must not move the one that draws dropout.
-    loader = DataLoader(
-        stream, batch_size=batch_size, num_workers=settings.dataloader_workers, generator=torch.Generator()
-    )
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
@@ -163,12 +168,16 @@ def tune(settings: WordMapTraining, accelerator: Accelerator, checkpoint: Path |
         weight_decay=settings.weight_decay,
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
-    model, optimizer, schedule, loader = accelerator.prepare(model, optimizer, schedule, loader)
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    if settings.on_photos:
+        batches = photo_batches(settings, accelerator, model, processor, data, batch_size, step, checkpoint)
+    else:
+        batches = word_map_batches(settings, accelerator, config, batch_size, step)
     accelerator.register_save_state_pre_hook(drop_tied_weights)
 
     accelerator.print(
-        f"Tuning {settings.model} on {len(config.category_ids)} categories: {settings.steps} steps of "
-        f"{settings.batch_size} samples, {accelerator.num_processes} x {accelerator.device.type}, "
+        f"Tuning {settings.model} on {len(config.category_ids)} categories, {settings.stage}: {settings.steps} steps "
+        f"of {settings.batch_size} samples, {accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision: {accelerator.mixed_precision}."
     )
     if checkpoint:
@@ -190,12 +199,9 @@ def tune(settings: WordMapTraining, accelerator: Accelerator, checkpoint: Path |
     step_loss = torch.zeros((), device=accelerator.device)
     stop = 0.0
     with progress, stop_signals() as signals:  # the bar ends before any sentence about the end
-        for batch in loader if step < settings.steps else ():
+        for batch in batches if step < settings.steps else ():
             with accelerator.accumulate(model):
-                labels = word_map_labels(
-                    batch["word_map"], batch["grid_size"], config.image_size, config.word_categories
-                )
-                loss = model(word_map=batch["word_map"], labels=labels).loss
+                loss = batch_loss(model, batch, config)
                 accelerator.backward(loss)
                 step_loss += loss.detach() / settings.gradient_accumulation_steps
                 if accelerator.sync_gradients:
@@ -226,6 +232,27 @@ def tune(settings: WordMapTraining, accelerator: Accelerator, checkpoint: Path |
     save(settings, accelerator, model, processor, checkpoint)
     peak = peak_memory(accelerator.device)
     return TrainingResult(settings.output_dir, settings.steps, last_loss, seconds, peak, resumed_at)
+
+
+def batch_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], config: IFSegConfig) -> torch.Tensor:
+    """Mean cross-entropy over the word maps and photos of a batch, each counting as much as any other.
+
+    A photo's is the mean over all its pixels, those without a label counting 0: the mean over the labelled ones of a
+    batch would depend on which photos share it, and so on the number of processes.
+    """
+    word_map, photos = batch.get("word_map"), batch.get("pixel_values")
+    words = 0 if word_map is None else len(word_map)
+    samples = words + (0 if photos is None else len(photos))
+    loss: torch.Tensor | float = 0.0
+    if words:
+        labels = word_map_labels(word_map, batch["grid_size"], config.image_size, config.word_categories)
+        loss = model(word_map=word_map, labels=labels).loss * (words / samples)
+    if photos is not None:  # after the word maps: each pass of a distributed model writes the buffers that photos use
+        labels = batch["labels"]
+        share = (labels != -100).float().mean()
+        labels = labels.where(share > 0, 0)  # the mean over no pixel is not a number; over any, times 0, it is 0
+        loss = loss + model(pixel_values=photos, labels=labels).loss * share * (1 - words / samples)
+    return loss
 
 
 @contextmanager
@@ -261,7 +288,7 @@ def cpu_computes_in_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def make_accelerator(settings: WordMapTraining) -> Accelerator:
+def make_accelerator(settings: Training) -> Accelerator:
     """Accelerate with the settings that are its own. Each process draws its samples itself."""
     mixed_precision = settings.mixed_precision
     told = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -291,9 +318,12 @@ def make_accelerator(settings: WordMapTraining) -> Accelerator:
     return accelerator
 
 
-def samples_per_batch(settings: WordMapTraining, processes: int) -> int:
+def samples_per_batch(settings: Training, processes: int) -> int:
     """Samples in a batch of one process, so that an optimiser step has `batch_size` of them in all."""
     size, rest = divmod(settings.batch_size, processes * settings.gradient_accumulation_steps)
+    if size * (1 - settings.word_map_ratio) < 1:
+        # Else some batch had no photo, and a distributed trunk would wait for gradients of it.
+        raise SettingError(f"word_map_ratio={settings.word_map_ratio} leaves no photo in a batch of {size} samples.")
     if rest:
         raise SettingError(
             f"batch_size={settings.batch_size} cannot be divided among {processes} processes and "
@@ -302,29 +332,188 @@ def samples_per_batch(settings: WordMapTraining, processes: int) -> int:
     return size
 
 
-def load_model(settings: WordMapTraining) -> tuple[IFSegProcessor, IFSegForSemanticSegmentation]:
-    """The processor, and the model in float32 with its words set and frozen as word maps want it."""
+def load_data(settings: Training) -> SegmentationData | None:
+    """The data set, if there is one, without opening a photo. Raises `SettingError`."""
+    if settings.dataset is None:
+        return None
+    if settings.on_photos and importlib.util.find_spec("kornia") is None:
+        raise SettingError('Training on photos needs kornia: pip install "ifseg-hf[train]".')
+    try:
+        categories = settings.categories if settings.on_photos else None
+        data = load_training_data(settings.dataset, settings.data_dir, settings.split, categories)
+        find_labels(data, settings.unseen)
+    except ValueError as error:
+        raise SettingError(" ".join(str(error).split())) from error
+    if len(data.names) < 2:
+        raise SettingError("One category leaves nothing to tell apart: give at least two.")
+    return data
+
+
+def load_model(
+    settings: Training, data: SegmentationData | None = None
+) -> tuple[IFSegProcessor, IFSegForSemanticSegmentation]:
+    """The processor, and the model in float32 with its words set and frozen as its stage wants it."""
+    categories = data.names if settings.on_photos or settings.categories is None else settings.categories
     try:
         processor = IFSegProcessor.from_pretrained(settings.model_path)
     except (OSError, ValueError) as error:
         raise SettingError(f'"{settings.model}" has no processor that can be loaded: {error}'[:500]) from error
     try:
-        words = processor.encode_categories(settings.categories, settings.prompt, settings.append_unknown)
+        words = processor.encode_categories(categories, settings.prompt, settings.append_unknown)
     except ValueError as error:
         raise SettingError(str(error)) from error
     try:
-        model = IFSegForSemanticSegmentation.from_pretrained(
-            settings.model_path,
-            dtype=torch.float32,
-            dropout=settings.dropout,
-            encoder_drop_path_rate=settings.drop_path,
-            decoder_drop_path_rate=settings.drop_path,
-        )
+        rates = {"dropout": settings.dropout}
+        rates |= dict.fromkeys(("encoder_drop_path_rate", "decoder_drop_path_rate"), settings.drop_path)
+        if settings.from_scratch:
+            model = IFSegForSemanticSegmentation(IFSegConfig.from_pretrained(settings.model_path, **rates))
+        else:
+            model = IFSegForSemanticSegmentation.from_pretrained(settings.model_path, dtype=torch.float32, **rates)
     except OSError as error:
         raise SettingError(f'"{settings.model}" has no weights that can be loaded: {error}'[:500]) from error
     model.set_words(**words)
-    model.freeze_for_word_maps()
+    freeze(model, settings.frozen)
+    if settings.on_photos:
+        prepare_processor(processor, settings, model.config)
     return processor, model
+
+
+def freeze(model: IFSegForSemanticSegmentation, part: str) -> None:
+    """Leaves trainable all that takes part in segmentation but "trunk", "words" or "nothing"; see `Training.freeze`."""
+    model.freeze_for_word_maps()
+    encoder = model.model.encoder
+    if part != "trunk":
+        encoder.embed_images.requires_grad_(True)  # batch norm uses its stored statistics even so
+        encoder.image_proj.requires_grad_(True)
+    if part == "nothing":
+        model.get_input_embeddings().requires_grad_(True)
+
+
+def prepare_processor(processor: IFSegProcessor, settings: Training, config: IFSegConfig) -> None:
+    """Makes inference fit a model that has seen photos: at their size, not smoothed, and in crops when supervised."""
+    image_processor = processor.image_processor
+    if settings.short_side is not None:
+        image_processor.size = {"shortest_edge": settings.short_side, "longest_edge": 4 * settings.short_side}
+    image_processor.smoothing_iterations = 0
+    supervised = settings.stage == "supervised"
+    image_processor.sliding_window = (settings.crop_size or config.image_size) if supervised else None
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+
+
+def word_map_batches(
+    settings: Training, accelerator: Accelerator, config: IFSegConfig, batch_size: int, step: int
+) -> DataLoader:
+    """Batches of word maps for this process, from `step` on."""
+    stream = word_map_stream(
+        num_words=len(config.word_ids or config.category_ids),
+        seed=settings.seed,
+        grid_size=config.grid_size,
+        max_cells=settings.max_cells,
+        start=step * settings.batch_size,  # the stream needs no state of its own
+        word_categories=config.word_categories,
+        block_size=batch_size,
+    )
+    # A generator of its own: starting workers must not move the one that draws dropout.
+    loader = DataLoader(
+        stream, batch_size=batch_size, num_workers=settings.dataloader_workers, generator=torch.Generator()
+    )
+    return accelerator.prepare(loader)
+
+
+def photo_batches(
+    settings: Training,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    processor: IFSegProcessor,
+    data: SegmentationData,
+    batch_size: int,
+    step: int,
+    checkpoint: Path | None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of crops and word maps for this process, from `step` on; new pseudo-labels when it is time for them."""
+    every, masks = settings.refresh_every, None
+    while step < settings.steps:
+        end = min(settings.steps, (step // every + 1) * every) if every else settings.steps
+        if every and step >= every:
+            masks = refreshed(settings, accelerator, model, processor, data, step // every * every, checkpoint)
+        samples = mixed_samples(settings, accelerator.unwrap_model(model).config, processor, data, masks)
+        first = step * settings.batch_size + accelerator.process_index * batch_size
+        firsts = range(first, end * settings.batch_size, accelerator.num_processes * batch_size)
+        loader = DataLoader(
+            samples,
+            batch_sampler=[range(first, first + batch_size) for first in firsts],
+            num_workers=settings.dataloader_workers,
+            collate_fn=collate,
+            generator=torch.Generator(),
+        )
+        try:
+            for batch in loader:
+                yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        except SampleError as error:
+            # A worker's has its traceback before its message.
+            reason = str(error).strip().splitlines()[-1].removeprefix("ifseg_hf.segmentation_data.SampleError: ")
+            raise TrainingError(f"{reason} Go on from the last checkpoint, if there is one, with --resume.") from error
+        step = end
+
+
+def mixed_samples(
+    settings: Training, config: IFSegConfig, processor: IFSegProcessor, data: SegmentationData, masks: Path | None
+) -> MixedSamples:
+    """Photos of the settings' crops, and word maps among them."""
+    image_processor = processor.image_processor
+    size = image_processor.size
+    photos = PhotoSamples(
+        data,
+        crop_size=settings.crop_size or config.image_size,
+        short_side=size["shortest_edge"] or size["height"],
+        mean=image_processor.image_mean,
+        std=image_processor.image_std,
+        seed=settings.seed,
+        ignored=find_labels(data, settings.unseen),
+        masks=masks,
+    )
+    max_cells = settings.max_cells or config.grid_size
+    word_maps = WordMapSampler(len(config.category_ids), settings.seed, config.grid_size, max_cells)
+    return MixedSamples(photos, word_maps, settings.word_map_ratio)
+
+
+def refreshed(
+    settings: Training,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    processor: IFSegProcessor,
+    data: SegmentationData,
+    step: int,
+    checkpoint: Path | None,
+) -> Path:
+    """The folder of pseudo-labels that the model made, or now makes, after `step` steps."""
+    name = pseudo_labels_of(step)
+    output = Path(settings.output_dir)
+    resumed_at = read_checkpoint(checkpoint)["step"] if checkpoint else 0
+    for folder in (output, *([checkpoint.parent] if step <= resumed_at else [])):
+        if (folder / name).is_dir():
+            return folder / name
+    if step < resumed_at:
+        raise SettingError(f'"{checkpoint}" needs the pseudo-labels of step {step}, and there is no {name} beside it.')
+    accelerator.print(f"Step {step}: new pseudo-labels.")
+    incomplete = output / f"{name}{INCOMPLETE}"
+    with on_every_process(accelerator), plain_errors(f"The pseudo-labels of step {step} could not be written"):
+        incomplete.mkdir(exist_ok=True)
+        try:
+            segmenter = accelerator.unwrap_model(model)
+            refresh_labels(segmenter, processor, data, Path(settings.dataset), incomplete, accelerator.state)
+        except SampleError as error:
+            raise TrainingError(str(error)) from error
+    with on_every_process(accelerator), plain_errors(f"The pseudo-labels of step {step} could not be written"):
+        if accelerator.is_main_process:
+            incomplete.rename(output / name)
+    return output / name
+
+
+def pseudo_labels_of(step: int | str) -> str:
+    return f"pseudo-labels-{step}"
 
 
 def check_finite(loss: float, norm: torch.Tensor, step: int, accelerator: Accelerator, checkpoint: Path | None) -> None:
@@ -359,7 +548,7 @@ def peak_memory(device: torch.device) -> int:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def prepare_output(settings: WordMapTraining, step: int) -> None:
+def prepare_output(settings: Training, step: int) -> None:
     """Marks the folder as this run's, and deletes what a killed one was writing or had yet to delete."""
     output = Path(settings.output_dir)
     with plain_errors(f'The output folder "{output}" cannot be written to'):
@@ -370,9 +559,7 @@ def prepare_output(settings: WordMapTraining, step: int) -> None:
             write_settings(settings, output)
 
 
-def save_checkpoint(
-    accelerator: Accelerator, settings: WordMapTraining, step: int, loss: float, before: Path | None
-) -> Path:
+def save_checkpoint(accelerator: Accelerator, settings: Training, step: int, loss: float, before: Path | None) -> Path:
     """Everything that the steps after this one depend on, in `checkpoint-STEP`; older ones beyond the limit go.
 
     The folder gets its name when all of it is on the disk: a folder of that name is whole, whenever the power fails.
@@ -405,11 +592,17 @@ def save_checkpoint(
     return folder
 
 
-def prune(settings: WordMapTraining, step: int) -> None:
+def prune(settings: Training, step: int) -> None:
     """Deletes the oldest checkpoints beyond the limit. Those after `step`, of a run before, are not yet in the way."""
     older = [path for done, path in checkpoints(settings.output_dir).items() if done < step]
     for path in older[: max(0, len(older) + 1 - settings.checkpoints_total_limit)]:
         remove(path)
+    oldest = min([step, *checkpoints(settings.output_dir)])
+    for path in Path(settings.output_dir).glob(pseudo_labels_of("*")):
+        # Made at a step, they are needed from there to the next time. Those after `step` are of a run before.
+        made = int(path.name.rpartition("-")[2])
+        if made > step or made + settings.refresh_every <= oldest:
+            remove(path)
 
 
 def drop_tied_weights(models: list, states: list[dict], folder: str) -> None:
@@ -421,7 +614,7 @@ def drop_tied_weights(models: list, states: list[dict], folder: str) -> None:
                 del state[name]
 
 
-def load_checkpoint(accelerator: Accelerator, settings: WordMapTraining, checkpoint: Path) -> None:
+def load_checkpoint(accelerator: Accelerator, settings: Training, checkpoint: Path) -> None:
     """Puts everything prepared, and the random number generators, where they were. Raises `SettingError` if damaged."""
     told = read_checkpoint(checkpoint)
     try:
@@ -438,7 +631,7 @@ def load_checkpoint(accelerator: Accelerator, settings: WordMapTraining, checkpo
 
 
 def save(
-    settings: WordMapTraining,
+    settings: Training,
     accelerator: Accelerator,
     model: torch.nn.Module,
     processor: IFSegProcessor,
@@ -465,7 +658,7 @@ def save(
             flush_to_disk(output)
 
 
-def write_settings(settings: WordMapTraining, folder: Path) -> None:
+def write_settings(settings: Training, folder: Path) -> None:
     """What the model was trained with. The file also marks its folder as one that training may write to again."""
     told = settings.to_dict()
     del told["resume"]  # it is about one of the processes that trained, not about the training

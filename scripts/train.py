@@ -1,7 +1,8 @@
-"""Tunes a model on words alone.
+"""Tunes a model on words alone or, where there are some, on photos.
 
     accelerate launch scripts/train.py --categories "cat, coffee" --output-dir OUT
     accelerate launch scripts/train.py --config scripts/configs/ade20k.yaml
+    accelerate launch scripts/train.py --stage supervised --dataset FOLDER --output-dir OUT
 
 A run that was stopped, or lost its machine, goes on when it is started again with --resume.
 """
@@ -27,21 +28,22 @@ def parse_arguments() -> dict:
 
     parser = Parser(
         description=__doc__,
-        usage="%(prog)s [--config FILE] --categories WORDS --output-dir FOLDER [settings]",
+        usage="%(prog)s [--config FILE] [--categories WORDS] [--dataset DATA] --output-dir FOLDER [settings]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given is left to the file, then to the recipe
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with any of these settings; flags go before it")
-    for field in dataclasses.fields(recipe["WordMapTraining"]):
+    for field in dataclasses.fields(recipe["Training"]):
         add_flag(parser, field)
     given = vars(parser.parse_args())
     try:
         settings = {**(recipe["read_settings"](given.pop("config")) if "config" in given else {}), **given}
         for name in ("categories", "output_dir"):
-            if name not in settings:
+            if name not in settings and (name != "categories" or settings.get("dataset") is None):
                 raise ValueError(f"--{name.replace('_', '-')} is needed, here or in a file for --config.")
-        settings["categories"] = read_categories(settings["categories"])
-        recipe["WordMapTraining"](**settings).check()
+        given_categories = settings.setdefault("categories", None)
+        settings["categories"] = None if given_categories is None else read_categories(given_categories)
+        recipe["Training"](**settings).check()
     except ValueError as error:
         parser.error(str(error))
     if settings.get("push_to_hub") and os.environ.get("RANK", "0") == "0":  # one question to the Hub, not one a process
@@ -80,9 +82,9 @@ def main() -> int:
     settings = parse_arguments()
     try:
         from ifseg_hf.hub import HubError
-        from ifseg_hf.training import SettingError, TrainingError, WordMapTraining, train
+        from ifseg_hf.training import SettingError, Training, TrainingError, train
 
-        train(WordMapTraining(**settings))
+        train(Training(**settings))
     except KeyboardInterrupt as error:
         return 128 + getattr(error, "signal_number", signal.SIGINT)
     except (SettingError, TrainingError, HubError) as error:
