@@ -90,6 +90,7 @@ class Training:
     from_scratch: bool = _setting(False, "random weights, and of the model only its configuration and processor")
     refresh_every: int = _setting(0, "steps after which the model makes the pseudo-labels anew, each time (0: never)")
     max_cells: int | None = _setting(None, "S, the largest side of the random grids (default: the whole feature map)")
+    random_cells: bool = _setting(True, "random sizes of the grids; without it all are as large as max_cells")
     seed: int = _setting(0, "of the samples, new parameters and dropout")
     steps: int = _setting(2000, "optimiser steps")
     batch_size: int = _setting(16, "samples in an optimiser step, over all processes and accumulated batches")

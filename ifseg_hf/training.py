@@ -411,6 +411,7 @@ def word_map_batches(
         seed=settings.seed,
         grid_size=config.grid_size,
         max_cells=settings.max_cells,
+        random_cells=settings.random_cells,
         start=step * settings.batch_size,  # the stream needs no state of its own
         word_categories=config.word_categories,
         block_size=batch_size,
@@ -475,7 +476,9 @@ def mixed_samples(
         masks=masks,
     )
     max_cells = settings.max_cells or config.grid_size
-    word_maps = WordMapSampler(len(config.category_ids), settings.seed, config.grid_size, max_cells)
+    word_maps = WordMapSampler(
+        len(config.category_ids), settings.seed, config.grid_size, max_cells, random_cells=settings.random_cells
+    )
     return MixedSamples(photos, word_maps, settings.word_map_ratio)
 
 

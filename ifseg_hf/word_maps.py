@@ -30,6 +30,7 @@ def word_map_stream(
     length: int | None = None,
     word_categories: Sequence[int] | None = None,
     block_size: int = 64,
+    random_cells: bool = True,
 ) -> IterableDataset:
     """A `datasets.IterableDataset` of random word maps.
 
@@ -50,6 +51,8 @@ def word_map_stream(
         word_categories (`Sequence[int]`, *optional*): the category of each word in a hierarchical vocabulary. A cell
             then draws a category first and one of its words second, both uniformly.
         block_size (`int`): samples dealt out together.
+        random_cells (`bool`): draw the size of every small grid; otherwise all have `max_cells` x `max_cells` cells,
+            which the paper finds worse (Table 12).
 
     Raises:
         `ValueError`: naming the argument that is out of range, or the category that has no word.
@@ -68,7 +71,7 @@ def word_map_stream(
             raise ValueError(f"{name}={value}: must be at least {least}.")
     if max_cells > grid_size:
         raise ValueError(f"max_cells={max_cells}: a word map of {grid_size} x {grid_size} has no room for more cells.")
-    draw = WordMapSampler(num_words, seed, grid_size, max_cells, word_categories)
+    draw = WordMapSampler(num_words, seed, grid_size, max_cells, word_categories, random_cells)
     stop = start + (block_size * _ENDLESS if length is None else length)
     examples = _WordMapExamples(draw, range(start, stop, block_size), block_size, stop, endless=length is None)
     return IterableDataset(examples, info=DatasetInfo(features=examples.features))
@@ -140,12 +143,19 @@ class WordMapSampler:
     """
 
     def __init__(
-        self, num_words: int, seed: int, grid_size: int, max_cells: int, word_categories: Sequence[int] | None = None
+        self,
+        num_words: int,
+        seed: int,
+        grid_size: int,
+        max_cells: int,
+        word_categories: Sequence[int] | None = None,
+        random_cells: bool = True,
     ):
         self.num_words = num_words
         self.seed = seed
         self.grid_size = grid_size
         self.max_cells = max_cells
+        self.random_cells = random_cells
         # Philox makes four 64-bit numbers from one value of its counter. A sample takes one number for the height, one
         # for the width and one for each cell of the largest grid.
         self.counters = math.ceil((2 + max_cells**2) / 4)
@@ -160,6 +170,8 @@ class WordMapSampler:
         raw = np.random.Philox(key=self.seed, counter=first * self.counters).random_raw(count * self.counters * 4)
         raw = raw.reshape(count, -1)
         sizes = 1 + _below(self.max_cells, raw[:, :2] >> 32)
+        if not self.random_cells:
+            sizes = np.full_like(sizes, self.max_cells)
         return self.enlarge(self._words(raw[:, 2 : 2 + self.max_cells**2]), sizes), sizes
 
     def _words(self, raw: np.ndarray) -> np.ndarray:

@@ -198,3 +198,12 @@ def test_the_methods_of_datasets_work_on_it():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         word_map_stream(**arguments)
+
+
+def test_grids_of_one_size():
+    samples = list(word_map_stream(5, seed=3, grid_size=8, max_cells=4, length=40, random_cells=False))
+    assert all((sample["grid_size"] == 4).all() for sample in samples)
+    assert any((sample["word_map"][0] != sample["word_map"][4]).any() for sample in samples)
+    # the words are those of the grids of random size, which show a corner of them
+    for sample, other in zip(samples, word_map_stream(5, seed=3, grid_size=8, max_cells=4, length=40), strict=True):
+        assert sample["word_map"][0, 0] == other["word_map"][0, 0]
