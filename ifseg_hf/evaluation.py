@@ -140,7 +140,7 @@ def fingerprint(segmenter) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(segmenter.model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
