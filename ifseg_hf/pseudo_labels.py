@@ -76,17 +76,22 @@ def confident_labels(
 def guess_labels(
     model: IFSegForSemanticSegmentation, processor: IFSegProcessor, photo: np.ndarray, guess: Guess, names: list[str]
 ) -> np.ndarray:
-    """Labels of a photo uint8 (H, W, 3) as int64 (H, W), by a model in evaluation mode whose words are `names`.
+    """Labels of a photo uint8 (H, W, 3), indices into `names`, as int64 (H, W), by a model in evaluation mode.
 
-    In crops if the processor has a sliding window, as that of a supervised model has.
+    The model's words include those to guess, and no other is chosen. It gets the photo in crops if the processor has a
+    sliding window, as that of a supervised model has.
     """
     inputs = processor(images=photo, return_tensors="pt").to(model.device)
     sliding = processor.image_processor.sliding_window is not None
     outputs = processor.sliding_window(model, **inputs) if sliding else model(**inputs)
     (scores,) = patch_scores(outputs, guess.smoothing_neighbors, guess.smoothing_iterations)
     probabilities = scores if guess.smoothing_iterations else scores.softmax(0)
-    candidates = [names.index(name) for name in guess.guessed or names]
-    return confident_labels(probabilities, photo.shape[:2], guess.min_confidence, candidates).cpu().numpy()
+    guessed = guess.guessed or names
+    own = [model.config.label2id[name] for name in guessed]
+    labels = confident_labels(probabilities, photo.shape[:2], guess.min_confidence, own).cpu().numpy()
+    label_of = np.full(len(probabilities), IGNORED)
+    label_of[own] = [names.index(name) for name in guessed]
+    return np.where(labels == IGNORED, IGNORED, label_of[labels.clip(0)])
 
 
 def label_photos(
@@ -205,7 +210,8 @@ def write_pseudo_labels(
     it is started again.
 
     Args:
-        model: folder or Hub id; it is given the words `data.names`.
+        model: folder or Hub id. It is asked for the words it was tuned for if those to guess are among them, else for
+            those to guess.
         data: what to label; of its own labels only those that `keep_labels` keeps are looked at.
         guess: see [`Guess`]. With `unseen`, those are the categories to guess.
         keep_labels: keep the labels that there are, and guess where there is none.
@@ -228,7 +234,7 @@ def write_pseudo_labels(
     if begin(output, begun, content, state):
         state.print(f"{output} is complete already.")
         return output
-    segmenter, processor = load_segmenter(model, data.names)
+    segmenter, processor = load_segmenter(model, guess.guessed or data.names)
     segmenter.to(state.device)
 
     def given(sample: dict, labels: np.ndarray) -> np.ndarray:
@@ -275,7 +281,7 @@ def begin(output: Path, begun: Path, content: dict, state: PartialState) -> bool
 
 
 def load_segmenter(model: str, names: list[str]) -> tuple[IFSegForSemanticSegmentation, IFSegProcessor]:
-    """A model in evaluation mode with the words `names`, asked as it was tuned, and its processor."""
+    """A model in evaluation mode whose words include `names`, or are `names`; and its processor."""
     try:
         folder = resolve_model(model)
         processor = IFSegProcessor.from_pretrained(folder)
@@ -283,6 +289,8 @@ def load_segmenter(model: str, names: list[str]) -> tuple[IFSegForSemanticSegmen
     except (OSError, ValueError) as error:
         raise ValueError(f'"{model}" can\'t be loaded: {" ".join(str(error).split())}'[:500]) from error
     config = segmenter.config
+    if config.category_ids is not None and set(names) <= config.label2id.keys():
+        return segmenter.eval(), processor
     append_unknown = config.prompt_ids is None or processor.ends_with_unknown(config.prompt_ids)
     segmenter.set_words(**processor.encode_categories(names, config.prompt, append_unknown))
     return segmenter.eval(), processor

@@ -65,6 +65,26 @@ def test_without_kept_labels_all_are_what_the_model_says(model, data, tmp_path):
     assert np.array_equal(photo, data.read(data.samples[0])[0])
 
 
+def test_a_model_is_asked_for_its_own_words_where_the_guessed_are_among_them(model, data, tmp_path):
+    segmenter, processor = load_segmenter(model, ["sea", "moon", "cup"])
+    for part in (segmenter, processor):
+        part.save_pretrained(tmp_path / "tuned")
+    tuned, _ = load_segmenter(str(tmp_path / "tuned"), ["cup", "sea"])
+    assert list(tuned.config.id2label.values()) == ["sea", "moon", "cup"]
+    other, _ = load_segmenter(str(tmp_path / "tuned"), ["cup", "sky"])
+    assert list(other.config.id2label.values()) == ["cup", "sky"]
+    folder = write(str(tmp_path / "tuned"), data, tmp_path / "out", unseen="sea, cup")
+    with torch.no_grad():
+        photo, _ = data.read(data.samples[0])
+        outputs = tuned(**processor(images=photo, return_tensors="pt"))
+    (scores,) = processor.post_process_semantic_segmentation(
+        outputs, [photo.shape[:2]], return_segmentation_scores=True
+    )
+    sea = (scores["segmentation_scores"][0] >= scores["segmentation_scores"][2]).numpy()
+    expected = np.where(sea, NAMES.index("sea"), NAMES.index("cup"))
+    assert (masks_of(folder)["0"] == expected).mean() > 0.999
+
+
 def test_given_labels_stay_and_only_the_unseen_are_guessed(model, data, tmp_path):
     folder = write(model, data, tmp_path / "out", keep_labels=True, unseen="sea, cup")
     again, given = load_segmentation_data(str(folder)), masks_of(folder, "given")

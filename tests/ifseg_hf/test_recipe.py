@@ -10,6 +10,8 @@ import pytest
 from ifseg_hf.recipe import (
     CHECKPOINT_FILE,
     SETTINGS_FILE,
+    STAGES,
+    Training,
     WordMapTraining,
     checkpoints,
     read_settings,
@@ -142,6 +144,60 @@ def test_an_output_folder_that_cannot_be_written_to_is_refused(settings, monkeyp
         settings.check()
 
 
+# Stages ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_stage_freezes_unless_told(settings):
+    assert [replace(settings, stage=stage).frozen for stage in STAGES] == ["trunk", "nothing", "words"]
+    assert replace(settings, stage="supervised", freeze="trunk").frozen == "trunk"
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_photos_need_no_categories_but_a_data_set(stage, settings):
+    replace(settings, stage=stage, dataset="photos", categories=None).check()
+    replace(settings, dataset="photos", categories=None).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"stage": "tuning"}, 'stage="tuning": choose word-maps, supervised or self-training.'),
+        ({"stage": "supervised"}, "needs photos: give a dataset"),
+        ({"categories": None}, "There are no categories: give a dataset"),
+        ({"freeze": "nothing"}, "freeze belongs to stage=supervised or self-training, not to word-maps"),
+        ({"unseen": "cat"}, "unseen belongs to stage=supervised"),
+        ({"from_scratch": True}, "from_scratch belongs to"),
+        ({"stage": "supervised", "dataset": "d", "refresh_every": 5}, "refresh_every belongs to stage=self-training"),
+        ({"stage": "self-training", "dataset": "d", "unseen": "cat"}, "unseen belongs to stage=supervised"),
+        ({"stage": "self-training", "dataset": "d", "refresh_every": 5}, '"d" is no folder of scripts/pseudo_label.py'),
+        ({"stage": "self-training", "dataset": "d", "refresh_every": -1}, "refresh_every=-1"),
+        ({"stage": "supervised", "dataset": "d", "freeze": "all"}, 'freeze="all": choose nothing, words, trunk.'),
+        ({"stage": "supervised", "dataset": "d", "word_map_ratio": 1.0}, "word_map_ratio=1.0"),
+        ({"stage": "supervised", "dataset": "d", "crop_size": 24}, "crop_size=24: must be a multiple"),
+        ({"stage": "supervised", "dataset": "d", "short_side": 0}, "short_side=0"),
+    ],
+)
+def test_settings_that_do_not_fit_the_stage_are_told(changes, told, settings):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        replace(settings, **changes).check()
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("photos_*.yaml")), ids=lambda file: file.stem)
+def test_published_settings_for_photos(file, tmp_path, monkeypatch):
+    """They pass every check, with a model and pseudo-labels in the places that they name."""
+    given = read_settings(str(file))
+    monkeypatch.chdir(tmp_path)
+    for folder in (given["model"], given["dataset"]):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / given["model"] / "config.json").write_text('{"model_type": "ifseg"}')
+    (tmp_path / given["dataset"] / "dataset.json").write_text('{"pseudo_labels": {}}')
+    given.setdefault("categories", None)
+    Training(**given).check()
+    assert given["stage"] in STAGES[1:]
+
+
 # Going on -------------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +256,7 @@ def test_a_damaged_checkpoint_is_told(text, settings):
         ("max_grad_norm", 2.0),
         ("dropout", 0.0),
         ("drop_path", 0.0),
+        ("dataset", "others"),
     ],
 )
 def test_a_changed_setting_is_refused_by_name(name, value, settings):

@@ -14,6 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from hub_client import environment
 from hub_server import HubServer
+from masked_photos import save_masked_photos, save_tiny_segmenter
 from safetensors.torch import load_file
 from tiny_model import is_key_bias, save_tiny_model
 
@@ -108,6 +109,30 @@ def test_processes_accumulation_and_workers_change_nothing(tiny_model, tmp_path)
 
 
 @pytest.mark.slow
+def test_two_processes_label_and_train_as_one(tmp_path):
+    """Pseudo-labels to the byte, and a run on them, word maps among the photos and labels made anew, up to rounding."""
+    pytest.importorskip("kornia")
+    model, photos = save_tiny_segmenter(tmp_path / "model"), save_masked_photos(tmp_path / "photos")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29000 + os.getpid() % 2000]
+    write = [ROOT / "scripts" / "pseudo_label.py", "--model", model, "--dataset", photos, "--keep-labels", "--cpu"]
+    write += ["--unseen", "sky, sea", "--output-dir"]
+    flags = ["--stage", "self-training", "--freeze", "nothing", "--word-map-ratio", 0.25, "--refresh-every", 3]
+    flags += ["--steps", 5, "--batch-size", 8, "--learning-rate", 1e-4, "--dropout", 0, "--drop-path", 0, "--cpu"]
+    flags += ["--model", model, "--crop-size", 32]
+    for name, launch in [("one", []), ("two", launcher)]:
+        labels = tmp_path / f"labels-{name}"
+        for command in ([*write, labels], [SCRIPT, *flags, "--dataset", labels, "--output-dir", tmp_path / name]):
+            done = run(*launch, *command)
+            assert done.returncode == 0, done.stderr
+        assert "Step 3: new pseudo-labels." in done.stdout
+    masks = sorted((tmp_path / "labels-one" / "masks").iterdir())
+    assert len(masks) == 6
+    for mask in masks:
+        assert mask.read_bytes() == (tmp_path / "labels-two" / "masks" / mask.name).read_bytes()
+    assert_close_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
 def test_a_run_survives_ctrl_c_sigterm_and_kill(tiny_model, tmp_path):
     """All three, one after the other, and it still ends with the weights of a run that was left alone, to the bit."""
     flags = ["--model", tiny_model, "--steps", 80, "--batch-size", 2, "--cpu", "--checkpointing-steps", 10, "--resume"]
@@ -172,6 +197,14 @@ def test_a_run_survives_ctrl_c_sigterm_and_kill(tiny_model, tmp_path):
         (["--output-dir", "full"], "no result of training"),
         (["--output-dir", "full/file"], "cannot be made"),
         (["--output-dir", "full/file/out"], "cannot be made"),
+        (["--stage", "supervise"], 'stage="supervise": choose'),
+        (["--stage", "supervised"], "stage=supervised needs photos"),
+        (["--crop-size", "32"], "crop_size belongs to stage=supervised or self-training"),
+        (["--stage", "supervised", "--dataset", "full", "--crop-size", "40"], "crop_size=40: must be a multiple"),
+        (
+            ["--stage", "self-training", "--dataset", "full", "--refresh-every", "5"],
+            "no folder of scripts/pseudo_label",
+        ),
         (["--no-such-flag"], "--no-such-flag"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--config", "settings.yaml"], 'no setting "stepz": steps?'),
