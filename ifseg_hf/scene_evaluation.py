@@ -1,25 +1,45 @@
-"""How well a small OFA segments scenes: before and after tuning on words alone, and by cosine similarity only.
+"""What tuning on words alone does for a small OFA: on mosaics of held-out photos and on street photos.
 
-The cosine baseline compares every projected patch (`image_proj` of the trunk's features) with the words' embeddings:
-what pre-training alone gives without encoder, decoder and tuning.
+A model folder is evaluated before and after tuning, with the cosine baseline beside it, all through
+[`ifseg_hf.evaluation`]; and tuning is varied as the paper's ablations do (Appendix A.1 and B).
 """
 
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
-from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation, IFSegSegmentationOutput
-from ifseg_hf.processing.processing_ifseg import IFSegProcessor
-from ifseg_hf.scenes import Photos, Streets
+from ifseg_hf.evaluation import COSINE, Evaluation, Smoothing, evaluate_segmenter, load_segmenter, setting_name
+from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
+from ifseg_hf.scenes import Photos
+from ifseg_hf.segmentation_data import SegmentationData
 
 LARGE_STREET_NAMES = ("sky", "building", "road", "pavement", "tree", "fence", "car")
-TEMPERATURE = 0.1  # of the cosine baseline, which matters only where smoothing averages probabilities
+COARSE_NAMES = {
+    "animal": ["dog", "cat", "lion", "bear", "pig", "cow", "sheep", "elephant", "goose", "frog"],
+    "vehicle": ["car", "truck", "boat", "train", "tractor", "school bus", "go-kart", "rickshaw", "gondola"],
+    "food": ["ice cream", "pretzel", "cauliflower", "mushroom", "orange", "lemon", "banana", "pizza", "coffee"],
+}
+APPENDIX_PROMPT = "what is the segmentation of the image? object:"  # the wording in the paper, Appendix E
+SMOOTHING: tuple[Smoothing, ...] = ((1, 0), (3, 25), (5, 25))
+SMOOTHING_GRID: tuple[Smoothing, ...] = (
+    (1, 0),
+    (3, 1),
+    (3, 10),
+    (3, 25),
+    (3, 50),
+    (2, 25),
+    (5, 25),
+    (8, 25),
+)  # Table 10
+
+Tune = Callable[[str | Path, list[str] | dict[str, list[str]], int], str | Path]
+"""Makes a model of a folder that is tuned on the words alone: (folder, words, seed) -> its folder."""
 
 
 def word_lists(photos: Photos, counts: list[int]) -> dict[int, list[str]]:
@@ -29,64 +49,6 @@ def word_lists(photos: Photos, counts: list[int]) -> dict[int, list[str]]:
         if not 2 <= count <= len(order):
             raise ValueError(f"{count} words: choose from 2 to {len(order)}, the names of the photos.")
     return {count: order[:count] for count in counts}
-
-
-def street_samples(streets: Streets, words: list[str]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Photos and maps of word indices; everything that is none of the words is -100."""
-    index = np.full(256, -100)
-    for i, word in enumerate(words):
-        index[streets.names.index(word)] = i
-    return [(image, index[mask]) for image, mask in zip(streets.images, streets.masks, strict=True)]
-
-
-@torch.no_grad()
-def cosine_outputs(model: IFSegForSemanticSegmentation, inputs: dict) -> IFSegSegmentationOutput:
-    """Cosine similarity of projected patches with the model's own words, in the place of its logits."""
-    encoder = model.model.encoder
-    features = encoder.embed_images(inputs["pixel_values"])
-    patches = normalize(encoder.image_proj(features.permute(0, 2, 3, 1)), dim=-1)
-    words = normalize(model.embed_words(*model._padded(model.config.category_ids, features.device))[0], dim=-1)
-    logits = (patches @ words.T).permute(0, 3, 1, 2) / TEMPERATURE
-    return IFSegSegmentationOutput(logits=logits, image_features=features)
-
-
-@torch.no_grad()
-def model_outputs(model: IFSegForSemanticSegmentation, inputs: dict) -> IFSegSegmentationOutput:
-    return model(pixel_values=inputs["pixel_values"])
-
-
-def confusion_matrices(
-    model: IFSegForSemanticSegmentation,
-    processor: IFSegProcessor,
-    samples: list[tuple[np.ndarray, np.ndarray]],
-    neighbors: list[int],
-    outputs_of: Callable = model_outputs,
-    batch: int = 8,
-) -> dict[int, np.ndarray]:
-    """Pixels by (true word, predicted word), int64 (N, N), for each number of smoothing neighbours (0: none)."""
-    count = len(model.config.category_ids)
-    matrices = {k: np.zeros((count, count), np.int64) for k in neighbors}
-    for start in range(0, len(samples), batch):
-        images, targets = zip(*samples[start : start + batch], strict=True)
-        inputs = processor(images=list(images), return_tensors="pt")
-        outputs = outputs_of(model, inputs)
-        sizes = [target.shape for target in targets]
-        for k in neighbors:
-            maps = processor.post_process_semantic_segmentation(
-                outputs, sizes, smoothing_neighbors=k or 3, smoothing_iterations=25 if k else 0
-            )
-            for target, guess in zip(targets, maps, strict=True):
-                inside = target >= 0
-                pairs = target[inside] * count + guess.numpy()[inside]
-                matrices[k] += np.bincount(pairs, minlength=count**2).reshape(count, count)
-    return matrices
-
-
-def word_ious(matrix: np.ndarray) -> np.ndarray:
-    """Intersection over union of every word in per cent, (N,); nan for words that occur nowhere."""
-    right = np.diag(matrix)
-    either = matrix.sum(0) + matrix.sum(1) - right
-    return np.where(matrix.sum(1) > 0, 100 * right / np.maximum(either, 1), np.nan)
 
 
 def at_size(folder: str | Path, image_size: int, short_side: int, output: str | Path) -> Path:
@@ -106,69 +68,164 @@ def at_size(folder: str | Path, image_size: int, short_side: int, output: str | 
     return Path(output)
 
 
-def with_words(folder: str | Path, processor: IFSegProcessor, words: list[str]) -> IFSegForSemanticSegmentation:
-    """The model of a folder for these words, untuned: what is not in the checkpoint is new, from seed 0."""
-    torch.manual_seed(0)
-    model = IFSegForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32)
-    model.set_words(**processor.encode_categories(words))
-    return model.eval()
+def count_pixels(
+    folder: str | Path, data: SegmentationData, smoothing: Sequence[Smoothing], baseline: str | None = None
+) -> Evaluation:
+    """What a model of a folder says of the photos of `data`, in the data's own words."""
+    segmenter = load_segmenter(folder, baseline)
+    segmenter.set_words(data.names)
+    return evaluate_segmenter(segmenter, data, smoothing)
+
+
+# Before and after -----------------------------------------------------------------------------------------------------
 
 
 def evaluate(
     folder: str | Path,
-    samples: list[tuple[np.ndarray, np.ndarray]],
-    words: list[str],
-    tune: Callable[[str | Path, list[str], int], str | Path],
-    seeds: list[int],
-    neighbors: tuple[int, ...] = (0, 3, 5),
+    data: SegmentationData,
+    tune: Tune,
+    seeds: Sequence[int],
+    smoothing: Sequence[Smoothing] = SMOOTHING,
 ) -> dict:
-    """Word IoUs of the cosine baseline, of the model before tuning, and after tuning with each seed.
-
-    Args:
-        tune: makes a model of `folder` that is tuned on the words alone, (folder, words, seed) -> its folder.
+    """Word IoUs, in per cent, of the cosine baseline, of the model before tuning, and after tuning with each seed.
 
     Returns:
-        {"words": [...], "cosine": {k: IoUs}, "before": {k: IoUs}, "after": {k: one list of IoUs a seed}}
+        {"words": [...], "cosine": {setting: IoUs}, "before": {setting: IoUs}, "after": {setting: a list a seed}}, with
+        settings as [`setting_name`] has them and nan for words that occur nowhere.
     """
-    processor = IFSegProcessor.from_pretrained(folder)
-    untuned = with_words(folder, processor, words)
 
-    def ious(model, outputs_of=model_outputs):
-        matrices = confusion_matrices(model, processor, samples, list(neighbors), outputs_of)
-        return {k: word_ious(matrix).tolist() for k, matrix in matrices.items()}
+    def ious(folder: str | Path, baseline: str | None = None) -> dict[str, list[float]]:
+        told = count_pixels(folder, data, smoothing, baseline)
+        return {setting_name(*x): (100 * np.array(told.scores(x)["per_category_iou"])).tolist() for x in smoothing}
 
-    result = {"words": words, "cosine": ious(untuned, cosine_outputs), "before": ious(untuned)}
-    after = []
-    for seed in seeds:
-        tuned = IFSegForSemanticSegmentation.from_pretrained(tune(folder, words, seed), dtype=torch.float32).eval()
-        after.append(ious(tuned))
-    result["after"] = {k: [run[k] for run in after] for k in neighbors}
+    result = {"words": data.names, "cosine": ious(folder, COSINE), "before": ious(folder)}
+    after = [ious(tune(folder, data.names, seed)) for seed in seeds]
+    result["after"] = {name: [run[name] for run in after] for name in result["before"]}
     return result
 
 
-def mean_iou(ious: list[float]) -> float:
+def mean_iou(ious: Sequence[float]) -> float:
     return float(np.nanmean(ious))
 
 
-def table(results: dict[str, dict], neighbors: tuple[int, ...] = (0, 3, 5)) -> str:
-    """A Markdown table of mean IoUs: a row for each result, cells raw / k=3 / k=5, mean over seeds ± deviation."""
-    kinds = " / ".join("raw" if k == 0 else f"k={k}" for k in neighbors)
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.1f} ± {np.std(values):.1f}" if len(values) > 1 else f"{np.mean(values):.1f}"
+
+
+def table(results: dict[str, dict]) -> str:
+    """A Markdown table of mean IoUs: a row for each result, a number for each setting, mean over seeds ± deviation."""
+    settings = list(next(iter(results.values()))["before"])
+    kinds = " / ".join("raw" if name == "none" else name.split(",")[0] for name in settings)
     lines = [f"| scenes | cosine: {kinds} | before: raw | after tuning on words alone: {kinds} |", "|---|---|---|---|"]
     for name, result in results.items():
-        cosine = " / ".join(f"{mean_iou(result['cosine'][k]):.1f}" for k in neighbors)
-        after = []
-        for k in neighbors:
-            runs = [mean_iou(run) for run in result["after"][k]]
-            after.append(f"{np.mean(runs):.1f} ± {np.std(runs):.1f}" if len(runs) > 1 else f"{np.mean(runs):.1f}")
-        lines.append(f"| {name} | {cosine} | {mean_iou(result['before'][0]):.1f} | {' / '.join(after)} |")
+        cosine = " / ".join(f"{mean_iou(result['cosine'][setting]):.1f}" for setting in settings)
+        after = [_mean_and_deviation([mean_iou(run) for run in result["after"][setting]]) for setting in settings]
+        lines.append(f"| {name} | {cosine} | {mean_iou(result['before'][settings[0]]):.1f} | {' / '.join(after)} |")
     return "\n".join(lines)
 
 
-def word_table(result: dict, k: int = 3) -> str:
-    """A Markdown table of each word's IoU: cosine, before, after tuning (mean over seeds), at `k` neighbours."""
-    how = "raw" if k == 0 else f"k={k}"
-    lines = [f"| word | cosine, {how} | before, {how} | after, {how} |", "|---|---|---|---|"]
-    after = np.mean(result["after"][k], axis=0)
-    for word, *values in zip(result["words"], result["cosine"][k], result["before"][k], after, strict=True):
+def word_table(result: dict) -> str:
+    """A Markdown table of each word's IoU without smoothing: cosine, before, after tuning (mean over seeds)."""
+    lines = ["| word | cosine, raw | before, raw | after, raw |", "|---|---|---|---|"]
+    after = np.mean(result["after"]["none"], axis=0)
+    for word, *values in zip(result["words"], result["cosine"]["none"], result["before"]["none"], after, strict=True):
         lines.append(f"| {word} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
+    return "\n".join(lines)
+
+
+# The paper's ablations ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Variant:
+    """One way to tune.
+
+    Args:
+        settings: of [`WordMapTraining`] that differ from the others'.
+        change: makes the model folder that tuning starts from another one, in place.
+        words: `None` for the data's own, or fine names by category.
+    """
+
+    settings: dict = field(default_factory=dict)
+    change: Callable[[Path], None] | None = None
+    words: dict[str, list[str]] | None = None
+
+
+def take_decoder_positions_of_the_image(folder: Path) -> None:
+    """The paper's decoder positions in the place of the published implementation's (method: section 2.2)."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "decoder_positions": "image"}), encoding="utf-8")
+
+
+@torch.no_grad()
+def silence_cross_attention(folder: Path) -> None:
+    """Makes the decoder's cross-attention say nothing (Appendix B), and nothing that it could learn from.
+
+    Everything behind the attention weights is zero. All gradients there are products with one of these zeros, but that
+    of the last bias: what can still be learnt is one constant vector a layer, the same for every patch and photo.
+    """
+    model = IFSegForConditionalGeneration.from_pretrained(folder)
+    for layer in model.model.decoder.layers:
+        last = layer.cross_attn
+        for parameter in (
+            last.c_attn,
+            last.out_proj.weight,
+            last.out_proj.bias,
+            *layer.cross_attn_mid_layer_norm.parameters(),
+        ):
+            parameter.zero_()
+    model.save_pretrained(folder)
+
+
+def variants(usual: int, largest: int) -> dict[str, Variant]:
+    """Tunings by name. `usual`: S, the largest side of random grids; `largest`: the side of the whole word map."""
+    return {
+        f"S = {usual}": Variant(),
+        **{f"S = {side}": Variant({"max_cells": side}) for side in (2, 4, largest) if side != usual},
+        "the appendix' prompt": Variant({"prompt": APPENDIX_PROMPT}),
+        "the paper's decoder positions": Variant(change=take_decoder_positions_of_the_image),
+        "no cross-attention": Variant(change=silence_cross_attention),
+    }
+
+
+def ablate(
+    folder: str | Path,
+    data: SegmentationData,
+    tune: Callable[..., str | Path],
+    ways: dict[str, Variant],
+    seeds: Sequence[int],
+    scratch: str | Path,
+    smoothing: Sequence[Smoothing] = SMOOTHING_GRID,
+    log: Callable[[str], None] = print,
+) -> dict[str, dict[str, list[float]]]:
+    """Mean IoU in per cent before and after each of the `ways` of tuning: {name: {setting: one number a seed}}.
+
+    Args:
+        tune: as [`Tune`], with settings of [`WordMapTraining`] as further arguments.
+        scratch: folder for the changed models.
+    """
+
+    def means(folder: str | Path) -> dict[str, float]:
+        told = count_pixels(folder, data, smoothing)
+        return {setting_name(*setting): 100 * told.scores(setting)["mean_iou"] for setting in smoothing}
+
+    before = f"before tuning, {len(data.names)} words"
+    results = {before: {setting: [mean] for setting, mean in means(folder).items()}}
+    for number, (name, way) in enumerate(ways.items()):
+        start = Path(folder)
+        if way.change is not None:
+            start = Path(shutil.copytree(folder, Path(scratch) / f"variant-{number}", dirs_exist_ok=True))
+            way.change(start)
+        runs = [means(tune(start, way.words or data.names, seed, **way.settings)) for seed in seeds]
+        results[name] = {setting: [run[setting] for run in runs] for setting in runs[0]}
+        log(ablation_table({name: results[name]}))
+    return results
+
+
+def ablation_table(results: dict[str, dict[str, list[float]]]) -> str:
+    """A Markdown table: a row for each way of tuning, a column for each smoothing; mean over seeds ± deviation."""
+    settings = list(next(iter(results.values())))
+    lines = [f"| tuning | {' | '.join(settings)} |", "|---" * (len(settings) + 1) + "|"]
+    for name, runs in results.items():
+        lines.append(f"| {name} | " + " | ".join(_mean_and_deviation(runs[setting]) for setting in settings) + " |")
     return "\n".join(lines)

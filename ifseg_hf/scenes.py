@@ -10,8 +10,11 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 from PIL import Image
+
+from ifseg_hf.segmentation_data import SegmentationData
 
 HELD_OUT = 5000  # the last photos of the last file are never trained on
 PHOTO_SIZE = 64
@@ -271,3 +274,17 @@ def evaluation_scenes(photos: Photos, words: list[str], count: int, seed: int, s
             canvas.paste(picture.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR), (x0, y0))
             target[y0:y1, x0:x1] = word
         yield np.asarray(canvas), target
+
+
+def mosaic_data(photos: Photos, words: list[str], count: int, seed: int, size: int = 128) -> SegmentationData:
+    """The mosaics of [`evaluation_scenes`] as photos with masks."""
+    rows: dict[str, list] = {"id": [], "image": [], "mask": []}
+    for number, (image, target) in enumerate(evaluation_scenes(photos, words, count, seed, size)):
+        rows["id"].append(f"{number:04d}")
+        for column, array in (("image", image), ("mask", target.astype(np.uint8))):
+            file = io.BytesIO()
+            Image.fromarray(array).save(file, "PNG", compress_level=1)
+            rows[column].append({"bytes": file.getvalue(), "path": None})
+    picture = datasets.Image(decode=False)
+    features = datasets.Features(id=datasets.Value("string"), image=picture, mask=picture)
+    return SegmentationData(datasets.Dataset.from_dict(rows, features=features), words, np.arange(len(words)), {})

@@ -8,7 +8,12 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+# Python puts a script's own folder first, where `import evaluate`, the package, would find the script of that name.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _HERE]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -29,7 +34,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=120, help="steps of tuning (default: 120)")
     parser.add_argument("--batch-size", type=int, default=32, help="word maps in a step (default: 32)")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="(default: 3e-4)")
-    parser.add_argument("--mixed-precision", default="bf16", help="no, fp16 or bf16, for tuning (default: bf16)")
+    parser.add_argument("--mixed-precision", default="no", help="no, fp16 or bf16, for tuning (default: no)")
+    parser.add_argument("--ablation", action="store_true", help="vary the tuning, on mosaics of the first of --words")
     parser.add_argument("--cache", default=None, help="folder that keeps the decoded photos (default: a temporary one)")
     parser.add_argument("--output", default=None, help="JSON file for all numbers")
     return parser.parse_args(arguments)
@@ -56,42 +62,70 @@ def main(arguments: list[str] | None = None) -> int:
         photos = scenes.load_photos(options.photos, options.cache or scratch)
         photos = photos.part(slice(len(photos) - scenes.HELD_OUT, len(photos)))
 
-        def tune(folder: str | Path, words: list[str], seed: int) -> str:
-            output = str(Path(scratch) / f"tuned-{len(words)}-{words[0]}-{seed}")
-            settings = WordMapTraining(
-                categories=words,
-                output_dir=output,
-                model=str(folder),
-                seed=seed,
-                max_cells=options.max_cells,
-                steps=options.steps,
-                batch_size=options.batch_size,
-                learning_rate=options.learning_rate,
-                weight_decay=0.01,
-                mixed_precision=options.mixed_precision,
-            )
-            train(settings)
+        def tune(folder: str | Path, words, seed: int, **settings) -> str:
+            output = tempfile.mkdtemp(dir=scratch)
+            recipe = {
+                "max_cells": options.max_cells,
+                "steps": options.steps,
+                "batch_size": options.batch_size,
+                "learning_rate": options.learning_rate,
+                "weight_decay": 0.01,
+                "mixed_precision": options.mixed_precision,
+                "checkpointing_steps": 0,
+            }
+            train(WordMapTraining(words, output, str(folder), seed=seed, **{**recipe, **settings}))
             return output
 
-        results = {}
-        for count, words in scene_evaluation.word_lists(photos, options.words).items():
-            samples = list(scenes.evaluation_scenes(photos, words, options.scenes, seed=count))
-            name = f"{len(samples)} mosaics, {count} words"
-            results[name] = scene_evaluation.evaluate(small, samples, words, tune, options.seeds)
-            print(scene_evaluation.table({name: results[name]}), flush=True)
-        if options.street:
-            streets = scenes.load_streets(options.street, "val")
-            for words in (streets.names, list(scene_evaluation.LARGE_STREET_NAMES)):
-                samples = list(scene_evaluation.street_samples(streets, words))
-                name = f"{len(samples)} street photos, {len(words)} words"
-                results[name] = scene_evaluation.evaluate(large, samples, words, tune, options.seeds)
-    print("\n" + scene_evaluation.table(results))
-    if options.street:
-        name = f"{len(streets.images)} street photos, {len(streets.names)} words"
-        print("\n" + scene_evaluation.word_table(results[name]))
+        results = (
+            ablate(options, small, photos, tune, scratch)
+            if options.ablation
+            else compare(options, small, large, photos, tune)
+        )
     if options.output:
         Path(options.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def compare(options: argparse.Namespace, small: Path, large: Path, photos, tune: Callable) -> dict:
+    """Before and after tuning, and the cosine baseline: mosaics of each number of words, then street photos."""
+    from ifseg_hf import scene_evaluation, scenes
+    from ifseg_hf.segmentation_data import load_segmentation_data
+
+    results = {}
+    for count, words in scene_evaluation.word_lists(photos, options.words).items():
+        name = f"{options.scenes} mosaics, {count} words"
+        data = scenes.mosaic_data(photos, words, options.scenes, seed=count)
+        results[name] = scene_evaluation.evaluate(small, data, tune, options.seeds)
+        print(scene_evaluation.table({name: results[name]}), flush=True)
+    if options.street:
+        streets = load_segmentation_data(options.street, split="val")
+        for words in (streets.names, list(scene_evaluation.LARGE_STREET_NAMES)):
+            name = f"{len(streets.samples)} street photos, {len(words)} words"
+            results[name] = scene_evaluation.evaluate(large, streets.select(words), tune, options.seeds)
+            print(f"{scene_evaluation.table({name: results[name]})}\n\n{scene_evaluation.word_table(results[name])}")
+    print("\n" + scene_evaluation.table(results))
+    return results
+
+
+def ablate(options: argparse.Namespace, folder: Path, photos, tune: Callable, scratch: str) -> dict:
+    """The paper's ablations on mosaics, and a hierarchical vocabulary."""
+    from ifseg_hf import scene_evaluation, scenes
+
+    count = options.words[0]
+    words = scene_evaluation.word_lists(photos, [count])[count]
+    data = scenes.mosaic_data(photos, words, options.scenes, seed=count)
+    ways = scene_evaluation.variants(options.max_cells, options.image_size // 16)
+    results = scene_evaluation.ablate(folder, data, tune, ways, options.seeds, scratch)
+    coarse = scene_evaluation.COARSE_NAMES
+    fine = [name for names in coarse.values() for name in names]
+    data = scenes.mosaic_data(photos, fine, options.scenes, seed=0).select(coarse)
+    ways = {
+        f"{len(coarse)} coarse words alone": scene_evaluation.Variant(),
+        f"the same, with {len(fine)} fine words": scene_evaluation.Variant(words=coarse),
+    }
+    results |= scene_evaluation.ablate(folder, data, tune, ways, options.seeds, scratch)
+    print("\n" + scene_evaluation.ablation_table(results))
+    return results
 
 
 if __name__ == "__main__":
