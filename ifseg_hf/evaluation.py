@@ -222,11 +222,11 @@ class _Counted:
     def save(self) -> None:
         if self.file is None:
             return
-        content = {f"matrix_{k}_{n}": self.metrics[k, n].confusion_matrix for k, n in self.smoothing}
-        messages = np.array(json.dumps(list(self.skipped.values())))
+        content: dict[str, Any] = {f"matrix_{k}_{n}": self.metrics[k, n].confusion_matrix for k, n in self.smoothing}
+        content |= {"images": np.array(self.images, np.int64), "skipped": np.array(list(self.skipped), np.int64)}
+        content["messages"] = np.array(json.dumps(list(self.skipped.values())))
         with open(self.file.with_suffix(".tmp"), "wb") as file:
-            np.savez(file, images=np.array(self.images, np.int64), skipped=np.array(list(self.skipped), np.int64),
-                     messages=messages, **content)  # fmt: skip
+            np.savez(file, **content)
             file.flush()
             os.fsync(file.fileno())
         self.file.with_suffix(".tmp").replace(self.file)
@@ -238,7 +238,7 @@ class _Counted:
             return matrices, len(self.images), list(self.skipped.values())
         PartialState().wait_for_everyone()
         parts = [_read_part(part) for part in sorted(self.folder.glob("part-*.npz"))]
-        matrices = {(k, n): sum(part[f"matrix_{k}_{n}"] for part in parts) for k, n in self.smoothing}
+        matrices = {(k, n): np.sum([part[f"matrix_{k}_{n}"] for part in parts], axis=0) for k, n in self.smoothing}
         return (
             matrices,
             sum(len(part["images"]) for part in parts),
@@ -319,7 +319,7 @@ def evaluate_segmenter(
     for folder in (predictions_dir, overlays_dir):
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-    settings = {"smoothing": smoothing, "names": data.names, "on_error": on_error, "limit": limit}
+    settings: dict[str, Any] = {"smoothing": smoothing, "names": data.names, "on_error": on_error, "limit": limit}
     settings |= {"model": fingerprint(segmenter) if state_dir else "", "photos": _size(data, limit)}
     settings |= {"segmenter": type(segmenter).__name__, "inference": inference_of(segmenter)}
     counted = _Counted(Path(state_dir) if state_dir else None, settings, smoothing, len(data.names))

@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
             }
             write(options.output_dir, told, markdown(told["results"]))
             if options.push_to_hub:
-                print(f"Published: {add_results(options.push_to_hub, options.model, told)}")
+                print(f"Published: {add_results(options.push_to_hub, told)}")
     except (HubError, OSError, ValueError) as error:
         print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

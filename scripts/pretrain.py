@@ -33,9 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     from ifseg_hf.pretraining import pretrain
 
-    folder = pretrain(
-        options.photos, options.street, options.output_dir, options.scale, options.model, options.workers
-    )
+    folder = pretrain(options.photos, options.street, options.output_dir, options.scale, options.model, options.workers)
     print(f"The checkpoint is in {folder}; its stages, no longer needed, in {folder / 'stages'}.")
     return 0
 

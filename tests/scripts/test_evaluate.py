@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from tiny_model import save_tiny_model
 
+from ifseg_hf import hub
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "evaluate.py"
 
@@ -118,6 +120,16 @@ def test_mistakes_are_one_line(work, evaluate, tmp_path, capsys, arguments, comp
     assert evaluate([*arguments, "--output-dir", str(tmp_path / "out"), "--cpu"]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate.py:")]
     assert complaint in line
+
+
+def test_numbers_go_to_a_model_card(work, evaluate, tmp_path, capsys, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(hub, "check_access", lambda repo: repo)
+    monkeypatch.setattr(hub, "add_results", lambda repo, told: pushed.append((repo, told)) or "a commit")
+    data = ["--dataset", str(work / "streets"), "--model", str(work / "model"), "--output-dir", str(tmp_path / "out")]
+    assert evaluate([*data, "--cpu", "--push-to-hub", "alice/streets"]) == 0
+    assert "Published: a commit" in capsys.readouterr().out
+    assert pushed == [("alice/streets", json.loads((tmp_path / "out" / "results.json").read_text()))]
 
 
 @pytest.mark.parametrize(
