@@ -45,7 +45,7 @@ _FILES = (
 )
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # Settings that say something about the machine or the person and nothing about the model. `model` is told apart.
-_PRIVATE_SETTINGS = {"output_dir", "model", "cpu", "dataloader_workers", "report_to"}
+_PRIVATE_SETTINGS = {"output_dir", "model", "data_dir", "cpu", "dataloader_workers", "report_to"}
 _PRIVATE_SETTINGS |= {"checkpointing_steps", "checkpoints_total_limit", "resume"}
 _PRIVATE_SETTINGS |= {"push_to_hub", "hub_private", "hub_revision", "hub_commit_message"}
 _SEGMENTATION = "IFSegForSemanticSegmentation"
@@ -421,7 +421,9 @@ def _public(settings: dict) -> dict:
     return {
         name: x
         for name, x in settings.items()
-        if name not in _PRIVATE_SETTINGS and not (isinstance(x, str) and Path(x).expanduser().is_absolute())
+        if name not in _PRIVATE_SETTINGS
+        and not (isinstance(x, str) and Path(x).expanduser().is_absolute())
+        and not (name == "dataset" and x and Path(x).is_dir())  # a folder of one's own; benchmarks keep their names
     }
 
 

@@ -12,6 +12,7 @@ import json
 import platform
 import shlex
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -48,6 +49,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--categories",
         help="some of the data set's names: commas between them or a file; a YAML or JSON mapping puts words in their "
         "place, word: [names that count as it]. Other pixels are ignored",
+    )
+    parser.add_argument(
+        "--unseen",
+        help="categories that training did not see, with commas: seen, unseen and harmonic mean are told, too",
     )
     parser.add_argument("--dataset-categories", help="the names of the masks' numbers, where the data lacks them")
     parser.add_argument("--ignore-index", type=int, help='the number for "no label", where the data does not tell it')
@@ -95,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ifseg_hf.evaluation import evaluate_segmenter, inference_of, load_segmenter, markdown
     from ifseg_hf.hub import HubError, add_results, check_access
     from ifseg_hf.segmentation_data import load_segmentation_data
+    from ifseg_hf.supervised import find_labels
     from ifseg_hf.vocabularies import read_categories
 
     disable_progress_bar()
@@ -106,6 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if options.categories is not None:
             data = data.select(read_categories(options.categories))
+        if options.unseen is not None:
+            unseen = find_labels(data, options.unseen)
+            seen = [label for label in range(len(data.names)) if label not in unseen]
+            data = replace(data, subsets={"seen": seen, "unseen": unseen})
         if options.push_to_hub and state.is_main_process:
             check_access(options.push_to_hub)
         segmenter = load_segmenter(options.model, options.baseline, state.device, options.inference)

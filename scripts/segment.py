@@ -22,16 +22,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", help="the question before the words; default: the model's own")
     parser.add_argument(
-        "--smoothing-neighbors", type=int, default=3, metavar="K", help="patches averaged, itself included (3)"
+        "--smoothing-neighbors", type=int, metavar="K", help="patches averaged, itself included (the model's: 3)"
     )
     parser.add_argument(
-        "--smoothing-iterations", type=int, default=25, metavar="N", help="times they are averaged; 0 for none (25)"
+        "--smoothing-iterations",
+        type=int,
+        metavar="N",
+        help="times they are averaged; 0 for none (the model's: 25, or 0 after training on photos)",
     )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="folder for the results (outputs)")
     options = parser.parse_args(arguments)
-    if options.smoothing_neighbors < 1:
+    if options.smoothing_neighbors is not None and options.smoothing_neighbors < 1:
         parser.error("--smoothing-neighbors must be at least 1")
-    if options.smoothing_iterations < 0:
+    if options.smoothing_iterations is not None and options.smoothing_iterations < 0:
         parser.error("--smoothing-iterations must not be negative")
     return options
 

@@ -122,6 +122,21 @@ def test_mistakes_are_one_line(work, evaluate, tmp_path, capsys, arguments, comp
     assert complaint in line
 
 
+def test_seen_and_unseen_apart(work, evaluate, tmp_path, capsys):
+    data = ["--dataset", str(work / "streets"), "--model", str(work / "model"), "--cpu", "--limit", "2"]
+    assert evaluate([*data, "--unseen", "sky", "--output-dir", str(tmp_path / "out")]) == 0
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    ious = {name: told["iou"] for name, told in result["categories"].items()}
+    seen, unseen = (ious["cat"] + ious["grass"]) / 2, ious["sky"]
+    assert result["mean_iou_seen"] == pytest.approx(seen, abs=1e-5)
+    assert result["mean_iou_unseen"] == pytest.approx(unseen, abs=1e-5)
+    harmonic = 2 * seen * unseen / (seen + unseen) if seen + unseen else 0
+    assert result["harmonic_mean_iou"] == pytest.approx(harmonic, abs=1e-5)
+    assert "harmonic mean IoU" in capsys.readouterr().out
+    assert evaluate([*data, "--unseen", "sea", "--output-dir", str(tmp_path / "other")]) == 1
+    assert 'no category "sea"' in capsys.readouterr().err
+
+
 def test_numbers_go_to_a_model_card(work, evaluate, tmp_path, capsys, monkeypatch):
     pushed = []
     monkeypatch.setattr(hub, "check_access", lambda repo: repo)
