@@ -261,11 +261,16 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
         )
         height, width = encoder_outputs.patch_mask.shape[1:]
         patches = encoder_outputs.last_hidden_state[:, : height * width]
+        tables = self.model.decoder.image_rel_pos_table_list
+        if self.config.decoder_positions == "segmentation":
+            tables = self.segmentation_positions.rel_pos_tables
         start = torch.full((len(patches), 1), self.config.decoder_start_token_id, device=patches.device)
         decoder_outputs = self.model.decoder(
             inputs_embeds=cat_sequences([self.get_input_embeddings()(start), patches]),
             position_embeddings=self._decoder_positions(height, width),
+            grid=(height, width),
             relative_bias=lambda layer: self._decoder_relative_bias(layer, height, width),
+            relative_tables=[table() for table in tables],
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=encoder_outputs.attention_mask,
             encoder_position_embeddings=encoder_outputs.position_embeddings,

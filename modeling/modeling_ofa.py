@@ -6,7 +6,8 @@ and a relative one per layer. What IFSeg adds to turn this into a segmentation m
 
 import inspect
 import math
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import wraps
 
@@ -40,7 +41,7 @@ class IFSegEncoderOutput(BaseModelOutput):
         last_hidden_state: (batch, L + T, d_model).
         image_features: (batch, channels, h, w), the trunk's output; `None` without a photo.
         patch_mask: bool (batch, h, w), which patches belong to the photo; `None` without an image.
-        attention_mask: bool (batch, L + T), which positions are real; `None` where all are.
+        attention_mask: bool (1 or batch, L + T), which positions are real; `None` where all are.
         position_embeddings: (1 or batch, L + T, d_model), normalised; batch is 1 where all photos share a grid.
     """
 
@@ -265,15 +266,34 @@ def grid_relative_bias(table: torch.Tensor, height: int, width: int) -> torch.Te
 
 
 def resized_grid_relative_bias(table: torch.Tensor, side: int, height: int, width: int) -> torch.Tensor:
-    """Biases of the side x side grid resized bilinearly to height x width, first over keys, then over queries.
+    """Biases of the side x side grid resized bilinearly to height x width, over keys and over queries.
 
     Returns (heads, height * width, height * width); `table` is as for [`grid_relative_bias`].
     """
-    bias = grid_relative_bias(table, side, side)
     if (height, width) == (side, side):
-        return bias
-    bias = resize_grid(bias.unflatten(2, (side, side)), height, width).flatten(2)
-    return resize_grid(bias.transpose(1, 2).unflatten(2, (side, side)), height, width).flatten(2).transpose(1, 2)
+        return grid_relative_bias(table, side, side)
+    window = table if table.dtype == torch.float64 else table.float()
+    diagonals = math.isqrt(len(window))
+    window = window.view(diagonals, diagonals, -1).permute(2, 0, 1)
+    crop = slice(diagonals // 2 - side + 1, diagonals // 2 + side)
+    one_hot = torch.eye(2 * side - 1, dtype=window.dtype, device=window.device)
+    # Bilinear resizing treats rows and columns apart. Rows first: (heads, x - x', y, y'), still small. Then each of the
+    # 2 * side - 1 distances x - x' goes where it counts, in one product.
+    rows = _resized_differences(window[:, crop, crop].transpose(1, 2), side, height)
+    columns = _resized_differences(one_hot, side, width)
+    bias = rows.permute(0, 2, 3, 1) @ columns.flatten(1)
+    bias = bias.unflatten(3, (width, width)).transpose(2, 3)
+    return bias.reshape(-1, height * width, height * width).to(table.dtype)
+
+
+def _resized_differences(values: torch.Tensor, side: int, size: int) -> torch.Tensor:
+    """Values of the differences i - j of two axes of length `side`, on two axes resized linearly to `size`.
+
+    values: (..., 2 * side - 1), the difference 0 in the middle. Returns (..., size, size).
+    """
+    basis = torch.eye(side, dtype=values.dtype, device=values.device)
+    resize = nn.functional.interpolate(basis[None], size=size, mode="linear", align_corners=False)[0]
+    return resize.T @ values.unfold(-1, side, 1).flip(-1) @ resize
 
 
 def text_relative_bias(table: torch.Tensor, query_start: int, key_length: int) -> torch.Tensor:
@@ -294,17 +314,74 @@ def text_relative_bias(table: torch.Tensor, query_start: int, key_length: int) -
     return table[bucket + bucket_size - 1].permute(2, 0, 1)
 
 
-def absolute_bias(
+def project_positions(
     query_linear: nn.Linear, key_linear: nn.Linear, queries: torch.Tensor, keys: torch.Tensor, heads: int, factor: float
-) -> torch.Tensor:
-    """(W_q p_i * s) . (W_k p_j) per head, (batch, heads, queries, keys), s = (factor * head_dim)^-0.5.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_q p_i * s and W_k p_j per head, each (batch, heads, length, head_dim), s = (factor * head_dim)^-0.5.
 
-    queries, keys: normalised positions, (batch, length, d_model); a batch of 1 is shared by all photos.
+    queries, keys: normalised positions, (batch, length, d_model); a batch of 1 is shared by all photos. The absolute
+    bias is the product of the two over head_dim.
     """
     scale = (factor * query_linear.out_features / heads) ** -0.5
     q = (query_linear(queries) * scale).unflatten(-1, (heads, -1)).transpose(1, 2)
     k = key_linear(keys).unflatten(-1, (heads, -1)).transpose(1, 2)
-    return q @ k.to(q.device).transpose(2, 3)
+    return q, k.to(q.device)
+
+
+class IFSegBiasMemory:
+    """Attention biases of the grids seen last, for as long as what they are made of stays the same.
+
+    They are made of a few small tensors (projected positions, relative tables, a mask), which are computed anew by
+    every forward pass and compared by value: however a weight was changed, no old bias is used with it. What needs a
+    gradient is not kept, nor is anything saved or copied with the model.
+    """
+
+    limit = 2**30  # bytes
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        # key -> (copies of what the biases are made of, the biases by layer)
+        self.entries: OrderedDict[Hashable, tuple[list[torch.Tensor], dict[Hashable, torch.Tensor]]] = OrderedDict()
+
+    def __deepcopy__(self, memo) -> "IFSegBiasMemory":
+        return type(self)()
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def __call__(
+        self, key: Hashable, sources: list[torch.Tensor], compute: Callable[[Hashable], torch.Tensor], layers: int
+    ) -> Callable[[Hashable], torch.Tensor]:
+        """`compute`, which makes the bias of a layer from `sources`, or its results for equal sources before.
+
+        key: whatever else the biases depend on; layers: how many of them a forward pass asks for.
+        """
+        plain = all(type(x) in (torch.Tensor, nn.Parameter) for x in sources)  # not torch's fakes
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in sources)
+        if trained or not plain or torch.compiler.is_compiling():
+            return compute
+        first = sources[0]
+        key = (key, first.dtype, first.device, torch.is_inference_mode_enabled())
+        seen, biases = self.entries.pop(key, ([], {}))
+        if len(seen) != len(sources) or not all(map(torch.equal, seen, sources)):
+            seen, biases = [x.detach().clone() for x in sources], {}
+
+        def remember(layer: Hashable) -> torch.Tensor:
+            if layer in biases:
+                return biases[layer]
+            bias = compute(layer)
+            if bias.nbytes * layers <= self.limit:
+                biases[layer] = bias
+                self.entries[key] = seen, biases
+                while sum(b.nbytes for _, kept in self.entries.values() for b in kept.values()) > self.limit:
+                    self.entries.popitem(last=False)
+            return bias
+
+        if biases:
+            self.entries[key] = seen, biases
+        return remember
 
 
 def cat_sequences(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -522,6 +599,15 @@ class _IFSegStack(IFSegPreTrainedModel):
         image_rows = (2 * config.image_bucket_size - 1) ** 2 + 3
         self.token_rel_pos_table_list = nn.ModuleList(IFSegTable(text_rows, heads) for _ in range(layers))
         self.image_rel_pos_table_list = nn.ModuleList(IFSegTable(image_rows, heads) for _ in range(layers))
+        self.biases = IFSegBiasMemory()
+
+    def train(self, mode: bool = True):
+        self.biases.clear()  # training does not use them
+        return super().train(mode)
+
+    def _apply(self, fn, *args, **kwargs):
+        self.biases.clear()  # the weights move or change their type
+        return super()._apply(fn, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -592,18 +678,33 @@ class IFSegEncoder(_IFSegStack):
             parts.append(self.text_positions(0, text_length))
         return cat_sequences(parts)
 
-    def _layer_bias(self, bias: torch.Tensor, layer: int, grid, text_length: int, interpolate: bool) -> torch.Tensor:
-        """The shared bias plus a layer's relative ones: image with image, text with text, nothing in between."""
-        bias = bias.clone()
-        if grid is not None:
-            height, width = grid
-            patches = height * width
-            relative = self.image_relative_bias(layer, height, width, interpolate)
-            bias[:, :, :patches, :patches] += relative.to(bias.device)
-        if text_length:
-            table = self.token_rel_pos_table_list[layer]()
-            bias[:, :, -text_length:, -text_length:] += text_relative_bias(table, 0, text_length).to(bias.device)
-        return bias
+    def _layer_biases(
+        self, positions: torch.Tensor, mask: torch.Tensor | None, grid, text_length: int, interpolate: bool
+    ) -> Callable[[int], torch.Tensor]:
+        """Gives the bias of a layer, (1 or batch, heads, L + T, L + T): the absolute one, which all layers share, and
+        the layer's relative ones: image with image, text with text, nothing in between."""
+        heads, factor = self.config.encoder_attention_heads, self.config.attn_scale_factor
+        q, k = project_positions(self.pos_q_linear, self.pos_k_linear, positions, positions, heads, factor)
+
+        absolute: list[torch.Tensor] = []
+
+        def layer_bias(layer: int) -> torch.Tensor:
+            if not absolute:
+                absolute.append(masked_bias(q @ k.transpose(2, 3), None if mask is None else mask[:, None, None]))
+            bias = absolute[0].clone()
+            if grid is not None:
+                relative = self.image_relative_bias(layer, *grid, interpolate)
+                bias[:, :, : relative.shape[1], : relative.shape[1]] += relative.to(bias.device)
+            if text_length:
+                relative = text_relative_bias(self.token_rel_pos_table_list[layer](), 0, text_length)
+                bias[:, :, -text_length:, -text_length:] += relative.to(bias.device)
+            return bias
+
+        if grid is None:
+            return layer_bias
+        tables = [*self.image_rel_pos_table_list, *self.token_rel_pos_table_list]
+        sources = [q, k, *(table() for table in tables), *([] if mask is None else [mask])]
+        return self.biases((tuple(grid), interpolate), sources, layer_bias, len(self.layers))
 
     @one_photo_size_at_a_time
     @capture_outputs
@@ -654,18 +755,19 @@ class IFSegEncoder(_IFSegStack):
             else:
                 text_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
             parts.append(text.expand(batch, -1, -1))
-            masks.append(text_mask.expand(batch, -1))
+            masks.append(text_mask)
         hidden_states = cat_sequences(parts)
-        mask = None if attention_mask is None and pixel_mask is None else cat_sequences(masks)
+        mask = None
+        if attention_mask is not None or pixel_mask is not None:
+            # one mask, and so one bias, where all photos share it
+            rows = len(masks[-1]) if pixel_mask is None else batch
+            mask = cat_sequences([part[:rows].expand(rows, -1) for part in masks])
 
         positions = self.positions(grid, text_length, interpolate_pos_encoding)
-        heads, factor = self.config.encoder_attention_heads, self.config.attn_scale_factor
-        bias = absolute_bias(self.pos_q_linear, self.pos_k_linear, positions, positions, heads, factor)
-        if attention_mask is not None:
-            bias = masked_bias(bias, mask[:, None, None])
+        bias_mask = None if attention_mask is None else mask
+        layer_bias = self._layer_biases(positions, bias_mask, grid, text_length, interpolate_pos_encoding)
         for i, layer in enumerate(self.layers):
-            layer_bias = self._layer_bias(bias, i, grid, text_length, interpolate_pos_encoding)
-            hidden_states = layer(hidden_states, layer_bias, **kwargs)
+            hidden_states = layer(hidden_states, layer_bias(i), **kwargs)
 
         return IFSegEncoderOutput(
             last_hidden_state=self.layer_norm(hidden_states),
@@ -709,7 +811,9 @@ class IFSegDecoder(_IFSegStack):
         encoder_attention_mask: torch.Tensor | None = None,
         encoder_position_embeddings: torch.Tensor | None = None,
         position_embeddings: torch.Tensor | None = None,
+        grid: tuple[int, int] | None = None,
         relative_bias: Callable[[int], torch.Tensor] | None = None,
+        relative_tables: list[torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -718,10 +822,11 @@ class IFSegDecoder(_IFSegStack):
         Args:
             input_ids: (batch, S) tokens, or `inputs_embeds` (batch, S, d_model).
             attention_mask: (batch, past + S), 0 where the decoder's input is padding.
-            encoder_hidden_states: (batch, K, d_model); encoder_attention_mask: bool (batch, K);
+            encoder_hidden_states: (batch, K, d_model); encoder_attention_mask: bool (1 or batch, K);
                 encoder_position_embeddings: (1 or batch, K, d_model).
-            position_embeddings: (1, S, d_model), normalised, where the input is not text.
-            relative_bias: gives the (heads, S, S) bias of a layer where the input is not text.
+            grid, position_embeddings: where the input is not text, the patches that it reads and its normalised
+                positions, (1, S, d_model).
+            relative_bias, relative_tables: gives the (heads, S, S) bias of a layer, and all that it makes them of.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds to the decoder.")
@@ -734,32 +839,45 @@ class IFSegDecoder(_IFSegStack):
         stop = start + inputs_embeds.shape[1]
         if position_embeddings is None:
             position_embeddings = self.text_positions(0, stop)
-        queries = position_embeddings[:, start:]
         heads, factor = self.config.decoder_attention_heads, self.config.attn_scale_factor
-        bias = absolute_bias(
+        queries = position_embeddings[:, start:]
+        self_q, self_k = project_positions(
             self.self_pos_q_linear, self.self_pos_k_linear, queries, position_embeddings, heads, factor
         )
-        steps = torch.arange(stop, device=inputs_embeds.device)
-        allowed = steps[start:, None] >= steps
-        if attention_mask is not None:
-            allowed = allowed & attention_mask[:, None, None].bool()
-        bias = masked_bias(bias, allowed)
-        cross_bias = absolute_bias(
+        cross_q, cross_k = project_positions(
             self.cross_pos_q_linear, self.cross_pos_k_linear, queries, encoder_position_embeddings, heads, factor
         )
-        if encoder_attention_mask is not None:
-            cross_bias = masked_bias(cross_bias, encoder_attention_mask[:, None, None].bool())
+
+        causal: list[torch.Tensor] = []
+
+        def layer_bias(layer: int | str) -> torch.Tensor:
+            if layer == "cross":
+                allowed = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
+                return masked_bias(cross_q @ cross_k.transpose(2, 3), allowed)
+            if not causal:
+                steps = torch.arange(stop, device=self_q.device)
+                allowed = steps[start:, None] >= steps
+                if attention_mask is not None:
+                    allowed = allowed & attention_mask[:, None, None].to(allowed.device).bool()
+                causal.append(masked_bias(self_q @ self_k.transpose(2, 3), allowed))
+            if relative_bias is None:
+                relative = text_relative_bias(self.token_rel_pos_table_list[layer](), start, stop)
+            else:
+                relative = relative_bias(layer)
+            return causal[0] + relative.to(self_q.device)
+
+        if grid is not None:
+            masks = [mask for mask in (attention_mask, encoder_attention_mask) if mask is not None]
+            sources = [self_q, self_k, cross_q, cross_k, *relative_tables, *masks]
+            layer_bias = self.biases((tuple(grid), attention_mask is None), sources, layer_bias, len(self.layers) + 1)
 
         hidden_states = self.layernorm_embedding(inputs_embeds)
         hidden_states = nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
+        cross_bias = layer_bias("cross")
         for i, layer in enumerate(self.layers):
-            if relative_bias is None:
-                layer_bias = text_relative_bias(self.token_rel_pos_table_list[i](), start, stop)
-            else:
-                layer_bias = relative_bias(i)
             hidden_states = layer(
                 hidden_states,
-                bias + layer_bias.to(bias.device),
+                layer_bias(i),
                 encoder_hidden_states,
                 cross_bias,
                 past_key_values=past_key_values,
@@ -936,6 +1054,8 @@ class IFSegForConditionalGeneration(IFSegPreTrainedModel, GenerationMixin):
             # beam search repeats every tensor of the encoder's output along the batch, so none may be shared by it
             batch = len(encoder_outputs.last_hidden_state)
             encoder_outputs["position_embeddings"] = encoder_outputs.position_embeddings.expand(batch, -1, -1)
+            if encoder_outputs.attention_mask is not None:
+                encoder_outputs["attention_mask"] = encoder_outputs.attention_mask.expand(batch, -1)
             kwargs["encoder_outputs"] = encoder_outputs
         return super()._expand_inputs_for_generation(*args, **kwargs)
 

@@ -126,7 +126,9 @@ def smoothing_sweep(outputs, settings: Sequence[tuple[int, int]]) -> Iterator[li
 
 def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """`(categories, h, w)` scores at `size` `(height, width)`, bilinearly (`align_corners=False`)."""
-    return interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
+    # with a pixel's categories side by side in memory: half the time, and half for the argmax over them
+    scores = scores[None].contiguous(memory_format=torch.channels_last)
+    return interpolate(scores, size=size, mode="bilinear", align_corners=False)[0]
 
 
 def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,328 @@
+"""What photos and training steps cost, as multiples of one 2048 x 2048 x 2048 float32 matrix product ("mm").
+
+    python tests/benchmarks/speed.py [--cases "photo 512x512" step] [--repeats 5] [--dtype float32 bfloat16]
+
+Each case runs in a process of its own, between two matrix products each time, on the same threads; the table has the
+medians. "cpu" is the same ratio in processor time, which other jobs on the machine disturb less. Memory is how far the
+first run, its kept biases included, takes the process over what it had with the model loaded (Linux only).
+
+Models are random: the weights' values cost nothing. With a GPU a second table follows.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+
+from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation
+from ifseg_hf.modeling.modeling_ifseg import segmentation_loss
+from ifseg_hf.processing.post_processing_ifseg import segmentation_maps
+
+
+def make_model(size: str, words: int) -> IFSegForSemanticSegmentation:
+    torch.manual_seed(0)
+    model = IFSegForSemanticSegmentation(IFSegConfig.preset(size))
+    ids = torch.arange(1000, 1000 + words).tolist()
+    model.set_words(dict(enumerate(map(str, ids))), [[i] for i in ids], [0, *range(100, 110), *ids, 2])
+    return model.eval()
+
+
+# Each of these returns what a case does once; everything before that is preparation. ----------------------------------
+
+
+def photo(size: str, height: int, width: int, words: int, batch: int = 1, device: str = "cpu") -> Callable:
+    """Labels of every pixel of a photo, smoothing included."""
+    model = make_model(size, words).to(device)
+    pixel_values = torch.randn(batch, 3, height, width, device=device)
+
+    @torch.no_grad()
+    def run():
+        return segmentation_maps(model(pixel_values=pixel_values), [(height, width)] * batch)
+
+    return run
+
+
+def step(size: str, words: int, batch: int = 2, device: str = "cpu") -> Callable:
+    """A training step on word maps: forward, backward, clipping, AdamW."""
+    model = make_model(size, words).train().to(device)
+    model.freeze_for_word_maps()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    word_map = torch.randint(0, words, (batch, 32, 32), device=device)
+    labels = word_map.repeat_interleave(16, 1).repeat_interleave(16, 2)
+
+    def run():
+        model(word_map=word_map, labels=labels).loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def clipseg(words: int, once: bool) -> Callable:
+    """CLIPSeg of the published architecture on a 352 x 352 photo, the texts read beforehand.
+
+    The photo goes through CLIP once for each word, as documented, or, with `once`, once for all of them.
+    """
+    torch.manual_seed(0)
+    config = CLIPSegConfig(vision_config={"patch_size": 16}, reduce_dim=64, use_complex_transposed_convolution=True)
+    model = CLIPSegForImageSegmentation(config).eval()
+    pixel_values = torch.randn(1, 3, 352, 352)
+    conditions = torch.randn(words, config.projection_dim)
+
+    @torch.no_grad()
+    def run_once():
+        encoded = model.clip.vision_model(pixel_values, output_hidden_states=True, interpolate_pos_encoding=True)
+        layers = [encoded.hidden_states[i + 1].expand(words, -1, -1) for i in config.extract_layers]
+        logits = model.decoder(layers, conditions).logits
+        return nn.functional.interpolate(logits[:, None], size=(512, 512), mode="bilinear")[:, 0].argmax(0)
+
+    @torch.no_grad()
+    def run_as_documented():
+        logits = model(pixel_values=pixel_values.expand(words, -1, -1, -1), conditional_embeddings=conditions).logits
+        return nn.functional.interpolate(logits[:, None], size=(512, 512), mode="bilinear")[:, 0].argmax(0)
+
+    return run_once if once else run_as_documented
+
+
+def loss(batch: int, words: int) -> Callable:
+    logits = torch.randn(batch, words, 32, 32, requires_grad=True)
+    labels = torch.randint(0, words, (batch, 512, 512))
+
+    def run():
+        segmentation_loss(logits, labels).backward()
+        logits.grad = None
+
+    return run
+
+
+def smoothing(side: int, words: int) -> Callable:
+    """From the outputs for a side x side photo to its labels."""
+    grid = (side // 16, side // 16)
+    outputs = SimpleNamespace(logits=torch.randn(1, words, *grid), image_features=torch.randn(1, 1024, *grid))
+    return lambda: segmentation_maps(outputs, [(side, side)])
+
+
+@dataclass
+class Case:
+    """A row of the table. Goals and the published implementation's cost are in mm, memory in MB; None: not set."""
+
+    name: str
+    make: Callable[[], Callable]
+    published: float | None = None
+    goal: float | None = None
+    goal_bfloat16: float | None = None
+    memory: int | None = None
+
+
+CASES = [
+    Case("photo 512x512, 15 words, tiny", partial(photo, "tiny", 512, 512, 15), 9.8, 4, 2.5),
+    Case("photo 512x683, 15 words, tiny", partial(photo, "tiny", 512, 683, 15), 16.4, 6.5, 4),
+    Case("photo 512x512, 171 words, tiny", partial(photo, "tiny", 512, 512, 171), 18.6, 5.5, 3.5),
+    Case("photo 512x512, 15 words, base", partial(photo, "base", 512, 512, 15), 62.8, 30, 15),
+    Case("photo 512x683, 15 words, base", partial(photo, "base", 512, 683, 15), 112.3, 42, 22),
+    Case("step, batch 2, 15 words, tiny", partial(step, "tiny", 15), 52.7, 20, 10),
+    Case("step, batch 2, 171 words, tiny", partial(step, "tiny", 171), 86.0, 25, 13),
+    Case("step, batch 2, 15 words, base", partial(step, "base", 15), 367, 150, 75),
+    Case("CLIPSeg, 15 words", partial(clipseg, 15, once=False)),
+    Case("CLIPSeg, 15 words, photo read once", partial(clipseg, 15, once=True)),
+    Case("loss, batch 16, 171 words", partial(loss, 16, 171), memory=300),
+    Case("smoothing 2048x2048, 15 words", partial(smoothing, 2048, 15), memory=1000),
+]
+
+
+def bfloat16_supported() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def resident(peak: bool = False) -> float:
+    """Megabytes of this process in memory, now or at most so far; nan where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return float("nan")
+    return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) / 1000
+
+
+def forget_peak() -> None:
+    """From here on `resident(peak=True)` counts; where the system refuses, from the start."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def clock(run: Callable) -> torch.Tensor:
+    """Seconds, and seconds of the processor."""
+    start = time.perf_counter(), time.process_time()
+    run()
+    return torch.tensor([time.perf_counter() - start[0], time.process_time() - start[1]])
+
+
+def measure(case: Case, dtype: str, repeats: int) -> dict[str, float]:
+    """Runs a case in this process: medians of its cost in mm ("wall", "cpu"), and MB of memory."""
+    run = case.make()
+    unit = partial(torch.mm, *torch.randn(2, 2048, 2048))
+    forget_peak()
+    before = resident()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        run()
+    memory = resident(peak=True) - before
+    unit()
+    ratios, units = [], []
+    for _ in range(repeats):
+        first = clock(unit)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            cost = clock(run)
+        units.append((first + clock(unit)) / 2)
+        ratios.append(cost / units[-1])
+    wall, cpu = torch.stack(ratios).median(0).values.tolist()
+    return {"wall": wall, "cpu": cpu, "memory": memory, "unit": statistics.median(u[0].item() for u in units)}
+
+
+def measure_apart(name: str, dtype: str, repeats: int, threads: int) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    options = ["--worker", name, "--dtype", dtype, "--repeats", str(repeats), "--threads", str(threads)]
+    result = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        sys.exit(f'"{name}" failed; its message is above.')
+    return json.loads(result.stdout)
+
+
+def start_seconds(code: str) -> float:
+    """The median of what three processes print that run this code."""
+    runs = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3))
+    return statistics.median(float(run.stdout) for run in runs)
+
+
+IMPORT = """
+import time, torch, transformers
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, pipelines
+start = time.perf_counter()
+import ifseg_hf
+print(time.perf_counter() - start)
+"""
+FIRST_PHOTO = """
+import time
+start = time.perf_counter()
+import torch, ifseg_hf
+from PIL import Image
+from transformers import AutoModelForSemanticSegmentation, AutoProcessor
+model = AutoModelForSemanticSegmentation.from_pretrained(ifseg_hf.NANO)
+processor = AutoProcessor.from_pretrained(ifseg_hf.NANO)
+photo = Image.new("RGB", (640, 480))
+inputs = processor(images=photo, categories=["sky", "tree", "road"], return_tensors="pt")
+with torch.no_grad():
+    processor.post_process_semantic_segmentation(model(**inputs), target_sizes=[(480, 640)])
+print(time.perf_counter() - start)
+"""
+
+
+# GPU ------------------------------------------------------------------------------------------------------------------
+
+
+def gpu_seconds(run: Callable, repeats: int = 10) -> float:
+    """Mean seconds, after three runs that do not count."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def gpu_table(batch: int = 16) -> None:
+    """Base in bfloat16: how many steps and photos a second, memory, and the share of the matrix peak."""
+    half = partial(torch.autocast, "cuda", torch.bfloat16)
+    peak = 2 * 8192**3 / gpu_seconds(partial(torch.mm, *torch.randn(2, 8192, 8192, device="cuda").bfloat16()))
+    print(f"\n{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in a bfloat16 matrix product\n")
+    print("| base, batch 16, bfloat16 | a second | goal on an H100 | memory, GB | share of the matrix peak |")
+    print("|---|---|---|---|---|")
+    for words in (15, 171):
+        for name, make, count, goal in (
+            ("steps", partial(step, "base", words, batch, "cuda"), 1, 20),
+            ("photos 512x512", partial(photo, "base", 512, 512, words, batch, "cuda"), batch, 150),
+        ):
+            torch.cuda.reset_peak_memory_stats()
+            run = make()
+            with half():
+                with FlopCounterMode(display=False) as counter:
+                    run()
+                seconds = gpu_seconds(run)
+            memory, share = torch.cuda.max_memory_allocated() / 1e9, counter.get_total_flops() / seconds / peak
+            print(
+                f"| {name}, {words} words | {count / seconds:.1f} | {goal} | {memory:.1f} | {share:.0%} |", flush=True
+            )
+
+
+# Table ----------------------------------------------------------------------------------------------------------------
+
+
+def written(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}".removesuffix(".0")
+
+
+def cpu_table(options: argparse.Namespace) -> None:
+    print(f"{options.threads} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+    if not bfloat16_supported():
+        print("bfloat16: not measured, this processor only emulates it")
+    print("\n| case | dtype | mm | mm (cpu) | goal | published, float32 | memory, MB | goal |")
+    print("|---|---|---|---|---|---|---|---|")
+    units = []
+    for case in options.cases:
+        for dtype in options.dtype:
+            row = measure_apart(case.name, dtype, options.repeats, options.threads)
+            units.append(row["unit"])
+            goal = case.goal if dtype == "float32" else case.goal_bfloat16
+            cells = [case.name, dtype, written(row["wall"]), written(row["cpu"]), written(goal)]
+            cells += [written(case.published), written(row["memory"], 0), written(case.memory, 0)]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"\nmm: {statistics.median(units):.3f} s")
+    print(f"import ifseg_hf, after transformers: {start_seconds(IMPORT):.2f} s (goal 0.3)")
+    print(
+        f"import, from_pretrained of the embedded checkpoint and one photo: {start_seconds(FIRST_PHOTO):.2f} s (goal 3)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose name contains one of these")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], help="default: what the machine can")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # the name of the one case that this process is to run
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.worker:
+        case = next(case for case in CASES if case.name == options.worker)
+        print(json.dumps(measure(case, options.dtype[0], options.repeats)))
+        return
+    available = ["float32", "bfloat16"] if bfloat16_supported() else ["float32"]
+    options.dtype = [dtype for dtype in options.dtype or available if dtype in available]
+    options.cases = [case for case in CASES if any(text in case.name for text in options.cases or [""])]
+    if not options.cases:
+        parser.error(f"no such case; there are: {'; '.join(case.name for case in CASES)}")
+    cpu_table(options)
+    if torch.cuda.is_available():
+        gpu_table()
+
+
+if __name__ == "__main__":
+    main()

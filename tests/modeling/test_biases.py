@@ -1,0 +1,149 @@
+"""Attention biases: computed once a grid in evaluation, and never used with other weights than their own."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from checkpoints import small_model
+from torch import nn
+
+from ifseg_hf.modeling.modeling_ofa import grid_relative_bias, resize_grid, resized_grid_relative_bias
+
+PHOTO = torch.randn(1, 3, 48, 80, generator=torch.Generator().manual_seed(0))
+WORD_MAP = torch.arange(16).view(1, 4, 4) % 3
+
+
+@torch.no_grad()
+def segment(model: nn.Module, photo: torch.Tensor = PHOTO, **kwargs) -> torch.Tensor:
+    return model(pixel_values=photo, **kwargs).logits
+
+
+def forget(model: nn.Module) -> nn.Module:
+    for stack in (model.model.encoder, model.model.decoder):
+        stack.biases.clear()
+    return model
+
+
+def kept(model: nn.Module) -> list[torch.Tensor]:
+    stacks = (model.model.encoder, model.model.decoder)
+    return [bias for stack in stacks for _, biases in stack.biases.entries.values() for bias in biases.values()]
+
+
+@pytest.mark.parametrize(("side", "spare", "height", "width"), [(4, 0, 4, 6), (4, 2, 7, 3), (3, 1, 1, 5), (5, 0, 2, 2)])
+def test_resized_biases_are_two_bilinear_resizings(side, spare, height, width):
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn((2 * (side + spare) - 1) ** 2, 2, dtype=torch.float64, generator=generator)
+    expected = grid_relative_bias(table, side, side)
+    expected = resize_grid(expected.unflatten(2, (side, side)), height, width).flatten(2).transpose(1, 2)
+    expected = resize_grid(expected.unflatten(2, (side, side)), height, width).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(resized_grid_relative_bias(table, side, height, width), expected)
+
+
+@pytest.mark.parametrize("positions", ["segmentation", "image"])
+def test_a_second_photo_computes_no_bias(positions, monkeypatch):
+    model = small_model(decoder_positions=positions)
+    first = segment(model)
+    before = kept(model)
+    assert len(before) == 2 + 2 + 1  # two encoder layers, two decoder layers, cross-attention
+    monkeypatch.setattr("ifseg_hf.modeling.modeling_ofa.resized_grid_relative_bias", None)
+    monkeypatch.setattr("ifseg_hf.modeling.modeling_ifseg.resized_grid_relative_bias", None)
+    assert torch.equal(segment(model), first)
+    assert all(a is b for a, b in zip(kept(model), before, strict=True))
+
+
+@pytest.mark.parametrize("positions", ["segmentation", "image"])
+@pytest.mark.parametrize("through_data", [False, True])
+def test_changed_weights_change_the_biases(positions, through_data):
+    """Every weight that positions depend on, changed in place, with and without torch's noticing (`.data`)."""
+    model = small_model(decoder_positions=positions)
+    segment(model)
+    marks = ("pos_q_linear", "pos_k_linear", "rel_pos_table", "embed_positions", "embed_image_positions", "_pos_ln")
+    names = [name for name, _ in model.named_parameters() if any(mark in name for mark in marks)]
+    assert len(names) > 20
+    changed = 0
+    for name in names:
+        parameter = model.get_parameter(name)
+        before = segment(model)
+        if through_data:
+            parameter.data.add_(torch.randn_like(parameter))
+        else:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter))
+        after = segment(model)
+        assert torch.equal(after, segment(forget(model))), name
+        changed += not torch.equal(after, before)
+    assert changed > 15  # the others belong to text generation
+
+
+def test_training_and_loading_change_the_biases():
+    model, other = small_model(), small_model()
+    segment(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(segment(model), segment(other))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    segment(model)
+    model(
+        word_map=WORD_MAP, labels=WORD_MAP
+    ).loss.backward()  # in evaluation mode, so that nothing else clears the biases
+    optimizer.step()
+    assert torch.equal(segment(model), segment(forget(model)))
+
+
+def test_biases_that_are_trained_are_not_kept():
+    model = small_model()
+    model(word_map=WORD_MAP, labels=WORD_MAP).loss.backward()
+    assert not kept(model)
+    segment(model)
+    assert kept(model)
+    model.train()
+    assert not kept(model)
+
+
+def test_grids_words_and_types_do_not_mix():
+    model = small_model()
+    photos = {size: torch.randn(1, 3, *size) for size in [(48, 80), (80, 48), (64, 64)]}
+    prompts = {n: {"input_ids": torch.arange(n)[None], "category_ids": torch.tensor([[[5], [8]]])} for n in (5, 9)}
+    masked = {**prompts[9], "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0, 0]])}
+    calls = [(photo, words) for photo in photos.values() for words in (*prompts.values(), masked, {})]
+    expected = [segment(forget(model), photo, **words) for photo, words in calls]
+    for _ in range(2):
+        for (photo, words), logits in zip(calls, expected, strict=True):
+            assert torch.equal(segment(model, photo, **words), logits)
+    assert model.double().dtype == torch.float64
+    assert not kept(model)
+    torch.testing.assert_close(segment(model), segment(small_model()).double(), atol=1e-4, rtol=0)
+    with torch.inference_mode():
+        segment(model)
+    assert model(pixel_values=PHOTO.double().requires_grad_()).logits.sum().backward() is None
+
+
+def test_memory_is_bounded():
+    model = small_model()
+    segment(model)
+    sizes = [
+        sum(bias.nbytes for _, bs in stack.biases.entries.values() for bias in bs.values())
+        for stack in (model.model.encoder, model.model.decoder)
+    ]
+    for stack, size in zip((model.model.encoder, model.model.decoder), sizes, strict=True):
+        stack.biases.limit = int(1.5 * size)
+    expected = [segment(forget(small_model()), torch.ones(1, 3, *size)) for size in [(48, 80), (80, 48), (160, 160)]]
+    for _ in range(2):
+        for size, logits in zip([(48, 80), (80, 48), (160, 160)], expected, strict=True):
+            assert torch.equal(segment(model, torch.ones(1, 3, *size)), logits)
+            assert len(model.model.encoder.biases.entries) == 1  # the one before is gone; the large one is never kept
+
+
+def test_biases_are_shared_by_a_batch_and_stay_with_their_model():
+    model = small_model()
+    mask = torch.ones(1, len(model.config.prompt_ids), dtype=torch.long)
+    segment(model, PHOTO.expand(4, -1, -1, -1), attention_mask=mask)
+    assert {len(bias) for bias in kept(model)} == {1}
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not kept(other)
+        assert torch.equal(segment(other), segment(model))
+    assert not any("biases" in name for name in model.state_dict())
