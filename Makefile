@@ -41,6 +41,7 @@ quality: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/speed.py
 	$(BIN)/python -m pytest -q tests/benchmarks --benchmark-enable --benchmark-only
 
 clean:
