@@ -256,21 +256,23 @@ def model_card(
     segments = config.get("architectures") == [_SEGMENTATION]
     words = list(config["id2label"].values()) if config.get("category_ids") else []
     name = repo_id.split("/")[-1]
+    stage = settings.get("stage", "word-maps") if settings else None
+    free = ["image-free"] if stage in (None, "word-maps") else []
 
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation" if segments else "image-text-to-text",
         license="apache-2.0",
         base_model=base_model if base_model and "/" in base_model else None,
-        tags=["ifseg", "ofa", "semantic-segmentation", "image-free", "arxiv:2303.14396", "arxiv:2202.03052"],
+        tags=["ifseg", "ofa", "semantic-segmentation", *free, "arxiv:2303.14396", "arxiv:2202.03052"],
         model_name=name if results else None,
         eval_results=results or None,
     )
     where = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
-    parts = [f"# {name}", _summary(segments, bool(words), bool(settings), base_model)]
+    parts = [f"# {name}", _summary(segments, bool(words), stage, base_model)]
     parts += ["## Use", *(_segmentation_code(where, words) if segments else _ofa_code(where, repo_id))]
     if words:
-        parts += ["## Words", _words(words, settings.get("categories"))]
+        parts += ["## Words", _words(words, settings.get("categories") if free else None)]
     if settings:
         parts += ["## Training", _training(settings)]
     if results:
@@ -281,7 +283,14 @@ def model_card(
 # The parts of the card -----------------------------------------------------------------------------------------------
 
 
-def _summary(segments: bool, has_words: bool, tuned: bool, base_model: str | None) -> str:
+_STAGES = {
+    "word-maps": "It was tuned on the words below alone, with no photo and no mask.",
+    "supervised": "It was trained on photos and their masks.",
+    "self-training": "It was trained on photos with labels that are a model's own guesses, all or some of them.",
+}
+
+
+def _summary(segments: bool, has_words: bool, stage: str | None, base_model: str | None) -> str:
     method = "[IFSeg](https://arxiv.org/abs/2303.14396) (image-free semantic segmentation)"
     if not segments:
         return (
@@ -291,8 +300,8 @@ def _summary(segments: bool, has_words: bool, tuned: bool, base_model: str | Non
         )
     text = f"A model of {method}: it segments photos into words"
     text += "." if has_words else ", which are named when it is called."
-    if tuned:
-        text += " It was tuned on the words below alone, with no photo and no mask."
+    if stage is not None:
+        text += f" {_STAGES[stage]}"
     if base_model:
         link = f"[{base_model}](https://huggingface.co/{base_model})" if "/" in base_model else base_model
         text += f" It started from {link}."

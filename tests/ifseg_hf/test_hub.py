@@ -360,6 +360,22 @@ def test_results_are_added_to_a_card_and_replaced(hub, published, tmp_path):
     assert {x.dataset_name for x in card.data.eval_results} == {"streets"}
 
 
+@pytest.mark.parametrize(
+    ("stage", "told"), [("supervised", "photos and their masks"), ("self-training", "own guesses")]
+)
+def test_a_card_of_a_model_of_photos_does_not_call_it_image_free(folders, tmp_path, stage, told):
+    folder = shutil.copytree(folders["tuned"], tmp_path / "photos")
+    settings = json.loads((folder / "word_map_training.json").read_text())
+    settings |= {"stage": stage, "dataset": str(tmp_path), "categories": {"cat": ["lion"], "wet grass": [], "sky": []}}
+    (folder / "word_map_training.json").write_text(json.dumps(settings))
+    card = model_card(folder, "alice/photos")
+    assert told in card.text
+    assert "no photo and no mask" not in card.text
+    assert "image-free" not in card.data.tags
+    assert "finer words" not in card.text
+    assert str(tmp_path) not in card.text
+
+
 def test_words_are_text_in_a_card(folders, tmp_path):
     folder = shutil.copytree(folders["tuned"], tmp_path / "odd")
     config = json.loads((folder / "config.json").read_text())
