@@ -307,50 +307,47 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
                 init.normal_(embedding.weight, std=0.02)
 
 
-def _resized_rows(logits: torch.Tensor, first: int, last: int, height: int, width: int):
-    """Rows first..last-1 of `resize_grid(logits, height, width)` as a function of the few source rows they need.
-
-    Returns the source rows (a slice), and a function from those rows of logits to (batch, categories, rows, width).
-    """
-    pixels = torch.arange(first, last, dtype=logits.dtype, device=logits.device)
-    source = ((pixels + 0.5) * (logits.shape[2] / height) - 0.5).clamp(min=0)
-    above = source.long()
-    below = (above + 1).clamp(max=logits.shape[2] - 1)
-    weight = (source - above)[:, None]
-    start = int(above[0])
-
-    def resize(rows: torch.Tensor) -> torch.Tensor:
-        column = rows[:, :, above - start] * (1 - weight) + rows[:, :, below - start] * weight
-        return resize_grid(column, last - first, width)
-
-    return slice(start, int(below[-1]) + 1), resize
+def _linear_weights(size: int, new_size: int) -> torch.Tensor:
+    """What each of `size` values counts for in each of `new_size` linearly resized ones, (new_size, size), float64."""
+    basis = torch.eye(size, dtype=torch.float64, device="cpu")
+    return nn.functional.interpolate(basis[None], size=new_size, mode="linear", align_corners=False)[0].T
 
 
 class _ResizedCrossEntropy(torch.autograd.Function):
     """Cross-entropy summed over the pixels of resized logits, and its gradient, a few rows of pixels at a time.
 
-    At no time is there a (batch, categories, H, W) tensor: for 171 categories that would be gigabytes.
+    At no time is there a (batch, categories, H, W) tensor: for 171 categories that would be gigabytes. Both directions
+    of the bilinear resizing are matrix products, and so are their gradients.
     """
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        categories, h, w = logits.shape[1:]
         height, width = labels.shape[1:]
+        to_rows, to_columns = _linear_weights(h, height), _linear_weights(w, width).T.to(logits)
         # on a CPU a block should stay in the cache, on a GPU it should fill the machine
-        limit = 2**20 if logits.device.type == "cpu" else 2**24
-        rows = max(1, limit // (len(logits) * logits.shape[1] * width))
+        limit = 2**19 if logits.device.type == "cpu" else 2**24
+        blocks = []
+        for rows in to_rows.split(max(1, limit // (categories * width))):
+            used = rows.any(0).nonzero()
+            source = slice(int(used[0]), int(used[-1]) + 1)  # the few rows of logits that these rows of pixels need
+            blocks.append((source, rows[:, source].to(logits)))
+
         loss = logits.new_zeros(())
         gradient = torch.zeros_like(logits)
-        for first in range(0, height, rows):
-            last = min(first + rows, height)
-            window, resize = _resized_rows(logits, first, last, height, width)
-            source = logits[:, :, window].detach().requires_grad_(ctx.needs_input_grad[0])
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                block = nn.functional.cross_entropy(
-                    resize(source), labels[:, first:last], ignore_index=-100, reduction="sum"
-                )
-            if ctx.needs_input_grad[0]:
-                gradient[:, :, window] += torch.autograd.grad(block, source)[0]
-            loss += block.detach()
+        for i in range(len(logits)):
+            wide = (logits[i] @ to_columns).transpose(0, 1).flatten(1)  # (h, categories * width)
+            wide_gradient = torch.zeros_like(wide)
+            pixels = labels[i].split([len(rows) for _, rows in blocks])
+            for (source, rows), target in zip(blocks, pixels, strict=True):
+                known = (target != -100)[:, None]
+                target = target[:, None].where(known, 0)
+                scores = (rows @ wide[source]).unflatten(1, (categories, width)).log_softmax(1)
+                loss -= scores.gather(1, target).where(known, 0).sum()
+                if ctx.needs_input_grad[0]:
+                    scores.exp_().scatter_add_(1, target, scores.new_full((), -1).expand(target.shape))
+                    wide_gradient[source] += rows.T @ (scores * known).flatten(1)
+            gradient[i] = wide_gradient.unflatten(1, (categories, width)).transpose(0, 1) @ to_columns.T
         ctx.save_for_backward(gradient)
         return loss
 
@@ -367,7 +364,8 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = labels.to(logits.device).long()
-    return _ResizedCrossEntropy.apply(logits, labels) / (labels != -100).sum()
+    with torch.autocast(logits.device.type, enabled=False):
+        return _ResizedCrossEntropy.apply(logits, labels) / (labels != -100).sum()
 
 
 __all__ = ["IFSegForSemanticSegmentation", "IFSegSegmentationOutput"]

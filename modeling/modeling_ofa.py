@@ -9,7 +9,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -197,7 +198,10 @@ class IFSegTrunkBlock(nn.Module):
             )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        shortcut = hidden_states if self.downsample is None else convolve(*self.downsample, hidden_states)
+        shortcut = hidden_states
+        if self.downsample is not None:
+            conv, norm = self.downsample
+            shortcut = convolve(conv, norm, hidden_states)
         hidden_states = convolve(self.conv1, self.bn1, hidden_states).relu_()
         hidden_states = convolve(self.conv2, self.bn2, hidden_states).relu_()
         return convolve(self.conv3, self.bn3, hidden_states).add_(shortcut).relu_()
@@ -352,8 +356,8 @@ class IFSegBiasMemory:
         return type(self), ()
 
     def __call__(
-        self, key: Hashable, sources: list[torch.Tensor], compute: Callable[[Hashable], torch.Tensor], layers: int
-    ) -> Callable[[Hashable], torch.Tensor]:
+        self, key: Hashable, sources: list[torch.Tensor], compute: Callable[[Any], torch.Tensor], layers: int
+    ) -> Callable[[Any], torch.Tensor]:
         """`compute`, which makes the bias of a layer from `sources`, or its results for equal sources before.
 
         key: whatever else the biases depend on; layers: how many of them a forward pass asks for.
@@ -416,6 +420,10 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
+# Queries of a causal self-attention that run together, with the keys up to the last of them.
+CAUSAL_BLOCK = 256
+
+
 class IFSegAttention(nn.Module):
     """Multi-head attention whose heads are scaled by a learnt factor (`c_attn`) before the output projection."""
 
@@ -457,23 +465,33 @@ class IFSegAttention(nn.Module):
         attention_bias: torch.Tensor,
         key_value_states: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
+        causal: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`causal`: the bias lets no position see a later one, whose logits then need not be computed."""
         query = self._heads(self.q_proj(hidden_states))
         key, value = self._keys_and_values(hidden_states, key_value_states, past_key_values)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention(
+        attention = partial(
+            attention,
             self,
-            query,
-            key,
-            value,
-            attention_bias.to(query.dtype),
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
         )
+        bias = attention_bias.to(query.dtype)
+        if causal and self.config._attn_implementation == "sdpa":
+            length = query.shape[2]
+            stops = [min(start + CAUSAL_BLOCK, length) for start in range(0, length, CAUSAL_BLOCK)]
+            blocks = zip(query.split(CAUSAL_BLOCK, dim=2), bias.split(CAUSAL_BLOCK, dim=2), stops, strict=True)
+            output = torch.cat(
+                [attention(q, key[:, :, :stop], value[:, :, :stop], b[..., :stop])[0] for q, b, stop in blocks], dim=1
+            )
+            weights = None
+        else:
+            output, weights = attention(query, key, value, bias)
         output = output * self.c_attn[:, None]
         return self.out_proj(output.flatten(2)), weights
 
@@ -539,10 +557,15 @@ class IFSegDecoderLayer(IFSegLayer):
         encoder_hidden_states: torch.Tensor,
         cross_attention_bias: torch.Tensor,
         past_key_values: Cache | None = None,
+        causal: bool = False,
         **kwargs,
     ) -> torch.Tensor:
         branch, _ = self.self_attn(
-            self.self_attn_layer_norm(hidden_states), attention_bias, past_key_values=past_key_values, **kwargs
+            self.self_attn_layer_norm(hidden_states),
+            attention_bias,
+            past_key_values=past_key_values,
+            causal=causal,
+            **kwargs,
         )
         hidden_states = self._add(hidden_states, self.self_attn_mid_layer_norm(branch))
         branch, _ = self.cross_attn(
@@ -693,7 +716,8 @@ class IFSegEncoder(_IFSegStack):
                 absolute.append(masked_bias(q @ k.transpose(2, 3), None if mask is None else mask[:, None, None]))
             bias = absolute[0].clone()
             if grid is not None:
-                relative = self.image_relative_bias(layer, *grid, interpolate)
+                height, width = grid
+                relative = self.image_relative_bias(layer, height, width, interpolate)
                 bias[:, :, : relative.shape[1], : relative.shape[1]] += relative.to(bias.device)
             if text_length:
                 relative = text_relative_bias(self.token_rel_pos_table_list[layer](), 0, text_length)
@@ -850,7 +874,7 @@ class IFSegDecoder(_IFSegStack):
 
         causal: list[torch.Tensor] = []
 
-        def layer_bias(layer: int | str) -> torch.Tensor:
+        def compute_bias(layer: Any) -> torch.Tensor:
             if layer == "cross":
                 allowed = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
                 return masked_bias(cross_q @ cross_k.transpose(2, 3), allowed)
@@ -866,10 +890,11 @@ class IFSegDecoder(_IFSegStack):
                 relative = relative_bias(layer)
             return causal[0] + relative.to(self_q.device)
 
+        layer_bias: Callable[[Any], torch.Tensor] = compute_bias
         if grid is not None:
             masks = [mask for mask in (attention_mask, encoder_attention_mask) if mask is not None]
             sources = [self_q, self_k, cross_q, cross_k, *relative_tables, *masks]
-            layer_bias = self.biases((tuple(grid), attention_mask is None), sources, layer_bias, len(self.layers) + 1)
+            layer_bias = self.biases((tuple(grid), attention_mask is None), sources, compute_bias, len(self.layers) + 1)
 
         hidden_states = self.layernorm_embedding(inputs_embeds)
         hidden_states = nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
@@ -881,6 +906,7 @@ class IFSegDecoder(_IFSegStack):
                 encoder_hidden_states,
                 cross_bias,
                 past_key_values=past_key_values,
+                causal=grid is not None and attention_mask is None,
                 **kwargs,
             )
 
