@@ -46,7 +46,7 @@ _FILES = (
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # Settings that say something about the machine or the person and nothing about the model. `model` is told apart.
 _PRIVATE_SETTINGS = {"output_dir", "model", "data_dir", "cpu", "dataloader_workers", "report_to"}
-_PRIVATE_SETTINGS |= {"checkpointing_steps", "checkpoints_total_limit", "resume"}
+_PRIVATE_SETTINGS |= {"eval_steps", "eval_dataset", "checkpointing_steps", "checkpoints_total_limit", "resume"}
 _PRIVATE_SETTINGS |= {"push_to_hub", "hub_private", "hub_revision", "hub_commit_message"}
 _SEGMENTATION = "IFSegForSemanticSegmentation"
 

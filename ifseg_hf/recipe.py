@@ -89,6 +89,12 @@ class Training:
     )
     from_scratch: bool = _setting(False, "random weights, and of the model only its configuration and processor")
     refresh_every: int = _setting(0, "steps after which the model makes the pseudo-labels anew, each time (0: never)")
+    eval_steps: int = _setting(
+        0, "steps between evaluations on photos with masks, the first before step 1 (0: never)", may_change=True
+    )
+    eval_dataset: str | None = _setting(
+        None, "what to evaluate on, given as dataset is (default: its validation photos)", may_change=True
+    )
     max_cells: int | None = _setting(None, "S, the largest side of the random grids (default: the whole feature map)")
     random_cells: bool = _setting(True, "random sizes of the grids; without it all are as large as max_cells")
     seed: int = _setting(0, "of the samples, new parameters and dropout")
@@ -201,13 +207,16 @@ class Training:
         if self.freeze is not None and self.freeze not in FREEZE:
             raise ValueError(f'freeze="{self.freeze}": choose {", ".join(FREEZE)}.')
         users = {"unseen": STAGES[1:2], "refresh_every": STAGES[2:], "from_scratch": STAGES[1:]}
-        users |= dict.fromkeys(("crop_size", "short_side", "word_map_ratio", "freeze"), STAGES[1:])
+        photos = ("crop_size", "short_side", "word_map_ratio", "freeze", "eval_steps", "eval_dataset")
+        users |= dict.fromkeys(photos, STAGES[1:])
         for setting in fields(self):
             stages = users.get(setting.name)
             if stages and self.stage not in stages and getattr(self, setting.name) != setting.default:
                 raise ValueError(f"{setting.name} belongs to stage={' or '.join(stages)}, not to {self.stage}.")
         if self.refresh_every:
             self._check_refresh()
+        if self.eval_dataset is not None and not self.eval_steps:
+            raise ValueError(f'eval_dataset="{self.eval_dataset}" is for evaluations: give eval_steps.')
 
     def _check_refresh(self) -> None:
         """Only folders of scripts/pseudo_label.py say which labels are given and which are guesses."""
@@ -224,9 +233,9 @@ class Training:
     def _check_numbers(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"):
             self._require(name, lambda x: x >= 1, "at least 1")
-        for name in ("seed", "warmup_steps", "weight_decay", "dataloader_workers", "checkpointing_steps"):
+        not_negative = ("seed", "warmup_steps", "weight_decay", "dataloader_workers", "checkpointing_steps")
+        for name in (*not_negative, "refresh_every", "eval_steps"):
             self._require(name, lambda x: x >= 0, "at least 0")
-        self._require("refresh_every", lambda x: x >= 0, "at least 0")
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             self._require(name, lambda x: x > 0, "more than 0")
         for name in ("adam_beta1", "adam_beta2", "dropout", "drop_path", "word_map_ratio"):

@@ -203,7 +203,8 @@ def load_segmentation_data(
     if data_dir is not None:
         raise ValueError(f'data_dir goes with {", ".join(BENCHMARKS)}; "{source}" is found by itself.')
     folder = Path(source)
-    if folder.is_dir() and ((folder / "dataset.json").exists() or (folder / "images").is_dir() or _splits(folder)):
+    described = (folder / "dataset.json").exists() or (folder / "images").is_dir() or split_folders(folder)
+    if folder.is_dir() and described:
         return _load_folder(folder, split, categories, ignore_index)
     close = difflib.get_close_matches(source, BENCHMARKS, n=1, cutoff=0.8)
     if not folder.is_dir() and (close or source.count("/") != 1):
@@ -274,7 +275,7 @@ def _load_folder(
     names = list(read_categories(categories))
     part = folder
     if not (folder / "images").is_dir():
-        splits = _splits(folder)
+        splits = split_folders(folder)
         split = split or next((name for name in ("val", "validation", "test") if name in splits), None)
         if split is None and len(splits) == 1:
             split = splits[0]
@@ -393,7 +394,8 @@ def _choose_split(split: str | None, splits: Mapping[str, Sequence[str]], defaul
     raise ValueError(f'There is no split "{split}": choose from {", ".join(splits)}.')
 
 
-def _splits(folder: Path) -> list[str]:
+def split_folders(folder: Path) -> list[str]:
+    """Names of the parts of a data set in a folder, each with photos of its own."""
     return sorted(path.parent.name for path in folder.glob("*/images") if path.is_dir())
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import IterableDataset
+from datasets import IterableDataset, get_dataset_split_names
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 from ifseg_hf.processing.image_processing_ifseg import IGNORED, resize_bilinear, resize_nearest
-from ifseg_hf.segmentation_data import BENCHMARKS, SegmentationData, load_segmentation_data
+from ifseg_hf.segmentation_data import BENCHMARKS, SegmentationData, load_segmentation_data, split_folders
 from ifseg_hf.word_maps import WordMapSampler
 
 SCALES = (0.5, 2.0)
@@ -35,6 +35,22 @@ def load_training_data(
     data = load_segmentation_data(dataset, data_dir, split)
     if isinstance(data.samples, IterableDataset):
         raise ValueError(f'"{dataset}" comes as a stream, and training draws samples at random.')
+    return data if categories is None else data.select(categories)
+
+
+def load_validation_data(
+    dataset: str, data_dir: str | None = None, categories: list | dict | None = None
+) -> SegmentationData:
+    """The photos for validation of a data set that has them, with `categories` selected. Raises `ValueError`."""
+    splits: list[str] = ["val"]  # a benchmark's
+    if dataset not in BENCHMARKS:
+        folder = Path(dataset)
+        own = folder.is_dir() and ((folder / "dataset.json").exists() or split_folders(folder))
+        splits = split_folders(folder) if own else get_dataset_split_names(dataset)
+    split = next((name for name in ("val", "validation", "test") if name in splits), None)
+    if split is None:
+        raise ValueError(f'"{dataset}" has no photos for validation (val, validation or test): give eval_dataset.')
+    data = load_segmentation_data(dataset, data_dir, split)
     return data if categories is None else data.select(categories)
 
 
@@ -192,4 +208,12 @@ def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
     return batch
 
 
-__all__ = ["Augmentation", "MixedSamples", "PhotoSamples", "collate", "find_labels", "load_training_data"]
+__all__ = [
+    "Augmentation",
+    "MixedSamples",
+    "PhotoSamples",
+    "collate",
+    "find_labels",
+    "load_training_data",
+    "load_validation_data",
+]

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,8 +39,16 @@ from ifseg_hf.recipe import (
     checkpoints,
     read_checkpoint,
 )
-from ifseg_hf.segmentation_data import SampleError, SegmentationData
-from ifseg_hf.supervised import MixedSamples, PhotoSamples, collate, find_labels, load_training_data
+from ifseg_hf.segmentation_data import BENCHMARKS, SampleError, SegmentationData, load_segmentation_data
+from ifseg_hf.supervised import (
+    MixedSamples,
+    PhotoSamples,
+    collate,
+    find_labels,
+    load_training_data,
+    load_validation_data,
+)
+from ifseg_hf.training_log import TrainingLog
 from ifseg_hf.word_maps import WordMapSampler, word_map_labels, word_map_stream
 
 try:
@@ -106,10 +114,11 @@ def train(settings: Training) -> TrainingResult:
     settings.check()
     checkpoint = settings.checkpoint()
     data = load_data(settings)
+    eval_data = load_eval_data(settings, data)
     accelerator = make_accelerator(settings)
     stopped = None
     try:
-        result = tune(settings, accelerator, checkpoint, data)
+        result = tune(settings, accelerator, checkpoint, data, eval_data)
     except TrainingStopped as error:
         stopped = error.with_traceback(None)
     # What `tune` prepared has to go before the processes part: with torch 2.13 the wrapper of a distributed model, as
@@ -132,15 +141,20 @@ def train(settings: Training) -> TrainingResult:
 
 
 def tune(
-    settings: Training, accelerator: Accelerator, checkpoint: Path | None, data: SegmentationData | None = None
+    settings: Training,
+    accelerator: Accelerator,
+    checkpoint: Path | None,
+    data: SegmentationData | None = None,
+    eval_data: SegmentationData | None = None,
 ) -> TrainingResult:
     """From the model's weights, or the checkpoint's, to those in `output_dir`."""
     batch_size = samples_per_batch(settings, accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.FSDP and (
-        settings.frozen == "nothing" or settings.refresh_every
+        settings.frozen == "nothing" or settings.refresh_every or settings.eval_steps
     ):
         raise SettingError(
-            "FSDP trains no word embeddings and makes no pseudo-labels: --freeze words, or several GPUs."
+            "FSDP trains no word embeddings, makes no pseudo-labels and does not evaluate: --freeze words without "
+            "--refresh-every and --eval-steps, or several GPUs."
         )
     told = checkpoint and read_checkpoint(checkpoint)
     if told and told["mixed_precision"] != accelerator.mixed_precision:
@@ -158,6 +172,8 @@ def tune(
     if accelerator.is_main_process:
         prepare_output(settings, step)
     simple = {name: x for name, x in settings.to_dict().items() if isinstance(x, (int, float, str))}
+    goes_on = checkpoint is not None and checkpoint.resolve().parent == Path(settings.output_dir).resolve()
+    accelerator.log_with.append(TrainingLog(settings.output_dir, step, goes_on))
     accelerator.init_trackers("ifseg", config=simple)  # from here on trackers write into the folder
 
     optimizer = torch.optim.AdamW(
@@ -193,6 +209,10 @@ def tune(
         mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
         disable=not accelerator.is_main_process,
     )
+    failure = f'The log could not be written to "{settings.output_dir}". The reason'
+    if eval_data is not None and step == 0:
+        with plain_errors(failure):
+            accelerator.log(evaluated(settings, accelerator, model, processor, eval_data, 0), step=0)
     model.train()
     started, resumed_at = time.perf_counter(), step
     last_loss = told["loss"] if told else math.nan
@@ -215,9 +235,14 @@ def tune(
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
-            accelerator.log({"loss": last_loss, "learning_rate": schedule.get_last_lr()[0]}, step=step + 1)
+            told = {"loss": last_loss, "learning_rate": schedule.get_last_lr()[0]}
             schedule.step()
             step += 1
+            if eval_data is not None and (step % settings.eval_steps == 0 or step == settings.steps):
+                told |= evaluated(settings, accelerator, model, processor, eval_data, step)
+                model.train()
+            with plain_errors(failure):
+                accelerator.log(told, step=step)
             progress.set_postfix(loss=f"{last_loss:.4f}", refresh=False)
             progress.update()
             if settings.checkpointing_steps and (stop or step % settings.checkpointing_steps == 0):
@@ -347,6 +372,26 @@ def load_data(settings: Training) -> SegmentationData | None:
     if len(data.names) < 2:
         raise SettingError("One category leaves nothing to tell apart: give at least two.")
     return data
+
+
+def load_eval_data(settings: Training, data: SegmentationData | None) -> SegmentationData | None:
+    """What `eval_steps` evaluates on: the categories of `data`, seen and unseen apart. Raises `SettingError`."""
+    if not settings.eval_steps:
+        return None
+    categories = data.names if settings.categories is None else settings.categories
+    try:
+        if settings.eval_dataset is None:
+            found = load_validation_data(settings.dataset, settings.data_dir, categories)
+        else:
+            data_dir = settings.data_dir if settings.eval_dataset in BENCHMARKS else None
+            found = load_segmentation_data(settings.eval_dataset, data_dir).select(categories)
+    except ValueError as error:
+        raise SettingError(f"eval_steps={settings.eval_steps}: {' '.join(str(error).split())}") from error
+    unseen = find_labels(data, settings.unseen)
+    if not unseen:
+        return found
+    seen = [label for label in range(len(found.names)) if label not in unseen]
+    return replace(found, subsets={"seen": seen, "unseen": unseen})
 
 
 def load_model(
@@ -513,6 +558,38 @@ def refreshed(
         if accelerator.is_main_process:
             incomplete.rename(output / name)
     return output / name
+
+
+def evaluated(
+    settings: Training,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    processor: IFSegProcessor,
+    eval_data: SegmentationData,
+    step: int,
+) -> dict[str, float]:
+    """Mean IoU, of seen and unseen categories too, after `step` steps. Leaves the model in evaluation mode."""
+    from ifseg_hf.evaluation import (
+        IFSegSegmenter,
+        evaluate_segmenter,
+    )  # takes long, and few need it
+
+    counts = Path(settings.output_dir) / f"evaluation-{step}{INCOMPLETE}"
+    several = accelerator.num_processes > 1
+    segmenter = IFSegSegmenter(accelerator.unwrap_model(model), processor)
+    try:
+        evaluation = evaluate_segmenter(segmenter, eval_data, state_dir=counts if several else None)
+    except ValueError as error:
+        raise TrainingError(f"The evaluation after step {step} failed: {error}") from error
+    accelerator.wait_for_everyone()  # all have read what all have counted
+    if several and accelerator.is_main_process:
+        shutil.rmtree(counts)
+    (result,) = evaluation.results()
+    told = {name: x for name, x in result.items() if "mean_iou" in name and x is not None}
+    if accelerator.is_main_process:
+        means = ", ".join(f"{name.replace('_', ' ').replace('iou', 'IoU')} {100 * x:.1f}" for name, x in told.items())
+        tqdm.write(f"Step {step}: {means}.")
+    return told
 
 
 def pseudo_labels_of(step: int | str) -> str:

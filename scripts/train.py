@@ -17,6 +17,10 @@ import sys
 import typing
 from pathlib import Path
 
+# Python puts a script's own folder first, where `import evaluate`, the package, would find the script of that name.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _HERE]
+
 
 def parse_arguments() -> dict:
     """The settings by name, all of them checked: a wrong one ends the program with one line and status 2."""

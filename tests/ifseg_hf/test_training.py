@@ -27,6 +27,7 @@ from ifseg_hf.training import (
     stop_signals,
     train,
 )
+from ifseg_hf.training_log import LOG_FILE, TrainingLog, read_log
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,7 @@ def test_without_checkpoints_a_stopped_run_saves_nothing(tiny_model, tmp_path, m
     with pytest.raises(TrainingStopped):
         train(settings(tiny_model, tmp_path / "out", checkpointing_steps=0))
     assert "Nothing was saved" in capfd.readouterr().out
-    assert os.listdir(tmp_path / "out") == [SETTINGS_FILE]
+    assert set(os.listdir(tmp_path / "out")) == {SETTINGS_FILE, LOG_FILE}
 
 
 def test_a_launcher_may_repeat_a_signal_but_a_person_who_does_means_it(monkeypatch):
@@ -234,6 +235,38 @@ def test_a_launcher_may_repeat_a_signal_but_a_person_who_does_means_it(monkeypat
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_every_step_is_logged_once_whatever_happens(tiny_model, tmp_path):
+    """A run that lost its machine leaves steps that no checkpoint has, and half a line."""
+    rare = {"steps": 5, "checkpointing_steps": 3}
+    result = train(settings(tiny_model, tmp_path / "whole", **rare))
+    whole = read_log(tmp_path / "whole")
+    assert [line["step"] for line in whole] == [1, 2, 3, 4, 5]
+    assert whole[-1]["loss"] == result.loss
+    assert whole[0]["learning_rate"] == 1e-2
+    file = tmp_path / "whole" / LOG_FILE
+    text = file.read_text()
+    file.write_text(text + '{"step": 6, "lo')
+    train(settings(tiny_model, tmp_path / "whole", resume="latest", **rare))
+    assert file.read_text() == text
+    # What another run left in the folder is not taken over.
+    other = tmp_path / "other"
+    train(settings(tiny_model, other, steps=2, seed=1))
+    resume = str(tmp_path / "whole" / "checkpoint-3")
+    train(settings(tiny_model, other, resume=resume, **rare))
+    assert read_log(other) == whole[3:]
+    with pytest.raises(ValueError, match=r"holds no training_log\.jsonl"):
+        read_log(tmp_path)
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tiny_model, tmp_path, monkeypatch):
+    def disk_full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TrainingLog, "log", disk_full)
+    with pytest.raises(TrainingError, match=r"The log could not be written.*No space left"):
+        train(settings(tiny_model, tmp_path / "out"))
 
 
 def test_a_finished_run_may_go_on_for_no_step(tiny_model, tmp_path):

@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from tiny_model import is_key_bias
 
 from ifseg_hf import training
+from ifseg_hf.evaluation import evaluate_segmenter, load_segmenter
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.pseudo_labels import Guess, write_pseudo_labels
 from ifseg_hf.recipe import SETTINGS_FILE, checkpoints
-from ifseg_hf.supervised import load_training_data
+from ifseg_hf.supervised import load_training_data, load_validation_data
 from ifseg_hf.training import SettingError, Training, TrainingError, batch_loss, samples_per_batch, train
+from ifseg_hf.training_log import LOG_FILE, read_log
 
 pytest.importorskip("kornia")
 
@@ -231,6 +233,62 @@ def test_pseudo_labels_that_no_checkpoint_needs_are_deleted(tiny_model, guesses,
     assert not list((tmp_path / "out").glob("pseudo-labels-*"))
 
 
+# Evaluations on the way -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parts(photos, tmp_path_factory):
+    """Photos for training and others for validation."""
+    folder = tmp_path_factory.mktemp("parts") / "photos"
+    shutil.copytree(photos, folder)
+    save_masked_photos(folder, count=3, split="val")
+    return str(folder)
+
+
+def test_evaluations_on_the_way_are_those_of_the_result_and_change_nothing(tiny_model, parts, tmp_path, capsys):
+    """And the log of a run that goes on from a checkpoint is that of one which was left alone."""
+    common = {"steps": 5, "checkpointing_steps": 3, "unseen": "sky", "checkpoints_total_limit": 9}
+    train(settings(tiny_model, parts, tmp_path / "never", **common))
+    train(settings(tiny_model, parts, tmp_path / "whole", eval_steps=2, **common))
+    assert_equal_weights(tmp_path / "never", tmp_path / "whole")
+    log = read_log(tmp_path / "whole")
+    assert [line["step"] for line in log] == [0, 1, 2, 3, 4, 5]
+    names = {"mean_iou", "mean_iou_seen", "mean_iou_unseen", "harmonic_mean_iou"}
+    assert [names <= set(line) for line in log] == [True, False, True, False, True, True]
+    assert "loss" not in log[0]
+    assert [line.get("loss") for line in log[1:]] == [line["loss"] for line in read_log(tmp_path / "never")]
+    assert f"Step 5: mean IoU {100 * log[-1]['mean_iou']:.1f}, mean IoU seen" in capsys.readouterr().out
+
+    segmenter = load_segmenter(tmp_path / "whole")
+    assert segmenter.inference == "slide"
+    (result,) = evaluate_segmenter(segmenter, load_validation_data(parts)).results()
+    assert result["mean_iou"] == log[-1]["mean_iou"]
+
+    file = tmp_path / "whole" / LOG_FILE
+    text = file.read_text()
+    train(settings(tiny_model, parts, tmp_path / "whole", eval_steps=2, resume="latest", **common))
+    assert file.read_text() == text
+    assert_equal_weights(tmp_path / "never", tmp_path / "whole")
+
+
+def test_pseudo_labels_are_evaluated_on_another_data_set(tiny_model, guesses, parts, tmp_path):
+    changes = {"stage": "self-training", "steps": 1, "eval_steps": 1}
+    train(settings(tiny_model, guesses, tmp_path / "out", eval_dataset=parts, **changes))
+    assert [set(line) for line in read_log(tmp_path / "out")] == [
+        {"step", "mean_iou"},
+        {"step", "loss", "learning_rate", "mean_iou"},
+    ]
+    with pytest.raises(SettingError, match=r"eval_steps=1.* no photos for validation.* eval_dataset"):
+        train(settings(tiny_model, guesses, tmp_path / "none", **changes))
+
+
+def test_a_photo_that_cannot_be_evaluated_is_named(tiny_model, parts, tmp_path):
+    damaged = shutil.copytree(parts, tmp_path / "damaged")
+    (damaged / "val" / "masks" / "1.png").unlink()
+    with pytest.raises(TrainingError, match=r"evaluation after step 0 failed: There is no mask .*1\.png"):
+        train(settings(tiny_model, str(damaged), tmp_path / "out", eval_steps=2))
+
+
 # What is wrong --------------------------------------------------------------------------------------------------------
 
 
@@ -244,10 +302,17 @@ def test_pseudo_labels_that_no_checkpoint_needs_are_deleted(tiny_model, guesses,
         ({"categories": ["cat", "dog"]}, 'no category "dog"'),
         ({"categories": {"a": ["cat"], "b": ["cat"]}}, "choose one"),
         ({"word_map_ratio": 0.8}, "leaves no photo in a batch of 4"),
+        ({"eval_steps": 1}, "eval_steps=1: .* no photos for validation"),
+        ({"eval_steps": 1, "eval_dataset": "nowhere"}, "eval_steps=1: .*is no folder"),
+        ({"eval_steps": 1, "eval_dataset": "dogs"}, "eval_steps=1: .*no category"),
     ],
 )
 def test_what_only_the_data_knows_is_told_before_the_weights(changes, told, tiny_model, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(IFSegForSemanticSegmentation, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    if changes.get("eval_dataset") == "dogs":
+        save_masked_photos(tmp_path / "dogs", count=1, split=None)
+        (tmp_path / "dogs" / "dataset.json").write_text('{"categories": ["dog", "bone"]}')
+        changes = {**changes, "eval_dataset": str(tmp_path / "dogs")}
     with pytest.raises(SettingError, match=told) as caught:
         train(Training(**{**settings(tiny_model, photos, tmp_path / "out").to_dict(), **changes}))
     assert "\n" not in str(caught.value)
