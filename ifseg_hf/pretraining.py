@@ -23,8 +23,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import BartTokenizer
 
+from ifseg_hf.batch_norm import (
+    calibrate_batch_norm,
+    freeze_batch_norm,
+    train_batch_norm,
+    trunk_state,
+    use_batch_statistics,
+)
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
-from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration, IFSegFrozenBatchNorm2d, IFSegTrunk
+from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration, IFSegTrunk
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor
 from ifseg_hf.processing.processing_ifseg import PROMPT, UNKNOWN, IFSegProcessor
 from ifseg_hf.recipe import resolve_model
@@ -208,41 +215,6 @@ def average_gradients(parameters) -> None:
 # Stage 1: the trunk ---------------------------------------------------------------------------------------------------
 
 
-def train_batch_norm(trunk: nn.Module) -> nn.Module:
-    """Replace every frozen batch norm by one that learns its statistics; parameter names stay the same."""
-    for name, module in list(trunk.named_modules()):
-        if isinstance(module, IFSegFrozenBatchNorm2d):
-            norm = nn.BatchNorm2d(len(module.weight))
-            norm.load_state_dict(module.state_dict(), strict=False)  # all but num_batches_tracked
-            parent, _, child = name.rpartition(".")
-            setattr(trunk.get_submodule(parent), child, norm)
-    return trunk
-
-
-def freeze_batch_norm(trunk: nn.Module) -> nn.Module:
-    """The reverse of [`train_batch_norm`]."""
-    for name, module in list(trunk.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            norm = IFSegFrozenBatchNorm2d(module.num_features)
-            norm.load_state_dict(trunk_state(module))
-            parent, _, child = name.rpartition(".")
-            setattr(trunk.get_submodule(parent), child, norm)
-    return trunk
-
-
-def use_batch_statistics(trunk: nn.Module, on: bool) -> None:
-    """Whether the norms of [`train_batch_norm`] use and learn the statistics of batches, or the stored ones."""
-    for module in trunk.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.1
-            module.train(on)
-
-
-def trunk_state(trunk: nn.Module) -> dict[str, torch.Tensor]:
-    """What the trunk, or one norm of it, loads with frozen batch norm."""
-    return {name: value for name, value in trunk.state_dict().items() if "num_batches_tracked" not in name}
-
-
 def initialize_trunk(trunk: nn.Module) -> nn.Module:
     """He initialisation; the last batch norm of a block starts at zero, so that the block starts as its shortcut."""
     for name, module in trunk.named_modules():
@@ -288,18 +260,10 @@ def trunk_accuracy(trunk: nn.Module, head: nn.Linear, photos: Photos, size: int,
     return right / len(photos)
 
 
-@torch.no_grad()
-def calibrate_batch_norm(trunk: nn.Module, batches) -> nn.Module:
-    """Set the running statistics to their mean over the batches of scenes, as they will be while they are frozen."""
-    for module in trunk.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None  # a plain mean over all batches
-    trunk.train()
-    for batch in batches:
-        with autocast():
-            trunk(to_pixels(batch["images"]))
-    return trunk.eval()
+def calibrate(trunk: nn.Module, maker: SceneMaker, phase: Phase, seed: int) -> nn.Module:
+    """[`calibrate_batch_norm`] with the scenes of a phase."""
+    with autocast():
+        return calibrate_batch_norm(trunk, (to_pixels(batch["images"]) for batch in SceneBatches(maker, [phase], seed)))
 
 
 def train_trunk(
@@ -372,7 +336,7 @@ def train_trunk(
             loss_sum = right = count = 0.0
             _save(output, step, both, optimizer, schedule)
     if calibration is not None and rank == 0:
-        calibrate_batch_norm(trunk, SceneBatches(maker, [calibration], seed + 1))
+        calibrate(trunk, maker, calibration, seed + 1)
         accuracy = [
             f"{trunk_accuracy(trunk, head, held_out.part(slice(0, 1000)), size):.3f}" for size in (64, 128, 192)
         ]
@@ -502,7 +466,7 @@ def train_vision_language(
         phase = phase_of[step]
         if step and phase_of[step - 1].train_norms and not phase.train_norms:
             calibration = replace(phase, steps=60)
-            calibrate_batch_norm(encoder.embed_images, SceneBatches(maker, [calibration], seed + 1))
+            calibrate(encoder.embed_images, maker, calibration, seed + 1)
             model.train()
         use_batch_statistics(encoder.embed_images, phase.train_norms)
         encoder.embed_images.requires_grad_(phase.train_trunk)

@@ -3,6 +3,7 @@
 The loop is one; the stage chooses what it reads, what is trained, and what the result knows of inference.
 """
 
+import copy
 import importlib.util
 import json
 import math
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from ifseg_hf.batch_norm import calibrate_batch_norm, train_batch_norm, trunk_state
 from ifseg_hf.hub import push_to_hub
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
@@ -167,6 +169,9 @@ def tune(
     # The seed is set before the model is made: a checkpoint of OFA has no segmentation positions, they start at random.
     set_seed(settings.seed)
     processor, model = load_model(settings, data)
+    if settings.from_scratch and not checkpoint:
+        crops = mixed_samples(settings, model.config, processor, data, None).photos
+        measure_batch_norm(model.model.encoder.embed_images, crops, accelerator.device)
     set_seed(settings.seed, device_specific=True)  # dropout differs between processes
     config = model.config
     if accelerator.is_main_process:
@@ -423,6 +428,18 @@ def load_model(
     return processor, model
 
 
+def measure_batch_norm(trunk: torch.nn.Module, crops: PhotoSamples, device: torch.device) -> None:
+    """Gives frozen batch norms the statistics that random weights make of the first crops, the same in every process.
+
+    Without them each layer would take the last one's output as it is, at any scale.
+    """
+    batches = ([crops[index]["pixel_values"] for index in range(start, start + 16)] for start in range(0, 128, 16))
+    learning = train_batch_norm(copy.deepcopy(trunk)).to(device)
+    with photo_errors():
+        calibrate_batch_norm(learning, (torch.stack(batch).to(device) for batch in batches))
+    trunk.load_state_dict(trunk_state(learning))
+
+
 def freeze(model: IFSegForSemanticSegmentation, part: str) -> None:
     """Leaves trainable all that takes part in segmentation but "trunk", "words" or "nothing"; see `Training.freeze`."""
     model.freeze_for_word_maps()
@@ -494,14 +511,21 @@ def photo_batches(
             collate_fn=collate,
             generator=torch.Generator(),
         )
-        try:
+        with photo_errors():
             for batch in loader:
                 yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        except SampleError as error:
-            # A worker's has its traceback before its message.
-            reason = str(error).strip().splitlines()[-1].removeprefix("ifseg_hf.segmentation_data.SampleError: ")
-            raise TrainingError(f"{reason} Go on from the last checkpoint, if there is one, with --resume.") from error
         step = end
+
+
+@contextmanager
+def photo_errors() -> Iterator[None]:
+    """Turns what a photo that cannot be used raises into a `TrainingError`."""
+    try:
+        yield
+    except SampleError as error:
+        # A worker's has its traceback before its message.
+        reason = str(error).strip().splitlines()[-1].removeprefix("ifseg_hf.segmentation_data.SampleError: ")
+        raise TrainingError(f"{reason} Go on from the last checkpoint, if there is one, with --resume.") from error
 
 
 def mixed_samples(

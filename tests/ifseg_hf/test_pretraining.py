@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from ifseg_hf import pretraining, scenes
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration, IFSegTrunk
+from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration, IFSegFrozenBatchNorm2d, IFSegTrunk
 from ifseg_hf.pretraining import Phase
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 
@@ -188,7 +188,7 @@ def test_both_stages_run_save_and_go_on(tokenizer, tmp_path):
     pretraining.train_vision_language(scene_maker, model, tokenizer, phases, tmp_path / "more.pt", log=lines.append)
     assert "caption" in lines[-1]
     norm = model.model.encoder.embed_images.bn1
-    assert isinstance(norm, pretraining.IFSegFrozenBatchNorm2d)
+    assert isinstance(norm, IFSegFrozenBatchNorm2d)
     assert not torch.equal(norm.running_mean, state["bn1.running_mean"])
 
     pretraining.save_checkpoint(model, tokenizer, tmp_path / "nano")

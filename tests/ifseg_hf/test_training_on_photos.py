@@ -14,6 +14,7 @@ from tiny_model import is_key_bias
 from ifseg_hf import training
 from ifseg_hf.evaluation import evaluate_segmenter, load_segmenter
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
+from ifseg_hf.modeling.modeling_ofa import IFSegConv2d
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.pseudo_labels import Guess, write_pseudo_labels
 from ifseg_hf.recipe import SETTINGS_FILE, checkpoints
@@ -132,6 +133,37 @@ def test_random_weights_are_no_model_s(tiny_model, photos, tmp_path):
     name = "model.encoder.layers.0.fc1.weight"
     for other in (weights(tiny_model), weights(tmp_path / "three")):
         assert (weights(tmp_path / "one")[name] - other[name]).abs().mean() > 0.01
+
+
+def test_random_weights_meet_the_statistics_of_the_crops(tiny_model, photos, tmp_path):
+    """Every convolution of the trunk then has outputs of mean 0 and scale 1; no generator is moved."""
+    told = settings(tiny_model, photos, tmp_path / "out", from_scratch=True)
+    data = load_training_data(photos)
+    processor, model = training.load_model(told, data)
+    crops = training.mixed_samples(told, model.config, processor, data, None).photos
+    trunk = model.model.encoder.embed_images
+    before = torch.get_rng_state()
+    training.measure_batch_norm(trunk, crops, torch.device("cpu"))
+    assert torch.equal(before, torch.get_rng_state())
+
+    outputs = []
+    for module in trunk.modules():
+        if isinstance(module, IFSegConv2d):
+            module.register_forward_hook(lambda *call: outputs.append(call[2].clone()))  # relu is in place
+    trunk(torch.stack([crops[index]["pixel_values"] for index in range(128)]))
+    assert len(outputs) == sum(isinstance(module, IFSegConv2d) for module in trunk.modules())
+    for output in outputs:
+        torch.testing.assert_close(output.mean((0, 2, 3)), torch.zeros(output.shape[1]), rtol=0, atol=0.1)
+        torch.testing.assert_close(output.std((0, 2, 3)), torch.ones(output.shape[1]), rtol=0, atol=0.25)
+
+
+def test_from_random_weights_a_run_goes_on_with_the_statistics_it_has(tiny_model, photos, tmp_path):
+    common = {"from_scratch": True, "steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 9}
+    train(settings(tiny_model, photos, tmp_path / "whole", **common))
+    resume = str(tmp_path / "whole" / "checkpoint-2")
+    train(settings(tiny_model, photos, tmp_path / "out", resume=resume, **common))
+    assert_equal_weights(tmp_path / "whole", tmp_path / "out")
+    assert weights(tmp_path / "out")["model.encoder.embed_images.bn1.running_mean"].any()
 
 
 def test_the_labels_of_unseen_categories_are_not_looked_at(tiny_model, photos, tmp_path):

@@ -1,0 +1,56 @@
+"""Batch norms of the trunk, which are frozen everywhere else, while they learn their statistics."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ifseg_hf.modeling.modeling_ofa import IFSegFrozenBatchNorm2d
+
+
+def train_batch_norm(trunk: nn.Module) -> nn.Module:
+    """Replace every frozen batch norm by one that learns its statistics; parameter names stay the same."""
+    for name, module in list(trunk.named_modules()):
+        if isinstance(module, IFSegFrozenBatchNorm2d):
+            norm = nn.BatchNorm2d(len(module.weight))
+            norm.load_state_dict(module.state_dict(), strict=False)  # all but num_batches_tracked
+            parent, _, child = name.rpartition(".")
+            setattr(trunk.get_submodule(parent), child, norm)
+    return trunk
+
+
+def freeze_batch_norm(trunk: nn.Module) -> nn.Module:
+    """The reverse of [`train_batch_norm`]."""
+    for name, module in list(trunk.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            norm = IFSegFrozenBatchNorm2d(module.num_features)
+            norm.load_state_dict(trunk_state(module))
+            parent, _, child = name.rpartition(".")
+            setattr(trunk.get_submodule(parent), child, norm)
+    return trunk
+
+
+def use_batch_statistics(trunk: nn.Module, on: bool) -> None:
+    """Whether the norms of [`train_batch_norm`] use and learn the statistics of batches, or the stored ones."""
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+            module.train(on)
+
+
+def trunk_state(trunk: nn.Module) -> dict[str, torch.Tensor]:
+    """What the trunk, or one norm of it, loads with frozen batch norm."""
+    return {name: value for name, value in trunk.state_dict().items() if "num_batches_tracked" not in name}
+
+
+@torch.no_grad()
+def calibrate_batch_norm(trunk: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:
+    """Set the running statistics of the norms of [`train_batch_norm`] to their mean over batches of `pixel_values`."""
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean over all batches
+    trunk.train()
+    for pixels in batches:
+        trunk(pixels)
+    return trunk.eval()
