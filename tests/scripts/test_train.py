@@ -20,6 +20,7 @@ from tiny_model import is_key_bias, save_tiny_model
 
 from ifseg_hf.recipe import SETTINGS_FILE, checkpoints
 from ifseg_hf.training import WordMapTraining, train
+from ifseg_hf.training_log import read_log
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "train.py")
@@ -110,7 +111,8 @@ def test_processes_accumulation_and_workers_change_nothing(tiny_model, tmp_path)
 
 @pytest.mark.slow
 def test_two_processes_label_and_train_as_one(tmp_path):
-    """Pseudo-labels to the byte, and a run on them, word maps among the photos and labels made anew, up to rounding."""
+    """Pseudo-labels to the byte; a run on them, word maps among the photos, labels made anew and evaluations, up to
+    rounding."""
     pytest.importorskip("kornia")
     model, photos = save_tiny_segmenter(tmp_path / "model"), save_masked_photos(tmp_path / "photos")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29000 + os.getpid() % 2000]
@@ -118,7 +120,7 @@ def test_two_processes_label_and_train_as_one(tmp_path):
     write += ["--unseen", "sky, sea", "--output-dir"]
     flags = ["--stage", "self-training", "--freeze", "nothing", "--word-map-ratio", 0.25, "--refresh-every", 3]
     flags += ["--steps", 5, "--batch-size", 8, "--learning-rate", 1e-4, "--dropout", 0, "--drop-path", 0, "--cpu"]
-    flags += ["--model", model, "--crop-size", 32]
+    flags += ["--model", model, "--crop-size", 32, "--eval-steps", 4, "--eval-dataset", photos]
     for name, launch in [("one", []), ("two", launcher)]:
         labels = tmp_path / f"labels-{name}"
         for command in ([*write, labels], [SCRIPT, *flags, "--dataset", labels, "--output-dir", tmp_path / name]):
@@ -130,6 +132,11 @@ def test_two_processes_label_and_train_as_one(tmp_path):
     for mask in masks:
         assert mask.read_bytes() == (tmp_path / "labels-two" / "masks" / mask.name).read_bytes()
     assert_close_weights(tmp_path / "one", tmp_path / "two")
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    assert ["mean_iou" in line for line in one] == [True, False, False, False, True, True]
+    for line, other in zip(one, two, strict=True):
+        assert line == pytest.approx(other, abs=1e-3)
+    assert not list((tmp_path / "two").glob("*.incomplete"))
 
 
 @pytest.mark.slow
