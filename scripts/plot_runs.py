@@ -1,0 +1,58 @@
+"""Loss and mean IoU of runs of train.py over their steps.
+
+    python scripts/plot_runs.py RUN [RUN ...] --labels checkpoint checkpoint scratch --level "image-free: 39.8"
+
+Runs of one label, such as several seeds, become one line, their mean, in a band from the lowest to the highest.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def level(text: str) -> tuple[str, float]:
+    name, _, number = text.rpartition(":")
+    if not name.strip():
+        raise ValueError
+    return name.strip(), float(number)
+
+
+level.__name__ = '"name: per cent"'  # argparse tells it where the text is wrong
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="one for each run (default: the folders' names)")
+    parser.add_argument(
+        "--level", action="append", type=level, default=[], help='a line to compare with, "name: mean IoU in per cent"'
+    )
+    parser.add_argument("--output", default="curves.png", help="the picture (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    options.labels = options.labels or [Path(run).name for run in options.runs]
+    if len(options.labels) != len(options.runs):
+        parser.error(f"--labels: {len(options.labels)} for {len(options.runs)} runs")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    from ifseg_hf.curves import draw_curves
+
+    runs: dict[str, list[str]] = {}
+    for run, label in zip(options.runs, options.labels, strict=True):
+        runs.setdefault(label, []).append(run)
+    try:
+        draw_curves(runs, options.output, dict(options.level))
+    except ImportError:
+        print('plot_runs.py: it needs matplotlib: pip install "ifseg-hf[plot]"', file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"plot_runs.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"Written to {options.output}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
