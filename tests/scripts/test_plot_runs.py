@@ -47,18 +47,20 @@ def test_what_the_lines_show(runs):
     assert running_mean(np.array([[1.0, 3]]), 5).tolist() == [[1, 2]]
 
 
+def test_a_folder_without_a_log_is_told(capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["nowhere"]) == 1
+    assert '"nowhere" holds no training_log.jsonl' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["nowhere"], '"nowhere" holds no training_log.jsonl'),
         (["run", "--labels", "a", "b"], "--labels: 2 for 1 runs"),
         (["run", "--level", "image-free"], "\"name: per cent\" value: 'image-free'"),
     ],
 )
-def test_what_is_wrong_is_told(arguments, told, capsys):
-    pytest.importorskip("matplotlib")
-    try:
-        assert main(arguments) == 1
-    except SystemExit as stopped:
-        assert stopped.code == 2
+def test_a_wrong_argument_is_told(arguments, told, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
     assert told in capsys.readouterr().err
