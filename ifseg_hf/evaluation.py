@@ -429,9 +429,10 @@ def _file_name(id: str) -> str:
 
 
 def _picture(sample: _Sample, labels: torch.Tensor, names: list[str]) -> Image.Image:
+    """The photo, the ground truth and the prediction in a row, the last two with their legends."""
     photo = Image.fromarray(sample.image)
     pictures = [photo, overlay(photo, sample.truth, names), overlay(photo, labels, names)]
-    return side_by_side(pictures, ["photo", "truth", "prediction"])
+    return side_by_side(pictures, ["photo", "ground truth", "prediction"])
 
 
 # For a person ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from tiny_model import save_tiny_model
 from torch.nn.functional import cosine_similarity
 
 from ifseg_hf import evaluation
-from ifseg_hf.evaluation import evaluate_segmenter, load_segmenter
+from ifseg_hf.drawing import palette
+from ifseg_hf.evaluation import _picture, _Sample, evaluate_segmenter, load_segmenter
 from ifseg_hf.metrics import scores
 from ifseg_hf.modeling import IFSegForConditionalGeneration
 from ifseg_hf.processing import IFSegProcessor
@@ -243,3 +244,20 @@ def test_pictures_and_predictions(segmenter, streets, tmp_path):
         outputs = segmenter.model(**segmenter.processor(images=image, return_tensors="pt"))
     (labels,) = segmenter.processor.post_process_semantic_segmentation(outputs, [truth.shape])
     assert (np.asarray(Image.open(tmp_path / "maps" / "1.png")) == labels.numpy()).all()
+
+
+def test_the_picture_shows_photo_ground_truth_and_prediction():
+    """Eleven categories on a photo of CamVid's size, all of which the legends have room for."""
+    names = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
+    image = np.full((360, 480, 3), 90, np.uint8)
+    truth = np.repeat(np.arange(480) * 11 // 480, 360).reshape(480, 360).T
+    picture = np.asarray(_picture(_Sample(0, "a", image, truth), torch.full((360, 480), 3), names))
+    assert picture.shape[0] < 1.6 * 360
+    assert 3 * 480 < picture.shape[1] < 3.3 * 480
+    third = picture.shape[1] // 3
+    colors = np.array(palette(len(names)), np.uint8)
+    parts = np.split(picture, [third, 2 * third], axis=1)
+    swatches = [[(part == color).all(2).sum() > 100 for color in colors] for part in parts]
+    assert not any(swatches[0])
+    assert all(swatches[1])
+    assert [name for name, there in zip(names, swatches[2], strict=True) if there] == ["road"]
