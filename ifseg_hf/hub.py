@@ -270,7 +270,10 @@ def model_card(
     )
     where = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
     parts = [f"# {name}", _summary(segments, bool(words), stage, base_model)]
-    parts += ["## Use", *(_segmentation_code(where, words) if segments else _ofa_code(where, repo_id))]
+    parts += [
+        "## Use",
+        *(_segmentation_code(where, words, _sliding_window(folder)) if segments else _ofa_code(where, repo_id)),
+    ]
     if words:
         parts += ["## Words", _words(words, settings.get("categories") if free else None)]
     if settings:
@@ -308,9 +311,11 @@ def _summary(segments: bool, has_words: bool, stage: str | None, base_model: str
     return text
 
 
-def _segmentation_code(where: str, words: list[str]) -> list[str]:
+def _segmentation_code(where: str, words: list[str], crop: int | None) -> list[str]:
     named = "" if words else ', categories=["cat", "grass", "sky"]'
-    return [
+    window = "from ifseg_hf.processing import sliding_window_outputs\n" if crop else ""
+    call = f"sliding_window_outputs(model, **inputs, crop={crop})" if crop else "model(**inputs)"
+    parts = [
         "With transformers alone, which then runs the code in this repository:",
         f"""```python
 from transformers import pipeline
@@ -323,14 +328,14 @@ for segment in segmenter("photo.jpg"{named}):
         f"""```python
 import torch
 from ifseg_hf import IFSegForSemanticSegmentation, IFSegProcessor
-from PIL import Image
+{window}from PIL import Image
 
 model = IFSegForSemanticSegmentation.from_pretrained({where})
 processor = IFSegProcessor.from_pretrained({where})
 photo = Image.open("photo.jpg")
 inputs = processor(images=photo{named}, return_tensors="pt")
 with torch.no_grad():
-    outputs = model(**inputs)
+    outputs = {call}
 (mask,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(photo.height, photo.width)])
 ```""",
         (
@@ -339,6 +344,12 @@ with torch.no_grad():
             else "The model has no words of its own: name them in every call."
         ),
     ]
+    if crop:
+        parts.append(
+            f"It was trained on crops of {crop} x {crop} pixels. Both ways take a photo in such crops, which overlap, and "
+            'average what they say, as its numbers need; `segmenter("photo.jpg", inference="whole")` takes it at once.'
+        )
+    return parts
 
 
 def _ofa_code(where: str, repo_id: str) -> list[str]:
@@ -404,6 +415,13 @@ def _settings_file() -> str:
     from .recipe import SETTINGS_FILE
 
     return SETTINGS_FILE
+
+
+def _sliding_window(folder: Path) -> int | None:
+    """The side of the crops that a model was trained on, if it was."""
+    file = folder / "processor_config.json"
+    processor = _read_json(file) if file.is_file() else {}
+    return processor.get("image_processor", {}).get("sliding_window")
 
 
 def _published_settings(folder: Path, api: HfApi) -> dict:

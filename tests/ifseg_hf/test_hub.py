@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hub_client import ROOT, code_blocks, environment, run, save_small_processor, save_tuned_model
 from hub_server import Blob, HubServer, Repository
 from huggingface_hub import ModelCard
@@ -13,8 +14,10 @@ from PIL import Image
 from tiny_model import save_tiny_model
 from transformers import pipeline
 
-from ifseg_hf import IFSegForConditionalGeneration
+from ifseg_hf import IFSegForConditionalGeneration, IFSegProcessor
+from ifseg_hf.evaluation import load_segmenter
 from ifseg_hf.hub import RESULTS_FILE, check_repo_id, files_to_publish, model_card
+from ifseg_hf.processing import segmentation_maps
 
 CODE = {"configuration_ifseg.py", "modeling_ifseg.py", "modeling_ofa.py"}
 CODE |= {
@@ -69,6 +72,18 @@ def hub():
     assert server.unknown == []
 
 
+def save_supervised_model(folder: Path) -> Path:
+    """As training on crops of photos leaves it."""
+    save_tuned_model(folder, ["cat", "wet grass", "sky"])
+    processor = IFSegProcessor.from_pretrained(folder)
+    processor.image_processor.sliding_window, processor.image_processor.smoothing_iterations = 32, 0
+    processor.save_pretrained(folder)
+    settings = json.loads((folder / "word_map_training.json").read_text())
+    settings |= {"stage": "supervised", "dataset": "photos"}
+    (folder / "word_map_training.json").write_text(json.dumps(settings))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Saved models by name."""
@@ -78,6 +93,7 @@ def folders(tmp_path_factory):
         "coarse": save_tuned_model(root / "coarse", {"a|b": ["cat", "dog"], "c*d": ["lily"]}, model=str(root / "ofa")),
         "ofa": root / "ofa",
         "wordless": root / "wordless",
+        "supervised": save_supervised_model(root / "supervised"),
     }
     save_tiny_model(folders["ofa"], IFSegForConditionalGeneration)
     save_tiny_model(folders["wordless"])
@@ -98,6 +114,7 @@ def published(hub, folders, tmp_path_factory):
         "public already": {"folder": "tuned", "repo_id": "alice/ifseg-test", "private": True},
         "ofa": {"folder": "ofa", "repo_id": "alice/ifseg-ofa-base"},
         "wordless": {"folder": "wordless", "repo_id": "alice/wordless"},
+        "supervised": {"folder": "supervised", "repo_id": "alice/supervised"},
     }
     # One repository is older than its model.
     hub.repositories["alice/wordless"] = older = Repository(private=False)
@@ -210,7 +227,7 @@ def test_the_code_of_a_card_runs_as_printed(hub, folders, published, photo, tmp_
     """In a fresh process and cache, with the package and without."""
     shutil.copy(photo, tmp_path)
     cards = [("alice/ifseg-test", "main"), ("alice/ifseg-test", "coarse"), ("alice/ifseg-ofa-base", "main")]
-    cards += [("alice/wordless", "main"), ("alice/secret", "main")]
+    cards += [("alice/wordless", "main"), ("alice/secret", "main"), ("alice/supervised", "main")]
     blocks = [(card, block) for card in cards for block in code_blocks(read(hub, *card)["README.md"])]
     assert len(blocks) == 2 * len(cards)
     blocks = [(card, block) for card, block in blocks if ("ifseg_hf" in block) == package]
@@ -228,7 +245,8 @@ def test_the_code_of_a_card_runs_as_printed(hub, folders, published, photo, tmp_
         else:
             assert modules["segmenter"].startswith("transformers_modules.")
             folder = folders[{"main": "tuned", "coarse": "coarse"}[branch]]
-            folder = {"alice/wordless": folders["wordless"], "alice/secret": folders["coarse"]}.get(repo, folder)
+            others = {"wordless": "wordless", "secret": "coarse", "supervised": "supervised"}
+            folder = folders.get(others.get(repo.removeprefix("alice/")), folder)
             words = {"categories": ["cat", "grass", "sky"]} if repo == "alice/wordless" else {}
             expected = pipeline("image-segmentation", model=str(folder))(str(photo), **words)
             assert printed == "".join(f"{x['label']} {x['score']} {x['mask'].size}\n" for x in expected)
@@ -358,6 +376,27 @@ def test_results_are_added_to_a_card_and_replaced(hub, published, tmp_path):
     numbers = {(x.metric_type, x.metric_args["smoothing_neighbors"]): x.metric_value for x in card.data.eval_results}
     assert numbers == {("mean_iou", 3): 50.0, ("mean_iou", 1): 30.0, ("overall_accuracy", 1): 50.0}
     assert {x.dataset_name for x in card.data.eval_results} == {"streets"}
+
+
+def test_the_code_of_a_model_of_crops_does_what_its_numbers_need(folders, photo, monkeypatch):
+    """Both blocks, on the model in its folder: what the evaluation of it does."""
+    monkeypatch.chdir(photo.parent)
+    card = model_card(folders["supervised"], str(folders["supervised"]))
+    assert "trained on crops of 32 x 32 pixels" in card.text
+    alone, package = code_blocks(card.content)
+    names = {}
+    exec(package, names)
+    segmenter = load_segmenter(folders["supervised"])
+    assert segmenter.inference == "slide"
+    outputs = segmenter(segmenter.preprocess([np.asarray(Image.open(photo))]))
+    assert torch.equal(names["mask"], segmentation_maps(outputs, [(60, 90)], iterations=0)[0])
+    whole = names["processor"].post_process_semantic_segmentation(names["model"](**names["inputs"]), [(60, 90)])
+    assert not torch.equal(names["mask"], whole[0])
+    used = {}
+    exec(alone, used)
+    for segment in used["segmenter"](str(photo)):
+        category = names["model"].config.label2id[segment["label"]]
+        assert (np.asarray(segment["mask"]) > 0).tolist() == (names["mask"] == category).tolist()
 
 
 @pytest.mark.parametrize(
