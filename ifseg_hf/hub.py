@@ -270,10 +270,8 @@ def model_card(
     )
     where = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
     parts = [f"# {name}", _summary(segments, bool(words), stage, base_model)]
-    parts += [
-        "## Use",
-        *(_segmentation_code(where, words, _sliding_window(folder)) if segments else _ofa_code(where, repo_id)),
-    ]
+    code = _segmentation_code(where, words, _sliding_window(folder)) if segments else _ofa_code(where, repo_id)
+    parts += ["## Use", *code]
     if words:
         parts += ["## Words", _words(words, settings.get("categories") if free else None)]
     if settings:
@@ -346,8 +344,9 @@ with torch.no_grad():
     ]
     if crop:
         parts.append(
-            f"It was trained on crops of {crop} x {crop} pixels. Both ways take a photo in such crops, which overlap, and "
-            'average what they say, as its numbers need; `segmenter("photo.jpg", inference="whole")` takes it at once.'
+            f"It was trained on crops of {crop} x {crop} pixels. Both ways take a photo in such crops, which overlap, "
+            "and average what it says of them; so were its numbers made. "
+            '`segmenter("photo.jpg", inference="whole")` takes the photo at once.'
         )
     return parts
 
