@@ -92,9 +92,13 @@ def test_every_import_is_a_declared_dependency():
     used = {canonicalize_name(DISTRIBUTIONS.get(module, module)) for module in used - {"ifseg_hf"}}
     demo = {canonicalize_name(r.name) for r in required if r.marker and r.marker.evaluate({"extra": "demo"})}
     optional = {"scikit-learn": "sklearn", "scikit-image": "skimage"}
-    onnx = {canonicalize_name(r.name) for r in required if r.marker and r.marker.evaluate({"extra": "onnx"})}
-    train = {canonicalize_name(r.name) for r in required if r.marker and r.marker.evaluate({"extra": "train"})}
-    assert {name for name in used if name not in optional.values()} <= always | onnx | train
+    extras = {
+        canonicalize_name(r.name)
+        for r in required
+        for extra in ("onnx", "train", "plot")
+        if r.marker and r.marker.evaluate({"extra": extra})
+    }
+    assert {name for name in used if name not in optional.values()} <= always | extras
     assert demo == set(optional)
 
 
