@@ -87,7 +87,9 @@ class Training:
         "nothing; words: their embeddings; or trunk: the words, the trunk and its projection (default: nothing when "
         "supervised, words in self-training)",
     )
-    from_scratch: bool = _setting(False, "random weights, and of the model only its configuration and processor")
+    from_scratch: bool = _setting(
+        False, "random weights, with batch norms of the first crops, and of the model only its configuration, processor"
+    )
     refresh_every: int = _setting(0, "steps after which the model makes the pseudo-labels anew, each time (0: never)")
     eval_steps: int = _setting(
         0, "steps between evaluations on photos with masks, the first before step 1 (0: never)", may_change=True
