@@ -15,17 +15,14 @@ from statistics import mean, stdev
 from ifseg_hf.curves import draw_curves
 
 ON_PHOTOS = (
-    *("train.py", "--config", "{configs}/photos_nano.yaml", "--short-side", "256", "--steps", "{steps}"),
+    *("train.py", "--config", "{configs}/photos_nano.yaml", "--short-side", "192", "--steps", "{steps}"),
     *("--warmup-steps", "{warmup_steps}", "--batch-size", "{batch_size}"),
 )
 EVALUATED = ("--eval-steps", "{eval_steps}", "--eval-dataset", "{dataset}")
 
 # Each makes the folder of its name and seed: script and arguments. A step that reads {out}/X-{seed} follows step X.
 STEPS: dict[str, tuple[str, ...]] = {
-    "image-free": (
-        *("train.py", "--config", "{configs}/nano.yaml", "--model", "{model}", "--categories", "{words}"),
-        *("--batch-size", "16"),
-    ),
+    "image-free": (*("train.py", "--config", "{configs}/nano.yaml", "--model", "{model}", "--categories", "{words}"),),
     "labels": (
         *("pseudo_label.py", "--model", "{out}/image-free-{seed}", "--photos", "{dataset}/train/images"),
         *("--categories", "{words}", "--min-confidence", "0.3"),
@@ -112,7 +109,7 @@ class Experiments:
             **{key: str(x) for key, x in asdict(self).items()},
             "words": ", ".join(self.words()),
             "warmup_steps": str(self.steps // 20),
-            "eval_steps": str(max(1, self.steps // 5)),
+            "eval_steps": str(max(1, self.steps // 3)),
             "seed": str(seed),
         }
         script, *arguments = (part.format(**places) for part in STEPS[name])

@@ -509,16 +509,17 @@ def train_vision_language(
 
 
 def save_checkpoint(model: IFSegForConditionalGeneration, tokenizer: BartTokenizer, folder: str | Path) -> None:
-    """Save the model in float16 with its processor, which makes the short side of photos `image_size` long.
+    """Save the model in float16 with its processor, for photos and word maps three quarters as large as `image_size`.
 
-    Its word maps are half as wide and high as such a photo's patch grid: tuning takes a quarter of the time, and in the
-    same time gives the better model.
+    Tuning has to learn where each patch of the grid is before it can tell the patches apart. On half as many patches it
+    does in minutes, and photos lose next to nothing. Word maps on a coarser grid than the photos' would be learnt
+    sooner still, but not what is needed: places between theirs are mistaken for their neighbours.
     """
-    size = model.config.image_size
+    size = model.config.image_size * 3 // 4
     image_processor = IFSegImageProcessor(size={"shortest_edge": size, "longest_edge": 4 * size})
     # A copy: the model itself stays in float32, and in the memory layout that convolutions like.
     config = copy.deepcopy(model.config)
-    config.image_size = size // 2
+    config.image_size = size
     small = IFSegForConditionalGeneration(config)
     small.load_state_dict({name: value.contiguous() for name, value in model.state_dict().items()})
     small.half().save_pretrained(folder)

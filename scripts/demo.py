@@ -11,25 +11,15 @@ import sys
 import time
 from pathlib import Path
 
-# What there is to see in the bundled photos.
-CATEGORIES = "sky, building, tree, cat, coffee, table"
-# The embedded model is small and tuned for minutes: a higher learning rate and fewer steps than OFA-base's 2000.
-RECIPE = {
-    "steps": 120,
-    "batch_size": 32,
-    "learning_rate": 3e-4,
-    "weight_decay": 0.01,
-    "max_cells": 3,
-    "mixed_precision": "bf16",
-    "checkpointing_steps": 0,
-}
+# How the embedded model is tuned, and words for what there is to see in the bundled photos.
+SETTINGS = Path(__file__).resolve().parent / "configs" / "nano.yaml"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tunes the embedded checkpoint on words, then segments photos.")
     parser.add_argument("--photo", action="append", help="an image file; again for more; default: three bundled ones")
-    parser.add_argument("--categories", help=f"words with commas between them, or a file (default: {CATEGORIES})")
-    parser.add_argument("--steps", type=int, default=RECIPE["steps"], help="of tuning (default: %(default)s)")
+    parser.add_argument("--categories", help=f"words with commas between them, or a file (default: {SETTINGS.name}'s)")
+    parser.add_argument("--steps", type=int, help=f"of tuning (default: {SETTINGS.name}'s)")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     if options.photo and not options.categories:
@@ -55,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     import ifseg_hf
     from ifseg_hf.drawing import label_map, overlay, shares, side_by_side
     from ifseg_hf.processing.image_processing_ifseg import read_image, to_array
+    from ifseg_hf.recipe import read_settings
     from ifseg_hf.training import SettingError, TrainingError, WordMapTraining, train
     from ifseg_hf.vocabularies import read_categories
 
@@ -63,14 +54,16 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     folder = options.output_dir
     try:
-        categories = read_categories(options.categories or CATEGORIES)
+        settings = {**read_settings(str(SETTINGS)), "checkpointing_steps": 0, "output_dir": str(folder / "model")}
+        settings["steps"] = options.steps or settings["steps"]
+        settings["warmup_steps"] = min(settings["warmup_steps"], settings["steps"] // 2)
+        categories = settings["categories"] = read_categories(options.categories or settings["categories"])
         if options.photo:
             photos = {Path(photo).stem: Image.fromarray(to_array(read_image(photo))) for photo in options.photo}
         else:
             photos = {name: Image.fromarray(photo) for name, photo in bundled_photos().items()}
-        settings = {**RECIPE, "steps": options.steps}
         print(f"Words: {', '.join(categories)}.\nNo photo and no mask is used for tuning, only these words:\n")
-        train(WordMapTraining(categories=categories, output_dir=str(folder / "model"), **settings))
+        train(WordMapTraining(**settings))
     except (OSError, ValueError, SettingError, TrainingError) as error:
         print(f"demo.py: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,7 @@ from pathlib import Path
 
 # Python puts a script's own folder first, where `import evaluate`, the package, would find the script of that name.
 _HERE = Path(__file__).resolve().parent
+STREET = _HERE / "configs" / "nano.yaml"
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _HERE]
 
 
@@ -28,13 +29,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="seeds of tuning (default: 0,1,2)")
     parser.add_argument("--scenes", type=int, default=500, help="mosaics for each number of words (default: 500)")
     parser.add_argument("--mosaic-size", type=int, default=128, help="short side of mosaics (default: 128, their own)")
-    parser.add_argument("--street-size", type=int, default=256, help="short side of street photos (default: 256)")
-    parser.add_argument("--image-size", type=int, default=128, help="16 times the side of word maps (default: 128)")
-    parser.add_argument("--max-cells", type=int, default=3, help="most cells of a word map a side (default: 3)")
-    parser.add_argument("--steps", type=int, default=120, help="steps of tuning (default: 120)")
-    parser.add_argument("--batch-size", type=int, default=32, help="word maps in a step (default: 32)")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="(default: 3e-4)")
-    parser.add_argument("--mixed-precision", default="no", help="no, fp16 or bf16, for tuning (default: no)")
+    tuning = parser.add_argument_group("tuning for mosaics", f"(for street photos it is as {STREET.name} says)")
+    tuning.add_argument("--image-size", type=int, default=128, help="16 times the side of word maps (default: 128)")
+    tuning.add_argument("--max-cells", type=int, default=3, help="most cells of a word map a side (default: 3)")
+    tuning.add_argument("--steps", type=int, default=120, help="steps of tuning (default: 120)")
+    tuning.add_argument("--batch-size", type=int, default=32, help="word maps in a step (default: 32)")
+    tuning.add_argument("--learning-rate", type=float, default=3e-4, help="(default: 3e-4)")
+    tuning.add_argument("--mixed-precision", default="no", help="no, fp16 or bf16 (default: no)")
     parser.add_argument("--ablation", action="store_true", help="vary the tuning, on mosaics of the first of --words")
     parser.add_argument("--cache", default=None, help="folder that keeps the decoded photos (default: a temporary one)")
     parser.add_argument("--output", default=None, help="JSON file for all numbers")
@@ -51,14 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     from ifseg_hf import resolve_model, scene_evaluation, scenes
+    from ifseg_hf.recipe import read_settings
     from ifseg_hf.training import WordMapTraining, train
 
     with tempfile.TemporaryDirectory() as scratch:
         original = resolve_model(options.model)
-        small, large = (
-            scene_evaluation.at_size(original, options.image_size, size, Path(scratch) / f"model-{size}")
-            for size in (options.mosaic_size, options.street_size)
-        )
+        small = scene_evaluation.at_size(original, options.image_size, options.mosaic_size, Path(scratch) / "mosaics")
         photos = scenes.load_photos(options.photos, options.cache or scratch)
         photos = photos.part(slice(len(photos) - scenes.HELD_OUT, len(photos)))
 
@@ -73,20 +72,24 @@ def main(arguments: list[str] | None = None) -> int:
                 "mixed_precision": options.mixed_precision,
                 "checkpointing_steps": 0,
             }
-            train(WordMapTraining(words, output, str(folder), seed=seed, **{**recipe, **settings}))
+            told = {"categories": words, "output_dir": output, "model": str(folder), "seed": seed}
+            train(WordMapTraining(**{**recipe, **settings, **told}))
             return output
+
+        def tune_for_streets(folder: str | Path, words, seed: int) -> str:
+            return tune(folder, words, seed, **read_settings(str(STREET)))
 
         results = (
             ablate(options, small, photos, tune, scratch)
             if options.ablation
-            else compare(options, small, large, photos, tune)
+            else compare(options, small, photos, tune, tune_for_streets)
         )
     if options.output:
         Path(options.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def compare(options: argparse.Namespace, small: Path, large: Path, photos, tune: Callable) -> dict:
+def compare(options: argparse.Namespace, folder: Path, photos, tune: Callable, tune_for_streets: Callable) -> dict:
     """Before and after tuning, and the cosine baseline: mosaics of each number of words, then street photos."""
     from ifseg_hf import scene_evaluation, scenes
     from ifseg_hf.segmentation_data import load_segmentation_data
@@ -95,13 +98,15 @@ def compare(options: argparse.Namespace, small: Path, large: Path, photos, tune:
     for count, words in scene_evaluation.word_lists(photos, options.words).items():
         name = f"{options.scenes} mosaics, {count} words"
         data = scenes.mosaic_data(photos, words, options.scenes, seed=count)
-        results[name] = scene_evaluation.evaluate(small, data, tune, options.seeds)
+        results[name] = scene_evaluation.evaluate(folder, data, tune, options.seeds)
         print(scene_evaluation.table({name: results[name]}), flush=True)
     if options.street:
         streets = load_segmentation_data(options.street, split="val")
         for words in (streets.names, list(scene_evaluation.LARGE_STREET_NAMES)):
             name = f"{len(streets.samples)} street photos, {len(words)} words"
-            results[name] = scene_evaluation.evaluate(large, streets.select(words), tune, options.seeds)
+            results[name] = scene_evaluation.evaluate(
+                options.model, streets.select(words), tune_for_streets, options.seeds
+            )
             print(f"{scene_evaluation.table({name: results[name]})}\n\n{scene_evaluation.word_table(results[name])}")
     print("\n" + scene_evaluation.table(results))
     return results

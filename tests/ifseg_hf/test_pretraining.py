@@ -196,5 +196,6 @@ def test_both_stages_run_save_and_go_on(tokenizer, tmp_path):
     segmenter = IFSegForSemanticSegmentation.from_pretrained(tmp_path / "nano", dtype=torch.float32)
     photo = np.zeros((40, 60, 3), np.uint8)
     inputs = processor(images=photo, categories=["cat", "road"], return_tensors="pt")
-    assert inputs["pixel_values"].shape[2:] == (64, 96)
-    assert segmenter(**inputs).logits.shape == (1, 2, 4, 6)
+    assert inputs["pixel_values"].shape[2:] == (48, 72)
+    assert segmenter(**inputs).logits.shape == (1, 2, 3, 5)
+    assert segmenter.config.grid_size == 3

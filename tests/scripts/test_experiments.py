@@ -40,7 +40,7 @@ def here(monkeypatch):
         commands.append(command)
         arguments = [*command[1:], "--cpu"]
         if command[0] == "train.py":
-            arguments += ["--steps", "2"]
+            arguments += ["--steps", "2", "--warmup-steps", "0", "--max-cells", "3"]
         if "--short-side" in command:
             arguments += ["--short-side", "48", "--crop-size", "32"]
         monkeypatch.setattr(sys, "argv", [str(SCRIPTS / command[0]), *arguments])
