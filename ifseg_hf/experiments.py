@@ -29,7 +29,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     ),
     "self-training": (
         *(*ON_PHOTOS, *EVALUATED, "--stage", "self-training", "--model", "{out}/image-free-{seed}"),
-        *("--dataset", "{out}/labels-{seed}", "--learning-rate", "3e-4"),
+        *("--dataset", "{out}/labels-{seed}", "--learning-rate", "1e-4"),
     ),
     "supervised": (*ON_PHOTOS, *EVALUATED, "--model", "{model}", "--dataset", "{dataset}"),
     "from-scratch": (*ON_PHOTOS, *EVALUATED, "--model", "{model}", "--dataset", "{dataset}", "--from-scratch"),
@@ -108,7 +108,7 @@ class Experiments:
         places = {
             **{key: str(x) for key, x in asdict(self).items()},
             "words": ", ".join(self.words()),
-            "warmup_steps": str(self.steps // 20),
+            "warmup_steps": str(self.steps // 4),
             "eval_steps": str(max(1, self.steps // 3)),
             "seed": str(seed),
         }
