@@ -46,7 +46,7 @@ def draw_curves(
         axes.spines[["top", "right"]].set_visible(False)
     for text in right.texts:
         text.set(fontsize=13, color="0.2")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.1 * right.get_ylim()[1])  # room for the name of the highest level
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=13, frameon=False)
     figure.savefig(output, dpi=110)
 
