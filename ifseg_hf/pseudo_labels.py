@@ -247,6 +247,7 @@ def write_pseudo_labels(
         save_labels(labels, output / "masks" / f"{sample['id']}.png")  # the last: with it the sample is done
 
     done = {file.stem for file in (output / "masks").glob("*.png")}
+    state.wait_for_everyone()  # all have seen the same masks: only then may the first of them write another
     todo = [index for index, name in enumerate(data.samples["id"]) if name not in done]
     mine = tqdm(todo[state.process_index :: state.num_processes], unit="photo", disable=not state.is_main_process)
     counts = label_photos(segmenter, processor, data, guess, mine, given, write)
