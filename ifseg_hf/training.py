@@ -593,10 +593,7 @@ def evaluated(
     step: int,
 ) -> dict[str, float]:
     """Mean IoU, of seen and unseen categories too, after `step` steps. Leaves the model in evaluation mode."""
-    from ifseg_hf.evaluation import (
-        IFSegSegmenter,
-        evaluate_segmenter,
-    )  # takes long, and few need it
+    from ifseg_hf.evaluation import IFSegSegmenter, evaluate_segmenter  # takes long, and few need it
 
     counts = Path(settings.output_dir) / f"evaluation-{step}{INCOMPLETE}"
     several = accelerator.num_processes > 1

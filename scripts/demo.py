@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.output_dir
     try:
         settings = {**read_settings(str(SETTINGS)), "checkpointing_steps": 0, "output_dir": str(folder / "model")}
-        settings["steps"] = options.steps or settings["steps"]
+        if options.steps is not None:
+            settings["steps"] = options.steps
         settings["warmup_steps"] = min(settings["warmup_steps"], settings["steps"] // 2)
         categories = settings["categories"] = read_categories(options.categories or settings["categories"])
         if options.photo:

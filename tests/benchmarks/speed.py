@@ -197,14 +197,17 @@ def measure(case: Case, dtype: str, repeats: int) -> dict[str, float]:
 
 
 def where_the_time_goes(case: Case, rows: int = 6) -> str:
-    """The operations that take most of a case's time, by torch.profiler, each with its share."""
+    """The arithmetic of a case's products, in mm, and the operations that take most of its time, with their shares."""
     run = case.make()
-    run()
+    run()  # what later runs keep of the first is no part of them
+    with FlopCounterMode(display=False) as counter:
+        run()
     with profile() as profiler:
         run()
     costs = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profiler.key_averages()}
     most = sorted(costs, key=costs.get, reverse=True)[:rows]
-    return ", ".join(f"{name} {costs[name] / sum(costs.values()):.0%}" for name in most)
+    shares = ", ".join(f"{name} {costs[name] / sum(costs.values()):.0%}" for name in most)
+    return f"{counter.get_total_flops() / (2 * 2048**3):.1f} mm of arithmetic; {shares}"
 
 
 def measure_apart(name: str, dtype: str, repeats: int, threads: int) -> dict[str, float]:

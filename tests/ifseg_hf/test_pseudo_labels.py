@@ -1,6 +1,8 @@
 """Pseudo-labels: given ones stay, guesses are the pipeline's, and the folder is a data set as any other."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +176,12 @@ def test_a_damaged_photo_is_named(model, data, tmp_path):
     with pytest.raises(SampleError, match=r"1\.png"):
         write(model, data, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "dataset.json.incomplete").read_text())["categories"] == NAMES
+
+
+@pytest.mark.slow
+def test_a_process_that_comes_late_leaves_no_photo_out(model, tmp_path):
+    photos, out = save_masked_photos(tmp_path / "photos", count=6), tmp_path / "out"
+    program = Path(__file__).parents[1] / "two_labelling.py"
+    done = subprocess.run([sys.executable, program, model, photos, out], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(masks_of(out)) == 6
