@@ -165,13 +165,15 @@ def markdown(found: dict[str, dict[int, dict]]) -> str:
     """A table in per cent: mean and standard deviation over the seeds."""
     lines = ["| trained on | seeds | mIoU | seen | unseen | harmonic mean |", "|---|---|---|---|---|---|"]
     for name, seeds in found.items():
-        cells = [_over_seeds([scores[key] for scores in seeds.values()]) for key in SCORES]
+        cells = [
+            over_seeds([100 * scores[key] for scores in seeds.values() if scores[key] is not None]) for key in SCORES
+        ]
         lines.append(f"| {EXPERIMENTS[name]} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _over_seeds(values: list[float]) -> str:
-    values = [100 * value for value in values if value is not None]
+def over_seeds(values: Sequence[float]) -> str:
+    """Mean and standard deviation (that of a sample) of one number a seed, as tables have it."""
     if not values:
         return "-"
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
@@ -199,4 +201,4 @@ def shell(command: list[str]) -> str:
     return shlex.join(["python", f"scripts/{command[0]}", *command[1:]])
 
 
-__all__ = ["EXPERIMENTS", "Experiments", "markdown", "run_experiments"]
+__all__ = ["EXPERIMENTS", "Experiments", "markdown", "over_seeds", "run_experiments"]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ifseg_hf.evaluation import COSINE, Evaluation, Smoothing, evaluate_segmenter, load_segmenter, setting_name
+from ifseg_hf.experiments import over_seeds
 from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
 from ifseg_hf.scenes import Photos
 from ifseg_hf.segmentation_data import SegmentationData
@@ -108,10 +109,6 @@ def mean_iou(ious: Sequence[float]) -> float:
     return float(np.nanmean(ious))
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.1f} ± {np.std(values):.1f}" if len(values) > 1 else f"{np.mean(values):.1f}"
-
-
 def table(results: dict[str, dict]) -> str:
     """A Markdown table of mean IoUs: a row for each result, a number for each setting, mean over seeds ± deviation."""
     settings = list(next(iter(results.values()))["before"])
@@ -119,7 +116,7 @@ def table(results: dict[str, dict]) -> str:
     lines = [f"| scenes | cosine: {kinds} | before: raw | after tuning on words alone: {kinds} |", "|---|---|---|---|"]
     for name, result in results.items():
         cosine = " / ".join(f"{mean_iou(result['cosine'][setting]):.1f}" for setting in settings)
-        after = [_mean_and_deviation([mean_iou(run) for run in result["after"][setting]]) for setting in settings]
+        after = [over_seeds([mean_iou(run) for run in result["after"][setting]]) for setting in settings]
         lines.append(f"| {name} | {cosine} | {mean_iou(result['before'][settings[0]]):.1f} | {' / '.join(after)} |")
     return "\n".join(lines)
 
@@ -227,5 +224,5 @@ def ablation_table(results: dict[str, dict[str, list[float]]]) -> str:
     settings = list(next(iter(results.values())))
     lines = [f"| tuning | {' | '.join(settings)} |", "|---" * (len(settings) + 1) + "|"]
     for name, runs in results.items():
-        lines.append(f"| {name} | " + " | ".join(_mean_and_deviation(runs[setting]) for setting in settings) + " |")
+        lines.append(f"| {name} | " + " | ".join(over_seeds(runs[setting]) for setting in settings) + " |")
     return "\n".join(lines)

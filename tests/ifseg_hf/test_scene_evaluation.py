@@ -83,7 +83,7 @@ def test_before_after_and_cosine(photos, model, tmp_path):
     assert result["after"]["none"][0] != result["before"]["none"] != result["cosine"]["none"]
     table = scene_evaluation.table({"six mosaics": result})
     means = [np.mean(run) for run in result["after"]["none"]]
-    assert f"{np.mean(means):.1f} ± {np.std(means):.1f}" in table
+    assert f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f}" in table
     assert f"| six mosaics | {np.mean(result['cosine']['none']):.1f} / " in table
     assert f"| red | {result['cosine']['none'][0]:.1f} |" in scene_evaluation.word_table(result)
 
