@@ -104,7 +104,10 @@ class Phase:
 
     In stage 2, `train_trunk`: whether the trunk learns; `train_norms`: whether its batch norms use the statistics of
     the batch; `language_every`: captions and texts are read and written in one of so many steps, the others only align
-    the trunk, which is what takes long.
+    the trunk, which is what takes long. 0: in none, and the words stay as they are.
+
+    `photo_share` of the steps have single photos of one of `photo_sizes` instead, every patch of which is to say the
+    photo's name ([`patch_loss`]).
     """
 
     steps: int
@@ -114,13 +117,19 @@ class Phase:
     train_trunk: bool = True
     train_norms: bool = False
     language_every: int = 1
+    photo_share: float = 0.0
+    photo_sizes: tuple[int, ...] = ()
 
-    def draw(self, rng: random.Random) -> tuple[int, int]:
-        """Size and number of scenes of a step."""
-        if isinstance(self.size, int):
-            return self.size, self.batch
-        size = rng.choice(self.size)
-        return size, max(1, round(self.batch * (self.size[0] / size) ** 2))
+    def draw(self, rng: random.Random) -> tuple[int, int, bool]:
+        """Size and number of scenes of a step, and whether they are single photos for [`patch_loss`]."""
+        sizes = (self.size,) if isinstance(self.size, int) else self.size
+        photos = rng.random() < self.photo_share
+        size = rng.choice(self.photo_sizes if photos else sizes)
+        return size, max(1, round(self.batch * (sizes[0] / size) ** 2)), photos
+
+    def reads(self, step: int) -> bool:
+        """Whether captions and texts are part of a step."""
+        return self.language_every > 0 and step % self.language_every == 0
 
 
 def collate(scenes: list[Scene]) -> dict[str, torch.Tensor]:
@@ -137,6 +146,8 @@ def collate(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 class SceneBatches(IterableDataset):
     """Batches of scenes, phase after phase; each is a function of (seed, step) alone. Starts at step `start`.
 
+    Besides what [`collate`] makes, `whole_photos` says whether every patch shows what the photo's name says.
+
     Of several processes each takes its share of every batch: scenes `rank`, `rank + world`, ...
     """
 
@@ -151,13 +162,15 @@ class SceneBatches(IterableDataset):
         for phase in self.phases:
             for _ in range(phase.steps):
                 if step >= self.start:
-                    size, count = phase.draw(random.Random(f"{self.seed}:{step}"))
-                    mine = range(self.rank, count, self.world)
-                    yield collate([self._scene(f"{self.seed}:{step}:{i}", size, phase.single) for i in mine])
+                    size, count, photos = phase.draw(random.Random(f"{self.seed}:{step}"))
+                    seeds = (f"{self.seed}:{step}:{i}" for i in range(self.rank, count, self.world))
+                    scenes = [self._scene(random.Random(seed), size, phase.single, photos) for seed in seeds]
+                    yield {**collate(scenes), "whole_photos": photos}
                 step += 1
 
-    def _scene(self, seed: str, size: int, single: bool) -> Scene:
-        rng = random.Random(seed)
+    def _scene(self, rng: random.Random, size: int, single: bool, photos: bool) -> Scene:
+        if photos:
+            return self.maker.mosaic(rng, size, cells(1), street_share=0)
         return self.maker.mosaic(rng, size, cells(1)) if single else self.maker.draw(rng, size)
 
 
@@ -392,6 +405,27 @@ def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
+def word_logits(patches: torch.Tensor, words: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """cosine / temperature of patches (..., d) with words (names, d), (..., names)."""
+    cosine = nn.functional.normalize(patches.float(), dim=-1) @ nn.functional.normalize(words.float(), dim=-1).T
+    return cosine / temperature
+
+
+def patch_loss(
+    patches: torch.Tensor, labels: torch.Tensor, words: torch.Tensor, temperature: float = 0.1
+) -> torch.Tensor:
+    """How far every projected patch of a photo is from the photo's name: cross-entropy, label smoothing 0.1.
+
+    Where [`alignment_loss`] is content with a few patches that say the name clearly, this asks all of them, which so
+    have to look further around. It knows no more of a photo than its name.
+
+    Args:
+        patches: (B, h, w, d), `image_proj` of the trunk's features; labels: (B, 1); words: (names, d).
+    """
+    logits = word_logits(patches, words, temperature).permute(0, 3, 1, 2)
+    return nn.functional.cross_entropy(logits, labels[:, :, None].expand(-1, *patches.shape[1:3]), label_smoothing=0.1)
+
+
 def alignment_loss(
     patches: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, words: torch.Tensor, temperature: float = 0.1
 ) -> torch.Tensor:
@@ -405,8 +439,7 @@ def alignment_loss(
         boxes: (B, R, 4); labels: (B, R), -100 for none.
         words: (names, d), mean sub-word embeddings.
     """
-    similarity = nn.functional.normalize(patches.float(), dim=-1) @ nn.functional.normalize(words.float(), dim=-1).T
-    probabilities = (similarity / temperature).softmax(-1).permute(0, 3, 1, 2)
+    probabilities = word_logits(patches, words, temperature).softmax(-1).permute(0, 3, 1, 2)
     named = labels >= 0
     chosen = pool_boxes(probabilities, boxes)[named].gather(1, labels[named][:, None])
     return -chosen.clamp(min=1e-6).log().mean()
@@ -430,7 +463,8 @@ def train_vision_language(
 ) -> IFSegForConditionalGeneration:
     """Train `model` (its trunk already can tell things apart) to write the names in scenes; returns it.
 
-    Loss: captions + text_weight * text infilling + alignment_weight * `alignment_loss`. AdamW with a cosine schedule.
+    Loss: captions + text_weight * text infilling + alignment_weight * `alignment_loss` (in steps of single photos
+    `patch_loss`). AdamW with a cosine schedule.
     After a phase with `train_norms` the statistics of batch norm are taken anew from scenes of the phase that follows.
     `output` (a .pt file) is rewritten every `save_every` steps; a run that finds it goes on from there.
     """
@@ -460,7 +494,7 @@ def train_vision_language(
     batches = DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=4)
     generator = torch.Generator().manual_seed(seed + step + rank)
     model.train().to(memory_format=torch.channels_last)
-    losses, start = {"caption": [], "text": [], "alignment": []}, time.time()
+    losses, start = {"caption": [], "text": [], "alignment": [], "patches": []}, time.time()
     bar = tqdm(batches, total=total, initial=step, desc="vision-language", mininterval=5, disable=rank > 0)
     for batch in bar:
         phase = phase_of[step]
@@ -473,7 +507,7 @@ def train_vision_language(
         pixels = to_pixels(batch["images"], generator)
         loss = 0.0
         with autocast():
-            if step % phase.language_every == 0:
+            if phase.reads(step):
                 # Positions mostly as segmentation takes them, sometimes as generation; equal for the largest scenes.
                 interpolate = random.Random(f"positions:{seed}:{step}").random() < 0.75
                 encoded = encoder(input_ids=texts.prompt, pixel_values=pixels, interpolate_pos_encoding=interpolate)
@@ -488,8 +522,13 @@ def train_vision_language(
                 features = encoder.embed_images(pixels)
             patches = encoder.image_proj(features.permute(0, 2, 3, 1))
             words = texts.embed_names(encoder.embed_tokens)
-            alignment = alignment_loss(patches, batch["boxes"], batch["labels"], words)
-        losses["alignment"].append(alignment.item())
+            if not phase.language_every:
+                words = words.detach()  # nothing would tell the transformer where they went
+            if batch["whole_photos"]:
+                alignment = patch_loss(patches, batch["labels"], words)
+            else:
+                alignment = alignment_loss(patches, batch["boxes"], batch["labels"], words)
+        losses["patches" if batch["whole_photos"] else "alignment"].append(alignment.item())
         loss = loss + alignment_weight * alignment
         optimizer.zero_grad()
         loss.backward()
@@ -541,6 +580,10 @@ SECOND_LANGUAGE_PHASES = [
     Phase(3100, 64, (96, 128, 96, 128, 256), train_norms=True, language_every=4),
     Phase(400, 64, (96, 128, 192, 256), language_every=2),
 ]
+_PATCHES = Phase(6700, 56, (96, 128, 128, 192), train_norms=True, language_every=0)
+_PATCHES = replace(_PATCHES, photo_share=0.55, photo_sizes=(64, 96, 128))
+PATCH_PHASES = [_PATCHES, replace(_PATCHES, steps=400, train_norms=False)]
+THIRD_LANGUAGE_PHASES = [Phase(600, 48, (96, 128, 192), train_trunk=False)]
 
 
 @dataclass
@@ -606,6 +649,9 @@ class Pretraining:
         run(self.scaled(LANGUAGE_PHASES), self.stages / "language.pt")
         phases, file = self.scaled(SECOND_LANGUAGE_PHASES), self.stages / "language_2.pt"
         run(phases, file, learning_rate=6e-4, trunk_learning_rate=4e-4, seed=2)
+        phases, file = self.scaled(PATCH_PHASES), self.stages / "patches.pt"
+        run(phases, file, trunk_learning_rate=1e-3, seed=3)
+        run(self.scaled(THIRD_LANGUAGE_PHASES), self.stages / "language_3.pt", learning_rate=4e-4, seed=4)
         if first:
             save_checkpoint(model, self.tokenizer, self.output_dir)
 

@@ -69,8 +69,22 @@ def test_any_text_can_be_encoded(tokenizer, text, tmp_path):
 
 def test_phases_keep_the_number_of_pixels():
     phase = Phase(1, 32, (64, 128))
-    assert {phase.draw(random.Random(seed)) for seed in range(20)} == {(64, 32), (128, 8)}
-    assert Phase(1, 32, 64).draw(random.Random(0)) == (64, 32)
+    assert {phase.draw(random.Random(seed)) for seed in range(20)} == {(64, 32, False), (128, 8, False)}
+    assert Phase(1, 32, 64).draw(random.Random(0)) == (64, 32, False)
+
+
+def test_some_steps_have_photos_that_show_one_thing_all_over():
+    phase = Phase(200, 8, 64, photo_share=0.5, photo_sizes=(32, 64))
+    drawn = {phase.draw(random.Random(seed)) for seed in range(40)}
+    assert drawn == {(64, 8, False), (32, 32, True), (64, 8, True)}
+    batches = list(pretraining.SceneBatches(maker(), [phase], 0))
+    assert 70 < sum(batch["whole_photos"] for batch in batches) < 130
+    road = NAMES.index("road")  # in street crops alone, which are never all of one thing
+    for batch in batches:
+        if batch["whole_photos"]:
+            assert batch["boxes"].eq(torch.tensor([0.0, 0, 1, 1])).all()
+            assert not batch["labels"].eq(road).any()
+    assert any(batch["labels"].eq(road).any() for batch in batches)
 
 
 def test_batches_are_the_same_wherever_a_run_goes_on():
@@ -162,6 +176,32 @@ def test_alignment_is_zero_where_patches_point_at_their_names():
     patches = words[torch.tensor([[2, 0], [2, 0]])][None]
     assert pretraining.alignment_loss(patches, boxes, labels, words, temperature=0.05) < 1e-6
     assert pretraining.alignment_loss(patches.flip(2), boxes, labels, words, temperature=0.05) > 5
+
+
+def test_the_patch_loss_asks_every_patch():
+    words, labels = torch.eye(4), torch.tensor([[2], [0]])
+    patches = words[labels][:, :, None].repeat(1, 2, 3, 1)
+    # cross-entropy of a cosine of 1 and three of 0, with label smoothing
+    logs = torch.tensor([10.0, 0, 0, 0]).log_softmax(0)
+    perfect = -(0.9 * logs[0] + 0.1 * logs.mean())
+    assert torch.allclose(pretraining.patch_loss(patches, labels, words), perfect)
+    patches[0, 1, 2] = words[3]
+    wrong = -(0.9 * logs[1] + 0.1 * logs.mean())
+    assert torch.allclose(pretraining.patch_loss(patches, labels, words), (11 * perfect + wrong) / 12)
+    # alignment hardly minds one patch of six
+    boxes = torch.tensor([[[0.0, 0, 1, 1]]])
+    assert pretraining.alignment_loss(patches[:1], boxes, labels[:1], words) < 0.2
+
+
+def test_steps_without_language_leave_the_words_alone(tokenizer, tmp_path):
+    config = pretraining.nano_config(len(tokenizer), **SMALL)
+    model = IFSegForConditionalGeneration(config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    phases = [Phase(3, 4, 32, language_every=0, photo_share=0.5, photo_sizes=(32,))]
+    pretraining.train_vision_language(maker(), model, tokenizer, phases, tmp_path / "patches.pt")
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"model.encoder.image_proj.weight", "model.encoder.embed_images.conv1.weight"} <= changed
+    assert all("image_proj" in name or "embed_images" in name for name in changed)
 
 
 def test_both_stages_run_save_and_go_on(tokenizer, tmp_path):
