@@ -583,7 +583,7 @@ SECOND_LANGUAGE_PHASES = [
 _PATCHES = Phase(6700, 56, (96, 128, 128, 192), train_norms=True, language_every=0)
 _PATCHES = replace(_PATCHES, photo_share=0.55, photo_sizes=(64, 96, 128))
 PATCH_PHASES = [_PATCHES, replace(_PATCHES, steps=400, train_norms=False)]
-THIRD_LANGUAGE_PHASES = [Phase(600, 48, (96, 128, 192), train_trunk=False)]
+THIRD_LANGUAGE_PHASES = [Phase(900, 48, (128, 96, 128, 192), train_trunk=False)]
 
 
 @dataclass
@@ -651,7 +651,8 @@ class Pretraining:
         run(phases, file, learning_rate=6e-4, trunk_learning_rate=4e-4, seed=2)
         phases, file = self.scaled(PATCH_PHASES), self.stages / "patches.pt"
         run(phases, file, trunk_learning_rate=1e-3, seed=3)
-        run(self.scaled(THIRD_LANGUAGE_PHASES), self.stages / "language_3.pt", learning_rate=4e-4, seed=4)
+        # Without it, tuning on words ends below the cosine of patches and words: the transformer knows other patches.
+        run(self.scaled(THIRD_LANGUAGE_PHASES), self.stages / "language_3.pt", learning_rate=6e-4, seed=4)
         if first:
             save_checkpoint(model, self.tokenizer, self.output_dir)
 
