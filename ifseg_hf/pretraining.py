@@ -547,6 +547,11 @@ def train_vision_language(
     return model.eval()
 
 
+def average(model: nn.Module, other: dict[str, torch.Tensor]) -> None:
+    """Half-way from a model to the state of another of its kind, in place; batch norms then need new statistics."""
+    model.load_state_dict({name: (value + other[name]) / 2 for name, value in model.state_dict().items()})
+
+
 def save_checkpoint(model: IFSegForConditionalGeneration, tokenizer: BartTokenizer, folder: str | Path) -> None:
     """Save the model in float16 with its processor, for photos and word maps three quarters as large as `image_size`.
 
@@ -584,6 +589,7 @@ _PATCHES = Phase(6700, 56, (96, 128, 128, 192), train_norms=True, language_every
 _PATCHES = replace(_PATCHES, photo_share=0.55, photo_sizes=(64, 96, 128))
 PATCH_PHASES = [_PATCHES, replace(_PATCHES, steps=400, train_norms=False)]
 THIRD_LANGUAGE_PHASES = [Phase(900, 48, (128, 96, 128, 192), train_trunk=False)]
+MEAN_CALIBRATION = Phase(15, 32, (128, 128, 192))
 
 
 @dataclass
@@ -649,11 +655,17 @@ class Pretraining:
         run(self.scaled(LANGUAGE_PHASES), self.stages / "language.pt")
         phases, file = self.scaled(SECOND_LANGUAGE_PHASES), self.stages / "language_2.pt"
         run(phases, file, learning_rate=6e-4, trunk_learning_rate=4e-4, seed=2)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
         phases, file = self.scaled(PATCH_PHASES), self.stages / "patches.pt"
         run(phases, file, trunk_learning_rate=1e-3, seed=3)
-        # Without it, tuning on words ends below the cosine of patches and words: the transformer knows other patches.
         run(self.scaled(THIRD_LANGUAGE_PHASES), self.stages / "language_3.pt", learning_rate=6e-4, seed=4)
         if first:
+            # Patches that all say the photo's name say it of what stands around the thing, too. Half-way back, things
+            # have their outlines again, and much of the gain stays.
+            average(model, before)
+            train_batch_norm(trunk)
+            calibrate(trunk, self.maker, self.scaled([MEAN_CALIBRATION])[0], seed=5)
+            freeze_batch_norm(trunk)
             save_checkpoint(model, self.tokenizer, self.output_dir)
 
 

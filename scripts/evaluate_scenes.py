@@ -2,6 +2,8 @@
 """Mean IoU of a model on mosaics of held-out photos and on street photos: before and after tuning on words alone.
 
 python scripts/evaluate_scenes.py --photos ../shared/data/photos --street ../shared/data/camvid
+
+Tuning is as in configs/nano.yaml; for mosaics, which are coarse, with smaller and coarser word maps.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from pathlib import Path
 
 # Python puts a script's own folder first, where `import evaluate`, the package, would find the script of that name.
 _HERE = Path(__file__).resolve().parent
-STREET = _HERE / "configs" / "nano.yaml"
+SETTINGS = _HERE / "configs" / "nano.yaml"
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _HERE]
 
 
@@ -29,13 +31,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="seeds of tuning (default: 0,1,2)")
     parser.add_argument("--scenes", type=int, default=500, help="mosaics for each number of words (default: 500)")
     parser.add_argument("--mosaic-size", type=int, default=128, help="short side of mosaics (default: 128, their own)")
-    tuning = parser.add_argument_group("tuning for mosaics", f"(for street photos it is as {STREET.name} says)")
+    tuning = parser.add_argument_group("tuning for mosaics", f"(the rest is as {SETTINGS.name} says)")
     tuning.add_argument("--image-size", type=int, default=128, help="16 times the side of word maps (default: 128)")
     tuning.add_argument("--max-cells", type=int, default=3, help="most cells of a word map a side (default: 3)")
-    tuning.add_argument("--steps", type=int, default=120, help="steps of tuning (default: 120)")
-    tuning.add_argument("--batch-size", type=int, default=32, help="word maps in a step (default: 32)")
-    tuning.add_argument("--learning-rate", type=float, default=3e-4, help="(default: 3e-4)")
-    tuning.add_argument("--mixed-precision", default="no", help="no, fp16 or bf16 (default: no)")
     parser.add_argument("--ablation", action="store_true", help="vary the tuning, on mosaics of the first of --words")
     parser.add_argument("--cache", default=None, help="folder that keeps the decoded photos (default: a temporary one)")
     parser.add_argument("--output", default=None, help="JSON file for all numbers")
@@ -63,26 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
 
         def tune(folder: str | Path, words, seed: int, **settings) -> str:
             output = tempfile.mkdtemp(dir=scratch)
-            recipe = {
-                "max_cells": options.max_cells,
-                "steps": options.steps,
-                "batch_size": options.batch_size,
-                "learning_rate": options.learning_rate,
-                "weight_decay": 0.01,
-                "mixed_precision": options.mixed_precision,
-                "checkpointing_steps": 0,
-            }
             told = {"categories": words, "output_dir": output, "model": str(folder), "seed": seed}
-            train(WordMapTraining(**{**recipe, **settings, **told}))
+            train(WordMapTraining(**{**read_settings(str(SETTINGS)), "checkpointing_steps": 0, **settings, **told}))
             return output
 
-        def tune_for_streets(folder: str | Path, words, seed: int) -> str:
-            return tune(folder, words, seed, **read_settings(str(STREET)))
+        def tune_for_mosaics(folder: str | Path, words, seed: int, **settings) -> str:
+            return tune(folder, words, seed, **{"max_cells": options.max_cells, **settings})
 
         results = (
-            ablate(options, small, photos, tune, scratch)
+            ablate(options, small, photos, tune_for_mosaics, scratch)
             if options.ablation
-            else compare(options, small, photos, tune, tune_for_streets)
+            else compare(options, small, photos, tune_for_mosaics, tune)
         )
     if options.output:
         Path(options.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -193,6 +193,16 @@ def test_the_patch_loss_asks_every_patch():
     assert pretraining.alignment_loss(patches[:1], boxes, labels[:1], words) < 0.2
 
 
+def test_the_mean_of_two_models():
+    torch.manual_seed(0)
+    model, other = (torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)) for _ in range(2))
+    for one in (model, other):
+        one[1].weight = one[0].weight  # as words are tied to the output
+    mean = {name: (value + other.state_dict()[name]) / 2 for name, value in model.state_dict().items()}
+    pretraining.average(model, other.state_dict())
+    assert all(torch.allclose(value, mean[name]) for name, value in model.state_dict().items())
+
+
 def test_steps_without_language_leave_the_words_alone(tokenizer, tmp_path):
     config = pretraining.nano_config(len(tokenizer), **SMALL)
     model = IFSegForConditionalGeneration(config)
