@@ -36,7 +36,7 @@ from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor
 from ifseg_hf.processing.processing_ifseg import PROMPT, UNKNOWN, IFSegProcessor
 from ifseg_hf.recipe import resolve_model
 from ifseg_hf.scenes import HELD_OUT, Photos, Scene, SceneMaker, cells, load_photos, load_streets, reading_order
-from ifseg_hf.training import cpu_computes_in_bfloat16
+from ifseg_hf.training import cpu_gains_from_bfloat16
 
 CAPTION_PROMPT = "what does the image describe?"
 INFILLING_PROMPT = 'what is the complete text of "{}"?'
@@ -187,8 +187,8 @@ def to_pixels(images: torch.Tensor, generator: torch.Generator | None = None) ->
 
 
 def autocast() -> torch.autocast:
-    """bfloat16 where the processor computes in it; emulated, it would be many times slower than float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_computes_in_bfloat16())
+    """bfloat16 where the processor is faster in it; emulated, it would be many times slower than float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_gains_from_bfloat16())
 
 
 def _load(file: Path, model: nn.Module, optimizer, schedule) -> int:

@@ -46,7 +46,7 @@ def make_model(size: str, words: int) -> IFSegForSemanticSegmentation:
 
 def photo(size: str, height: int, width: int, words: int, batch: int = 1, device: str = "cpu") -> Callable:
     """Labels of every pixel of a photo, smoothing included."""
-    model = make_model(size, words).to(device)
+    model = make_model(size, words).to(device).requires_grad_(False)  # the profiler stumbles over no_grad alone
     pixel_values = torch.randn(batch, 3, height, width, device=device)
 
     @torch.no_grad()

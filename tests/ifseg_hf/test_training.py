@@ -172,14 +172,14 @@ def test_a_tracker_that_is_not_there_is_told(name, told, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("asked", [{"mixed_precision": "bf16"}, {}])
-def test_bfloat16_that_a_cpu_only_emulates_gives_way_to_float32(asked, tmp_path, monkeypatch, capsys):
-    """Whether the settings ask for it or `accelerate launch` does; a CPU that computes in it keeps it."""
+def test_bfloat16_gives_way_to_float32_where_a_cpu_is_slower_in_it(asked, tmp_path, monkeypatch, capsys):
+    """Whether the settings ask for it or `accelerate launch` does; a CPU that gains from it keeps it."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if asked else "bf16")
     for computes, precision in [(False, "no"), (True, "bf16")]:
-        monkeypatch.setattr(training, "cpu_computes_in_bfloat16", lambda computes=computes: computes)
+        monkeypatch.setattr(training, "cpu_gains_from_bfloat16", lambda computes=computes: computes)
         AcceleratorState._reset_state(reset_partial_state=True)
         assert make_accelerator(settings("model", tmp_path, **asked)).mixed_precision == precision
-        assert ("In float32: this CPU only emulates bfloat16" in capsys.readouterr().out) is not computes
+        assert ("In float32: this CPU is slower in bfloat16" in capsys.readouterr().out) is not computes
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
