@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
 from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation
@@ -200,7 +200,9 @@ def where_the_time_goes(case: Case, rows: int = 6) -> str:
     """The arithmetic of a case's products, in mm, and the operations that take most of its time, with their shares."""
     run = case.make()
     run()  # what later runs keep of the first is no part of them
-    with FlopCounterMode(display=False) as counter:
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count by itself
+    attention = {fused: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         run()
     with profile() as profiler:
         run()
