@@ -585,10 +585,15 @@ SECOND_LANGUAGE_PHASES = [
     Phase(3100, 64, (96, 128, 96, 128, 256), train_norms=True, language_every=4),
     Phase(400, 64, (96, 128, 192, 256), language_every=2),
 ]
-_PATCHES = Phase(6700, 56, (96, 128, 128, 192), train_norms=True, language_every=0)
+_PATCHES = Phase(0, 56, (96, 128, 128, 192), train_norms=True, language_every=0)
 _PATCHES = replace(_PATCHES, photo_share=0.55, photo_sizes=(64, 96, 128))
-PATCH_PHASES = [_PATCHES, replace(_PATCHES, steps=400, train_norms=False)]
-THIRD_LANGUAGE_PHASES = [Phase(900, 48, (128, 96, 128, 192), train_trunk=False)]
+PATCH_PHASES = [replace(_PATCHES, steps=6700), replace(_PATCHES, steps=400, train_norms=False)]
+SECOND_PATCH_PHASES = [replace(_PATCHES, steps=15200), replace(_PATCHES, steps=800, train_norms=False)]
+PATCHES_IN_WORDS = [Phase(900, 48, (128, 96, 128, 192), train_trunk=False)]
+SCENE_PHASES = [
+    Phase(900, 40, (128, 192, 256), train_norms=True, language_every=4),
+    Phase(100, 40, (128, 192, 256), language_every=2),
+]
 MEAN_CALIBRATION = Phase(15, 32, (128, 128, 192))
 
 
@@ -656,16 +661,20 @@ class Pretraining:
         phases, file = self.scaled(SECOND_LANGUAGE_PHASES), self.stages / "language_2.pt"
         run(phases, file, learning_rate=6e-4, trunk_learning_rate=4e-4, seed=2)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        phases, file = self.scaled(PATCH_PHASES), self.stages / "patches.pt"
-        run(phases, file, trunk_learning_rate=1e-3, seed=3)
-        run(self.scaled(THIRD_LANGUAGE_PHASES), self.stages / "language_3.pt", learning_rate=6e-4, seed=4)
+        run(self.scaled(PATCH_PHASES), self.stages / "patches.pt", trunk_learning_rate=1e-3, seed=3)
+        run(self.scaled(PATCHES_IN_WORDS), self.stages / "patches_in_words.pt", learning_rate=6e-4, seed=4)
+        # Patches that all say the photo's name say it of what stands around the thing, too. Half-way back, things have
+        # their outlines again, and much of the gain stays; of the second, longer round, larger scenes do that.
+        average(model, before)
+        train_batch_norm(trunk)
+        calibrate(trunk, self.maker, self.scaled([MEAN_CALIBRATION])[0], seed=5)
+        freeze_batch_norm(trunk)
+        run(self.scaled(SECOND_PATCH_PHASES), self.stages / "patches_2.pt", trunk_learning_rate=1e-3, seed=31)
+        run(self.scaled(PATCHES_IN_WORDS), self.stages / "patches_2_in_words.pt", learning_rate=6e-4, seed=41)
+        self.maker.street_share = 0.25
+        phases, file = self.scaled(SCENE_PHASES), self.stages / "scenes.pt"
+        run(phases, file, learning_rate=4e-4, trunk_learning_rate=4e-4, warmup=50, seed=51)
         if first:
-            # Patches that all say the photo's name say it of what stands around the thing, too. Half-way back, things
-            # have their outlines again, and much of the gain stays.
-            average(model, before)
-            train_batch_norm(trunk)
-            calibrate(trunk, self.maker, self.scaled([MEAN_CALIBRATION])[0], seed=5)
-            freeze_batch_norm(trunk)
             save_checkpoint(model, self.tokenizer, self.output_dir)
 
 

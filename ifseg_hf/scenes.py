@@ -164,10 +164,13 @@ class SceneMaker:
     Args:
         crop: the smallest part of a photo (of its area) that a scene shows.
         antialias: whether street views are shrunk with antialiasing; the image processor does it without.
+
+    `street_share` of the scenes that it draws are street views.
     """
 
     def __init__(self, photos: Photos, streets: Streets | None, crop: float = 0.4, antialias: bool = True):
         self.photos, self.streets, self.crop, self.antialias = photos, streets, crop, antialias
+        self.street_share = 0.12
         self.names = all_names(photos, streets)
         self.rows_of = [np.flatnonzero(photos.labels == i) for i in range(len(photos.names))]
         # Rare names more often than they occur, common ones less, without making all equal.
@@ -245,9 +248,9 @@ class SceneMaker:
             boxes = np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
         return Scene(image, boxes, [self.street_label[n] for n in rows[:, 4]])
 
-    def draw(self, rng: random.Random, size: int, street_share: float = 0.12) -> Scene:
+    def draw(self, rng: random.Random, size: int) -> Scene:
         """A scene as pre-training sees them: a street view, one photo, 2 to 4 rectangles, or a grid of cells."""
-        if self.streets is not None and rng.random() < street_share:
+        if self.streets is not None and rng.random() < self.street_share:
             return self.street(rng, size)
         kind = rng.random()
         if kind < 0.3:
