@@ -303,7 +303,7 @@ def train_trunk(
     trunk = initialize_trunk(IFSegTrunk(config))
     if start is not None:
         trunk.load_state_dict(start)
-    trunk = train_batch_norm(trunk).to(memory_format=torch.channels_last)
+    trunk = train_batch_norm(trunk).to(memory_format=trunk.memory_format)
     head = nn.Linear(config.trunk_hidden_sizes[-1], len(maker.names))
     both = nn.ModuleDict({"trunk": trunk, "head": head})
     matrices = [p for p in both.parameters() if p.ndim > 1]
@@ -493,7 +493,7 @@ def train_vision_language(
     scenes = SceneBatches(maker, phases, seed, step, rank, world)
     batches = DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=4)
     generator = torch.Generator().manual_seed(seed + step + rank)
-    model.train().to(memory_format=torch.channels_last)
+    model.train().to(memory_format=encoder.embed_images.memory_format)
     losses, start = {"caption": [], "text": [], "alignment": [], "patches": []}, time.time()
     bar = tqdm(batches, total=total, initial=step, desc="vision-language", mininterval=5, disable=rank > 0)
     for batch in bar:

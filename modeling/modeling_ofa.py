@@ -222,8 +222,8 @@ class IFSegTrunk(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             channels = out_channels
         self.stages = len(config.trunk_depths)
-        # Convolutions are fastest with the channels last in memory. Of numbers of channels that 16 does not divide, as
-        # only small test models have, the backward pass with AVX-512 (torch 2.13) then writes past its memory.
+        # Convolutions are fastest with the channels last in memory. But with 8 channels, as only small test models
+        # have, the backward pass on AVX-512 (torch 2.13) then corrupts memory; its vectors hold 16.
         widths = (config.trunk_embedding_size, *(width // 4 for width in config.trunk_hidden_sizes))
         whole = all(width % 16 == 0 for width in widths)
         self.memory_format = torch.channels_last if whole else torch.contiguous_format
