@@ -191,19 +191,18 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=cpu_gains_from_bfloat16())
 
 
-def _load(file: Path, model: nn.Module, optimizer, schedule) -> int:
-    """Takes up the state in `file`, if there is one; returns the steps done."""
+def _load(file: Path, parts: dict) -> int:
+    """Gives the parts (model, optimizer, ...) the state in `file`, if there is one; returns the steps done."""
     if not file.exists():
         return 0
     saved = torch.load(file, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    schedule.load_state_dict(saved["schedule"])
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
     return saved["step"]
 
 
-def _save(file: Path, step: int, model: nn.Module, optimizer, schedule) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+def _save(file: Path, step: int, parts: dict) -> None:
+    state = {name: part.state_dict() for name, part in parts.items()}
     torch.save({**state, "step": step}, file.with_suffix(".tmp"))
     file.with_suffix(".tmp").replace(file)  # whole or not at all
 
@@ -316,7 +315,8 @@ def train_trunk(
     )
     total = sum(phase.steps for phase in phases)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total, pct_start=0.15)
-    step = _load(output, both, optimizer, schedule)
+    parts = {"model": both, "optimizer": optimizer, "schedule": schedule}
+    step = _load(output, parts)
     scenes = SceneBatches(maker, phases, seed, step, rank, world)
     batches = DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=4)
     generator = torch.Generator().manual_seed(seed + step + rank)
@@ -347,7 +347,7 @@ def train_trunk(
                 f"box accuracy {right / count:.3f} held-out photos at 128: {accuracy:.3f}"
             )
             loss_sum = right = count = 0.0
-            _save(output, step, both, optimizer, schedule)
+            _save(output, step, parts)
     if calibration is not None and rank == 0:
         calibrate(trunk, maker, calibration, seed + 1)
         accuracy = [
@@ -445,6 +445,51 @@ def alignment_loss(
     return -chosen.clamp(min=1e-6).log().mean()
 
 
+def convolution_muon(weights: list[nn.Parameter], learning_rate: float, weight_decay: float) -> "torch.optim.Muon":
+    """Muon, which knows matrices, for convolutions (out, in, h, w): it trains their views (out, h * w * in).
+
+    Its steps are scaled to be as large as AdamW's. The weights must stay where they are in memory.
+    """
+    orders = [(0, 1, 2, 3) if weight.is_contiguous() else (0, 2, 3, 1) for weight in weights]  # or channels last
+    views = [w.detach().permute(order).view(len(w), -1) for w, order in zip(weights, orders, strict=True)]
+    optimizer = torch.optim.Muon(views, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    def hand_gradients(*_) -> None:
+        for view, weight, order in zip(views, weights, orders, strict=True):
+            view.grad = None if weight.grad is None else weight.grad.permute(order).reshape(view.shape)
+
+    optimizer.register_step_pre_hook(hand_gradients)
+    return optimizer
+
+
+def vision_language_optimizers(
+    model: IFSegForConditionalGeneration,
+    learning_rate: float,
+    trunk_learning_rate: float,
+    weight_decay: float,
+    muon: bool = False,
+) -> list[torch.optim.Optimizer]:
+    """AdamW, no decay for vectors outside the trunk; `muon`: Muon for the trunk's kernels, other than the first."""
+    trunk = list(model.model.encoder.embed_images.parameters())
+    others = [p for name, p in model.named_parameters() if "embed_images." not in name]
+    kernels = [p for p in trunk if p.ndim > 1 and p.shape[1] > 3] if muon else []
+    chosen = {id(kernel) for kernel in kernels}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0},
+            {
+                "params": [p for p in trunk if id(p) not in chosen],
+                "lr": trunk_learning_rate,
+                "weight_decay": weight_decay,
+            },
+        ],
+        lr=learning_rate,
+        betas=(0.9, 0.98),
+    )
+    return [adamw, convolution_muon(kernels, trunk_learning_rate, weight_decay)] if muon else [adamw]
+
+
 def train_vision_language(
     maker: SceneMaker,
     model: IFSegForConditionalGeneration,
@@ -457,6 +502,7 @@ def train_vision_language(
     text_weight: float = 0.5,
     alignment_weight: float = 1.0,
     warmup: int = 100,
+    muon: bool = False,
     seed: int = 1,
     save_every: int = 200,
     log=print,
@@ -464,7 +510,7 @@ def train_vision_language(
     """Train `model` (its trunk already can tell things apart) to write the names in scenes; returns it.
 
     Loss: captions + text_weight * text infilling + alignment_weight * `alignment_loss` (in steps of single photos
-    `patch_loss`). AdamW with a cosine schedule.
+    `patch_loss`). AdamW with a cosine schedule; `muon`: Muon for the trunk's convolutions, other than the first.
     After a phase with `train_norms` the statistics of batch norm are taken anew from scenes of the phase that follows.
     `output` (a .pt file) is rewritten every `save_every` steps; a run that finds it goes on from there.
     """
@@ -473,27 +519,22 @@ def train_vision_language(
     texts = Texts(tokenizer, maker.names)
     encoder = model.model.encoder
     train_batch_norm(encoder.embed_images)
-    trunk = list(encoder.embed_images.parameters())
-    others = [p for name, p in model.named_parameters() if "embed_images." not in name]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0},
-            {"params": trunk, "lr": trunk_learning_rate, "weight_decay": weight_decay},
-        ],
-        lr=learning_rate,
-        betas=(0.9, 0.98),
-    )
+    model.train().to(memory_format=encoder.embed_images.memory_format)
     total = sum(phase.steps for phase in phases)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / warmup) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / total)) / 2)
-    )
-    step = _load(output, model, optimizer, schedule)
+
+    def factor(step: int) -> float:
+        return min(1, (step + 1) / warmup) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / total)) / 2)
+
+    optimizers = vision_language_optimizers(model, learning_rate, trunk_learning_rate, weight_decay, muon)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+    parts = {"model": model}
+    for number, (optimizer, schedule) in enumerate(zip(optimizers, schedules, strict=True)):
+        parts |= {f"optimizer_{number}": optimizer, f"schedule_{number}": schedule}
+    step = _load(output, parts)
     phase_of = [phase for phase in phases for _ in range(phase.steps)]
     scenes = SceneBatches(maker, phases, seed, step, rank, world)
     batches = DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=4)
     generator = torch.Generator().manual_seed(seed + step + rank)
-    model.train().to(memory_format=encoder.embed_images.memory_format)
     losses, start = {"caption": [], "text": [], "alignment": [], "patches": []}, time.time()
     bar = tqdm(batches, total=total, initial=step, desc="vision-language", mininterval=5, disable=rank > 0)
     for batch in bar:
@@ -530,19 +571,20 @@ def train_vision_language(
                 alignment = alignment_loss(patches, batch["boxes"], batch["labels"], words)
         losses["patches" if batch["whole_photos"] else "alignment"].append(alignment.item())
         loss = loss + alignment_weight * alignment
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         average_gradients(model.parameters())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         step += 1
         if step % 50 == 0 or step == total:
-            parts = {name: f"{np.mean(values[-50:]):.3f}" for name, values in losses.items() if values}
-            bar.set_postfix(parts)
+            means = {name: f"{np.mean(values[-50:]):.3f}" for name, values in losses.items() if values}
+            bar.set_postfix(means)
         if rank == 0 and (step % save_every == 0 or step == total):
-            log(f"vision-language step {step}/{total} {time.time() - start:.0f} s {parts}")
-            _save(output, step, model, optimizer, schedule)
+            log(f"vision-language step {step}/{total} {time.time() - start:.0f} s {means}")
+            _save(output, step, parts)
     freeze_batch_norm(encoder.embed_images)
     return model.eval()
 
@@ -589,17 +631,30 @@ _PATCHES = Phase(0, 56, (96, 128, 128, 192), train_norms=True, language_every=0)
 _PATCHES = replace(_PATCHES, photo_share=0.55, photo_sizes=(64, 96, 128))
 PATCH_PHASES = [replace(_PATCHES, steps=6700), replace(_PATCHES, steps=400, train_norms=False)]
 SECOND_PATCH_PHASES = [replace(_PATCHES, steps=15200), replace(_PATCHES, steps=800, train_norms=False)]
+THIRD_PATCH_PHASES = [
+    replace(_PATCHES, steps=9500, batch=64),
+    replace(_PATCHES, steps=500, batch=64, train_norms=False),
+]
 PATCHES_IN_WORDS = [Phase(900, 48, (128, 96, 128, 192), train_trunk=False)]
 SCENE_PHASES = [
     Phase(900, 40, (128, 192, 256), train_norms=True, language_every=4),
     Phase(100, 40, (128, 192, 256), language_every=2),
 ]
+SECOND_SCENE_PHASES = [
+    Phase(500, 48, (128, 96, 128, 192), train_trunk=False),
+    Phase(1900, 40, (128, 192, 256), train_norms=True),
+    Phase(150, 40, (128, 192, 256)),
+]
+_SETTLING = replace(_PATCHES, language_every=4, photo_share=0.45)
+SETTLING_PHASES = [replace(_SETTLING, steps=1500), replace(_SETTLING, steps=120, train_norms=False)]
 MEAN_CALIBRATION = Phase(15, 32, (128, 128, 192))
 
 
 @dataclass
 class Pretraining:
     """What the stages share. Each leaves its work in `output_dir/stages`, where a second run goes on.
+
+    Raises ImportError with a torch older than 2.9.
 
     Args:
         photos, street: folders of named photos and of street photos (or `None`).
@@ -615,6 +670,8 @@ class Pretraining:
     model: str | Path | None = None
 
     def __post_init__(self):
+        if not hasattr(torch.optim, "Muon"):  # before hours of work
+            raise ImportError(f"Pre-training needs torch 2.9 or later, for its Muon; this is {torch.__version__}.")
         self.stages = Path(self.output_dir) / "stages"
         self.stages.mkdir(parents=True, exist_ok=True)
         photos = load_photos(self.photos, self.stages)
@@ -674,6 +731,14 @@ class Pretraining:
         self.maker.street_share = 0.25
         phases, file = self.scaled(SCENE_PHASES), self.stages / "scenes.pt"
         run(phases, file, learning_rate=4e-4, trunk_learning_rate=4e-4, warmup=50, seed=51)
+        phases, file = self.scaled(THIRD_PATCH_PHASES), self.stages / "patches_3.pt"
+        run(phases, file, trunk_learning_rate=1e-3, muon=True, seed=61)
+        # The longer the transformer lives with patches as they now are, the more it adds to comparing them with words.
+        phases, file = self.scaled(SECOND_SCENE_PHASES), self.stages / "scenes_2.pt"
+        run(phases, file, learning_rate=8e-4, trunk_learning_rate=4e-4, seed=71)
+        # Scenes took some of the patches' names away again; this time the transformer is there when they come back.
+        phases, file = self.scaled(SETTLING_PHASES), self.stages / "settling.pt"
+        run(phases, file, learning_rate=4e-4, trunk_learning_rate=5e-4, muon=True, warmup=50, seed=81)
         if first:
             save_checkpoint(model, self.tokenizer, self.output_dir)
 

@@ -214,6 +214,48 @@ def test_steps_without_language_leave_the_words_alone(tokenizer, tmp_path):
     assert all("image_proj" in name or "embed_images" in name for name in changed)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_muon_trains_convolutions_as_matrices(memory_format):
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(8, 6, side, side).to(memory_format=memory_format)) for side in (1, 3)]
+    order = (0, 2, 3, 1) if memory_format == torch.channels_last else (0, 1, 2, 3)
+    matrices = [torch.nn.Parameter(w.detach().permute(order).reshape(8, -1).clone()) for w in weights]
+    places = [weight.data_ptr() for weight in weights]
+    expected = torch.optim.Muon(matrices, 0.1, 0.05, adjust_lr_fn="match_rms_adamw")
+    optimizer = pretraining.convolution_muon(weights, 0.1, 0.05)
+    for _ in range(2):
+        for weight, matrix in zip(weights, matrices, strict=True):
+            weight.grad = torch.randn(weight.shape)
+            matrix.grad = weight.grad.permute(order).reshape(matrix.shape)
+        optimizer.step()
+        expected.step()
+    assert places == [weight.data_ptr() for weight in weights]
+    for weight, matrix in zip(weights, matrices, strict=True):
+        torch.testing.assert_close(weight.detach().permute(order).reshape(8, -1), matrix.detach())
+    before = weights[0].detach().clone()
+    weights[0].grad = None  # a frozen trunk
+    optimizer.step()
+    assert torch.equal(weights[0], before)
+
+
+def test_every_parameter_has_one_optimizer(tokenizer, tmp_path):
+    model = IFSegForConditionalGeneration(pretraining.nano_config(len(tokenizer), **SMALL))
+    adamw, muon = pretraining.vision_language_optimizers(model, 1e-3, 1e-3, 0.05, muon=True)
+    counts = [sum(p.numel() for group in o.param_groups for p in group["params"]) for o in (adamw, muon)]
+    assert sum(counts) == sum(p.numel() for p in model.parameters())
+    assert len(pretraining.vision_language_optimizers(model, 1e-3, 1e-3, 0.05)) == 1
+
+    trunk = model.model.encoder.embed_images
+    before = {name: value.clone() for name, value in trunk.named_parameters()}
+    phases = [Phase(3, 4, 32, language_every=0, photo_share=0.5, photo_sizes=(32,))]
+    arguments = (maker(), model, tokenizer, phases, tmp_path / "patches.pt")
+    pretraining.train_vision_language(*arguments, muon=True)
+    assert not any(torch.equal(value, before[name]) for name, value in trunk.named_parameters() if value.ndim == 4)
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    pretraining.train_vision_language(*arguments, muon=True)  # done already
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+
+
 def test_both_stages_run_save_and_go_on(tokenizer, tmp_path):
     config = pretraining.nano_config(len(tokenizer), **SMALL)
     scene_maker, file = maker(), tmp_path / "trunk.pt"
