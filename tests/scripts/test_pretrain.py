@@ -60,7 +60,7 @@ def test_a_miniature_run(tmp_path, photos, monkeypatch, capsys):
     monkeypatch.setattr(pretraining, "LANGUAGE_PHASES", [pretraining.Phase(2, 2, 32)])
     monkeypatch.setattr(pretraining, "SECOND_LANGUAGE_PHASES", [pretraining.Phase(1, 2, 32)])
     patches = pretraining.Phase(1, 2, 32, language_every=0, photo_share=0.5, photo_sizes=(32,))
-    for phases in ("PATCH_PHASES", "SECOND_PATCH_PHASES", "THIRD_PATCH_PHASES"):
+    for phases in ("PATCH_PHASES", "SECOND_PATCH_PHASES", "THIRD_PATCH_PHASES", "SETTLING_PHASES"):
         monkeypatch.setattr(pretraining, phases, [patches])
     monkeypatch.setattr(pretraining, "PATCHES_IN_WORDS", [pretraining.Phase(1, 2, 32, train_trunk=False)])
     for phases in ("SCENE_PHASES", "SECOND_SCENE_PHASES"):
