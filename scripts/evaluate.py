@@ -161,6 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here.", file=sys.stderr)
         return 130
+    finally:
+        state.destroy_process_group()  # left to the end of the interpreter, gloo's threads at times abort it
     return 0
 
 

@@ -52,11 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
     # The heavy imports come after the arguments, whose mistakes so show at once.
+    from accelerate import PartialState
+
     from ifseg_hf.pseudo_labels import Guess, load_photos, write_pseudo_labels
     from ifseg_hf.segmentation_data import SegmentationData
     from ifseg_hf.supervised import load_training_data
     from ifseg_hf.vocabularies import read_categories
 
+    state = PartialState(cpu=options.cpu)
     try:
         guess = Guess(options.smoothing_neighbors, options.smoothing_iterations, options.min_confidence)
         names = None if options.categories is None else read_categories(options.categories)
@@ -71,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"pseudo_label.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    finally:
+        state.destroy_process_group()  # left to the end of the interpreter, gloo's threads at times abort it
     return 0
 
 
