@@ -426,6 +426,76 @@ def eager_attention_forward(
 
 # Queries of a causal self-attention that run together, with the keys up to the last of them.
 CAUSAL_BLOCK = 256
+# Logits that fit into a processor's cache: those of a block of queries of [`BlockwiseAttention`].
+CACHED_LOGITS = 2**18
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """Softmax attention with a bias that has a gradient, on a CPU: one head's logits for a block of queries at a time.
+
+    A block stays in the cache for all that is done with it, and the backward pass makes it again. torch's kernel for
+    CPUs has no gradient for a bias; without it every step of the softmax, there and back, passes over all logits in
+    main memory.
+
+    Args:
+        query, key, value: (batch, heads, length, head_dim); bias: (1 or batch, heads, queries, keys).
+        causal: the bias lets no query see a later key; queries and keys are as many.
+
+    Returns (batch, heads, queries, head_dim).
+    """
+
+    @staticmethod
+    def blocks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, causal: bool):
+        """Yields the index of a head (photo, head), its bias' index, a block of its queries and the keys they see."""
+        (batch, heads, queries, _), keys = query.shape, key.shape[2]
+        size = max(1, CACHED_LOGITS // keys)
+        for head in range(heads):
+            for start in range(0, queries, size):
+                stop = start + size
+                for photo in range(batch):  # innermost, while the bias they may share is in the cache
+                    shared = 0 if len(bias) == 1 else photo
+                    yield (photo, head), (shared, head), slice(start, stop), slice(stop if causal else keys)
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, scaling: float, causal: bool) -> torch.Tensor:
+        query = query * scaling
+        output = torch.empty_like(query)
+        largest, total = query.new_empty(2, *query.shape[:3], 1)
+        for head, shared, rows, columns in BlockwiseAttention.blocks(query, key, bias, causal):
+            logits = torch.addmm(bias[shared][rows, columns], query[head][rows], key[head][columns].T)
+            largest[head][rows] = logits.amax(1, keepdim=True)
+            weights = logits.sub_(largest[head][rows]).exp_()
+            total[head][rows] = weights.sum(1, keepdim=True)
+            output[head][rows] = (weights @ value[head][columns]).div_(total[head][rows])
+        ctx.save_for_backward(query, key, value, bias, output, largest, total)
+        ctx.scaling, ctx.causal = scaling, causal
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: torch.Tensor):
+        query, key, value, bias, output, largest, total = ctx.saved_tensors
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grad_bias = torch.zeros_like(bias)
+        grad_output = grad_output / total  # in place of the weights, which are many more
+        mean = (grad_output * output).sum(3, keepdim=True)
+        for head, shared, rows, columns in BlockwiseAttention.blocks(query, key, bias, ctx.causal):
+            logits = torch.addmm(bias[shared][rows, columns], query[head][rows], key[head][columns].T)
+            weights = logits.sub_(largest[head][rows]).exp_()
+            grad_value[head][columns].addmm_(weights.T, grad_output[head][rows])
+            grad_weights = torch.addmm(-mean[head][rows], grad_output[head][rows], value[head][columns].T)
+            grad_logits = grad_weights.mul_(weights)
+            grad_bias[shared][rows, columns] += grad_logits
+            grad_query[head][rows] = grad_logits @ key[head][columns]
+            grad_key[head][columns].addmm_(grad_logits.T, query[head][rows])
+        return grad_query.mul_(ctx.scaling), grad_key, grad_value, grad_bias, None, None
+
+
+def trains_large_bias_on_cpu(query: torch.Tensor, bias: torch.Tensor) -> bool:
+    """Whether [`BlockwiseAttention`] pays: smaller logits are in the cache as they are."""
+    trained = torch.is_grad_enabled() and bias.requires_grad and not torch.compiler.is_compiling()
+    exact = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
+    return trained and exact and bias.shape[2] * bias.shape[3] > CACHED_LOGITS
 
 
 class IFSegAttention(nn.Module):
@@ -486,7 +556,11 @@ class IFSegAttention(nn.Module):
             **kwargs,
         )
         bias = attention_bias.to(query.dtype)
-        if causal and self.config._attn_implementation == "sdpa":
+        sdpa = self.config._attn_implementation == "sdpa"
+        if sdpa and self.config.attention_dropout == 0 and trains_large_bias_on_cpu(query, bias):
+            output = BlockwiseAttention.apply(query, key, value, bias, self.scaling, causal).transpose(1, 2)
+            weights = None
+        elif causal and sdpa:
             length = query.shape[2]
             stops = [min(start + CAUSAL_BLOCK, length) for start in range(0, length, CAUSAL_BLOCK)]
             blocks = zip(query.split(CAUSAL_BLOCK, dim=2), bias.split(CAUSAL_BLOCK, dim=2), stops, strict=True)

@@ -73,10 +73,11 @@ def test_segmentation(models, name, attention):
         assert relative_error(sampled(layers[key]), reference) < tolerance, key
 
 
-def test_word_map_loss_and_gradients():
+@pytest.mark.parametrize(("attention", "tolerance"), [("eager", 5e-6), ("sdpa", 2e-5)])
+def test_word_map_loss_and_gradients(attention, tolerance):
     expected, metadata = golden("tiny_word_map"), golden_metadata("tiny_word_map")
     model = reference_model("tiny", dropout=0.0, encoder_drop_path_rate=0.0, decoder_drop_path_rate=0.0).train()
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(attention)
     model.freeze_for_word_maps()
     output = model(
         word_map=expected["word_map"],
@@ -84,8 +85,8 @@ def test_word_map_loss_and_gradients():
         category_ids=category_ids(metadata["categories"]),
         labels=expected["labels"],
     )
-    assert relative_error(output.logits.flatten(2).transpose(1, 2), expected["logits"]) < 5e-6
-    assert relative_error(output.loss.detach(), expected["loss"]) < 5e-6
+    assert relative_error(output.logits.flatten(2).transpose(1, 2), expected["logits"]) < tolerance
+    assert relative_error(output.loss.detach(), expected["loss"]) < tolerance
 
     output.loss.backward()
     parameters = dict(model.named_parameters())

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ifseg_hf.modeling import IFSegConfig, IFSegForConditionalGeneration, IFSegForSemanticSegmentation, IFSegModel
+from ifseg_hf.modeling import (
+    IFSegConfig,
+    IFSegForConditionalGeneration,
+    IFSegForSemanticSegmentation,
+    IFSegModel,
+    modeling_ofa,
+)
 from ifseg_hf.modeling.modeling_ifseg import segmentation_loss
 from ifseg_hf.modeling.modeling_ofa import grid_relative_bias, resize_grid
 
@@ -236,6 +242,27 @@ def test_attention_implementations_agree(model, size):
         model.set_attn_implementation(attention)
         logits[attention] = model(pixel_values=photo).logits
     torch.testing.assert_close(logits["eager"], logits["sdpa"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_in_blocks_trains_alike(checkpointing, monkeypatch):
+    """Steps on grids that are large for the cache take another way through attention, to the same gradients."""
+    gradients, calls, blocks = [], [], modeling_ofa.BlockwiseAttention.blocks
+    monkeypatch.setattr(
+        modeling_ofa.BlockwiseAttention, "blocks", staticmethod(lambda *inputs: calls.append(1) or blocks(*inputs))
+    )
+    for cached in (2**18, 60):
+        monkeypatch.setattr(modeling_ofa, "CACHED_LOGITS", cached)
+        model = small_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(1)
+        model(**word_maps()).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        assert bool(calls) == (cached == 60)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
 @torch.no_grad()

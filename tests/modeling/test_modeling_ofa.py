@@ -8,8 +8,14 @@ from checkpoints import PHOTOS, SMALL, padded_photos
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifseg_hf.modeling import IFSegConfig, IFSegForConditionalGeneration, IFSegModel
-from ifseg_hf.modeling.modeling_ofa import drop_path, grid_relative_bias, photo_sizes, text_relative_bias
+from ifseg_hf.modeling import IFSegConfig, IFSegForConditionalGeneration, IFSegModel, modeling_ofa
+from ifseg_hf.modeling.modeling_ofa import (
+    BlockwiseAttention,
+    drop_path,
+    grid_relative_bias,
+    photo_sizes,
+    text_relative_bias,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,35 @@ def test_text_relative_bias(length):
             bucket = int(math.copysign(math.ceil(math.log(abs(r) / mid) / math.log(1023 / mid) * (mid - 1)) + mid, r))
         assert bias[i, j] == bucket + size - 1
     assert torch.equal(text_relative_bias(table, length // 2, length)[0], bias[length // 2 :])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.booleans(), st.integers(1, 7), st.integers(1, 7), st.booleans(), st.integers(1, 30))
+def test_blockwise_attention_is_the_plain_formula(batch, shared, queries, keys, causal, cached):
+    """Values and gradients, in blocks of any size, with a bias for all photos or one for each."""
+    keys = queries if causal else keys
+    generator = torch.Generator().manual_seed(batch + 10 * queries + 100 * keys)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    query, key, value = random(batch, 2, queries, 4), random(batch, 2, keys, 4), random(batch, 2, keys, 4)
+    bias = random(1 if shared else batch, 2, queries, keys)
+    later = torch.ones(queries, keys).triu(1).bool() & causal
+    upstream = random(batch, 2, queries, 4).detach()
+
+    def gradients(output: torch.Tensor) -> list[torch.Tensor]:
+        return [output, *torch.autograd.grad(output, (query, key, value, bias), upstream)]
+
+    def masked() -> torch.Tensor:
+        return bias.masked_fill(later, torch.finfo(bias.dtype).min)
+
+    expected = gradients((0.3 * query @ key.transpose(2, 3) + masked()).softmax(3) @ value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_ofa, "CACHED_LOGITS", cached)
+        actual = gradients(BlockwiseAttention.apply(query, key, value, masked(), 0.3, causal))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
 
 
 def test_photo_sizes():
