@@ -268,9 +268,10 @@ def grid_relative_bias(table: torch.Tensor, height: int, width: int) -> torch.Te
     centre = side // 2
     window = table.view(side, side, -1).permute(2, 0, 1)
     window = window[:, centre - height + 1 : centre + height, centre - width + 1 : centre + width]
-    # entry (y, x, i, j) of the two unfoldings is (y + i, x + j) of the window; keys run backwards through i and j
-    bias = window.unfold(1, height, 1).unfold(2, width, 1).flip(3, 4)
-    return bias.reshape(-1, height * width, height * width)
+    # (heads, x, y' - y, x'), where the rows' distance y' - y rises; one query row's keys are then a slice of it
+    lines = window.unfold(2, width, 1).transpose(1, 2).flip(2, 3)
+    bias = torch.stack([lines[:, :, height - 1 - y : 2 * height - 1 - y] for y in range(height)], dim=1)
+    return bias.view(-1, height * width, height * width)
 
 
 def resized_grid_relative_bias(table: torch.Tensor, side: int, height: int, width: int) -> torch.Tensor:
