@@ -107,7 +107,7 @@ class Phase:
     the trunk, which is what takes long. 0: in none, and the words stay as they are.
 
     `photo_share` of the steps have single photos of one of `photo_sizes` instead, every patch of which is to say the
-    photo's name ([`patch_loss`]).
+    photo's name ([`patch_loss`]). A size is that of all sides, or (height, width), to which photos are then distorted.
     """
 
     steps: int
@@ -118,14 +118,15 @@ class Phase:
     train_norms: bool = False
     language_every: int = 1
     photo_share: float = 0.0
-    photo_sizes: tuple[int, ...] = ()
+    photo_sizes: tuple[int | tuple[int, int], ...] = ()
 
-    def draw(self, rng: random.Random) -> tuple[int, int, bool]:
+    def draw(self, rng: random.Random) -> tuple[int | tuple[int, int], int, bool]:
         """Size and number of scenes of a step, and whether they are single photos for [`patch_loss`]."""
         sizes = (self.size,) if isinstance(self.size, int) else self.size
         photos = rng.random() < self.photo_share
         size = rng.choice(self.photo_sizes if photos else sizes)
-        return size, max(1, round(self.batch * (sizes[0] / size) ** 2)), photos
+        pixels = size**2 if isinstance(size, int) else size[0] * size[1]
+        return size, max(1, round(self.batch * sizes[0] ** 2 / pixels)), photos
 
     def reads(self, step: int) -> bool:
         """Whether captions and texts are part of a step."""
@@ -133,7 +134,7 @@ class Phase:
 
 
 def collate(scenes: list[Scene]) -> dict[str, torch.Tensor]:
-    """images (B, S, S, 3) uint8, boxes (B, R, 4) float32, labels (B, R) int64, -100 where a scene has fewer boxes."""
+    """images (B, H, W, 3) uint8, boxes (B, R, 4) float32, labels (B, R) int64, -100 where a scene has fewer boxes."""
     most = max(1, *(len(scene.labels) for scene in scenes))
     boxes = torch.zeros(len(scenes), most, 4)
     labels = torch.full((len(scenes), most), -100)
@@ -168,14 +169,14 @@ class SceneBatches(IterableDataset):
                     yield {**collate(scenes), "whole_photos": photos}
                 step += 1
 
-    def _scene(self, rng: random.Random, size: int, single: bool, photos: bool) -> Scene:
-        if photos:
+    def _scene(self, rng: random.Random, size: int | tuple[int, int], single: bool, photos: bool) -> Scene:
+        if photos or not isinstance(size, int):
             return self.maker.mosaic(rng, size, cells(1), street_share=0)
         return self.maker.mosaic(rng, size, cells(1)) if single else self.maker.draw(rng, size)
 
 
 def to_pixels(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """uint8 (B, S, S, 3) to pixel_values (B, 3, S, S) in [-1, 1]; a generator adds colour jitter."""
+    """uint8 (B, H, W, 3) to pixel_values (B, 3, H, W) in [-1, 1]; a generator adds colour jitter."""
     pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1  # channels last in memory
     if generator is None:
         return pixels
@@ -647,6 +648,15 @@ SECOND_SCENE_PHASES = [
 ]
 _SETTLING = replace(_PATCHES, language_every=4, photo_share=0.45)
 SETTLING_PHASES = [replace(_SETTLING, steps=1500), replace(_SETTLING, steps=120, train_norms=False)]
+_IN_WORDS = Phase(500, 32, (128, 96, 128, 192), train_trunk=False, photo_share=0.3, photo_sizes=(96, 128))
+# As flat and as tall as photos in mosaics are.
+_DISTORTED = (64, 96, 128, 128, (48, 128), (128, 48), (80, 128), (128, 80), (64, 96), (96, 64))
+_ALL_TOGETHER = replace(_PATCHES, language_every=4, photo_sizes=_DISTORTED)
+FOURTH_PATCH_PHASES = [
+    replace(_ALL_TOGETHER, steps=11200),
+    replace(_ALL_TOGETHER, steps=500, train_norms=False),
+]
+LAST_WORDS = [replace(_IN_WORDS, steps=700, batch=48)]
 MEAN_CALIBRATION = Phase(15, 32, (128, 128, 192))
 
 
@@ -739,6 +749,10 @@ class Pretraining:
         # Scenes took some of the patches' names away again; this time the transformer is there when they come back.
         phases, file = self.scaled(SETTLING_PHASES), self.stages / "settling.pt"
         run(phases, file, learning_rate=4e-4, trunk_learning_rate=5e-4, muon=True, warmup=50, seed=81)
+        run(self.scaled([_IN_WORDS]), self.stages / "settled_in_words.pt", learning_rate=6e-4, seed=5)
+        phases, file = self.scaled(FOURTH_PATCH_PHASES), self.stages / "patches_4.pt"
+        run(phases, file, learning_rate=6e-4, trunk_learning_rate=1e-3, muon=True, seed=91)
+        run(self.scaled(LAST_WORDS), self.stages / "patches_4_in_words.pt", learning_rate=6e-4, seed=95)
         if first:
             save_checkpoint(model, self.tokenizer, self.output_dir)
 

@@ -48,7 +48,8 @@ class Streets:
 
 @dataclass
 class Scene:
-    """`image` (S, S, 3) uint8; `boxes` (n, 4) float32, left, top, right, bottom as parts of S; `labels`, n indices."""
+    """`image` (H, W, 3) uint8, mostly square; `boxes` (n, 4) float32, left, top, right, bottom as parts of its sides;
+    `labels`, n indices."""
 
     image: np.ndarray
     boxes: np.ndarray
@@ -199,14 +200,15 @@ class SceneMaker:
         picture = Image.fromarray(self.streets.images[photo][top : top + side, left : left + side])
         return picture, (0, 0, side, side), self.street_label[name]
 
-    def mosaic(self, rng: random.Random, size: int, parts: list, street_share: float = 0.1) -> Scene:
-        """A scene of one picture in each of `parts`."""
-        canvas = Image.new("RGB", (size, size))
+    def mosaic(self, rng: random.Random, size: int | tuple[int, int], parts: list, street_share: float = 0.1) -> Scene:
+        """A scene of one picture in each of `parts`; `size`: of its sides, or (height, width)."""
+        height, width = (size, size) if isinstance(size, int) else size
+        canvas = Image.new("RGB", (width, height))
         boxes, labels = [], []
         for left, top, right, bottom in parts:
             crop = self.streets is not None and rng.random() < street_share
             picture, part, label = self.street_crop(rng) if crop else self.photo(rng)
-            x0, y0, x1, y1 = (round(v * size) for v in (left, top, right, bottom))
+            x0, y0, x1, y1 = round(left * width), round(top * height), round(right * width), round(bottom * height)
             picture = picture.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=part)
             if rng.random() < 0.5:
                 picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

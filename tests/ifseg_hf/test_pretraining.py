@@ -87,6 +87,17 @@ def test_some_steps_have_photos_that_show_one_thing_all_over():
     assert any(batch["labels"].eq(road).any() for batch in batches)
 
 
+def test_photos_are_distorted_to_flat_and_tall_ones():
+    phase = Phase(30, 16, 64, photo_share=1.0, photo_sizes=((32, 64), (64, 16)))
+    assert {phase.draw(random.Random(seed)) for seed in range(20)} == {((32, 64), 32, True), ((64, 16), 64, True)}
+    batches = list(pretraining.SceneBatches(maker(), [phase], 0))
+    assert {tuple(batch["images"].shape) for batch in batches} == {(32, 32, 64, 3), (64, 64, 16, 3)}
+    for batch in batches:
+        assert batch["boxes"].eq(torch.tensor([0.0, 0, 1, 1])).all()
+        levels = batch["images"].float().mean((1, 2, 3))  # tell the photos apart; see `maker`
+        assert torch.equal((levels / 80).floor().long(), batch["labels"][:, 0])
+
+
 def test_batches_are_the_same_wherever_a_run_goes_on():
     phases = [Phase(2, 3, 32, single=True), Phase(2, 2, (32, 64))]
     everything = list(pretraining.SceneBatches(maker(), phases, 0))
