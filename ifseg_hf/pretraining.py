@@ -707,6 +707,13 @@ class Pretraining:
             model.load_state_dict(before.state_dict())
         return model
 
+    def half_way_back(self, model: IFSegForConditionalGeneration, before: dict[str, torch.Tensor]) -> None:
+        """The mean of the weights and those before, in place, with batch norms measured anew."""
+        average(model, before)
+        trunk = train_batch_norm(model.model.encoder.embed_images)
+        calibrate(trunk, self.maker, self.scaled([MEAN_CALIBRATION])[0], seed=5)
+        freeze_batch_norm(trunk)
+
     def run(self, log=print) -> None:
         """Both stages, in each of the processes that train together."""
         first, model = processes()[0] == 0, self.start()
@@ -732,10 +739,7 @@ class Pretraining:
         run(self.scaled(PATCHES_IN_WORDS), self.stages / "patches_in_words.pt", learning_rate=6e-4, seed=4)
         # Patches that all say the photo's name say it of what stands around the thing, too. Half-way back, things have
         # their outlines again, and much of the gain stays; of the second, longer round, larger scenes do that.
-        average(model, before)
-        train_batch_norm(trunk)
-        calibrate(trunk, self.maker, self.scaled([MEAN_CALIBRATION])[0], seed=5)
-        freeze_batch_norm(trunk)
+        self.half_way_back(model, before)
         run(self.scaled(SECOND_PATCH_PHASES), self.stages / "patches_2.pt", trunk_learning_rate=1e-3, seed=31)
         run(self.scaled(PATCHES_IN_WORDS), self.stages / "patches_2_in_words.pt", learning_rate=6e-4, seed=41)
         self.maker.street_share = 0.25
@@ -749,10 +753,13 @@ class Pretraining:
         # Scenes took some of the patches' names away again; this time the transformer is there when they come back.
         phases, file = self.scaled(SETTLING_PHASES), self.stages / "settling.pt"
         run(phases, file, learning_rate=4e-4, trunk_learning_rate=5e-4, muon=True, warmup=50, seed=81)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
         run(self.scaled([_IN_WORDS]), self.stages / "settled_in_words.pt", learning_rate=6e-4, seed=5)
         phases, file = self.scaled(FOURTH_PATCH_PHASES), self.stages / "patches_4.pt"
         run(phases, file, learning_rate=6e-4, trunk_learning_rate=1e-3, muon=True, seed=91)
         run(self.scaled(LAST_WORDS), self.stages / "patches_4_in_words.pt", learning_rate=6e-4, seed=95)
+        # Half-way back, natural pictures have more of their outlines again, and mosaics lose nothing.
+        self.half_way_back(model, before)
         if first:
             save_checkpoint(model, self.tokenizer, self.output_dir)
 
