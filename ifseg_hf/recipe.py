@@ -112,6 +112,9 @@ class Training:
     max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm")
     dropout: float = _setting(0.1, "dropout rate")
     drop_path: float = _setting(0.1, "stochastic depth of the last layer of encoder and decoder")
+    word_noise: float = _setting(
+        0.0, "noise on the patches of word maps: its deviation as a share of the distance between two words"
+    )
     # It may not change either, but what None stands for is known only later: training.py compares it.
     mixed_precision: str | None = _setting(
         None,
@@ -236,7 +239,7 @@ class Training:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"):
             self._require(name, lambda x: x >= 1, "at least 1")
         not_negative = ("seed", "warmup_steps", "weight_decay", "dataloader_workers", "checkpointing_steps")
-        for name in (*not_negative, "refresh_every", "eval_steps"):
+        for name in (*not_negative, "word_noise", "refresh_every", "eval_steps"):
             self._require(name, lambda x: x >= 0, "at least 0")
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             self._require(name, lambda x: x > 0, "more than 0")

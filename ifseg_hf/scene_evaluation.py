@@ -179,6 +179,7 @@ def variants(usual: int, largest: int) -> dict[str, Variant]:
     return {
         f"S = {usual}": Variant(),
         **{f"S = {side}": Variant({"max_cells": side}) for side in (2, 4, largest) if side != usual},
+        "no noise on word maps": Variant({"word_noise": 0.0}),
         "the appendix' prompt": Variant({"prompt": APPENDIX_PROMPT}),
         "the paper's decoder positions": Variant(change=take_decoder_positions_of_the_image),
         "no cross-attention": Variant(change=silence_cross_attention),

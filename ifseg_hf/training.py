@@ -418,7 +418,7 @@ def load_model(
     except ValueError as error:
         raise SettingError(str(error)) from error
     try:
-        rates = {"dropout": settings.dropout}
+        rates = {"dropout": settings.dropout, "word_noise": settings.word_noise}
         rates |= dict.fromkeys(("encoder_drop_path_rate", "decoder_drop_path_rate"), settings.drop_path)
         if settings.from_scratch:
             model = IFSegForSemanticSegmentation(IFSegConfig.from_pretrained(settings.model_path, **rates))

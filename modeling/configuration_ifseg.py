@@ -47,6 +47,9 @@ class IFSegConfig(PreTrainedConfig):
         dropout, attention_dropout, activation_dropout (`float`): rates inside both stacks.
         encoder_drop_path_rate, decoder_drop_path_rate (`float`, default to 0.1): stochastic depth of the last layer;
             it rises linearly from 0 at the first.
+        word_noise (`float`, defaults to 0): in training, the standard deviation of Gaussian noise on every patch of a
+            word map, along any direction, as a share of the root mean square distance between two of its words. Not in
+            the paper.
         attn_scale_factor (`float`, defaults to 2): attention logits are divided by `sqrt(factor * head_dim)`.
         decoder_positions (`"segmentation"` or `"image"`, defaults to `"segmentation"`): what tells the segmentation
             decoder where a patch lies. `"segmentation"`: positions of its own, as in the published implementation;
@@ -89,6 +92,7 @@ class IFSegConfig(PreTrainedConfig):
     activation_dropout: float = 0.0
     encoder_drop_path_rate: float = 0.1
     decoder_drop_path_rate: float = 0.1
+    word_noise: float = 0.0
     attn_scale_factor: float = 2.0
     init_std: float = 0.02
     use_cache: bool = True

@@ -88,6 +88,11 @@ def with_start_token(bias: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.cat([both, query.expand(heads, 1, patches)], dim=2), bias], dim=1)
 
 
+def word_distance(words: torch.Tensor) -> torch.Tensor:
+    """Root mean square distance between two different words: (batch, N, d_model) -> (batch,); 0 for a single word."""
+    return (2 * words.var(1, correction=min(1, words.shape[1] - 1)).sum(-1)).sqrt()
+
+
 class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
     """Segments a photo, or an artificial image made of words, into categories that are named by words.
 
@@ -169,14 +174,22 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
         return input_ids, category_ids, category_mask
 
     def _artificial_image(self, word_map: torch.Tensor, categories: torch.Tensor, own_words: bool) -> torch.Tensor:
-        """Image tokens (batch, h, w, d_model) of a word map (batch, h, w): each patch is its word's embedding."""
+        """Image tokens (batch, h, w, d_model) of a word map (batch, h, w): each patch is its word's embedding.
+
+        In training with `word_noise`, Gaussian noise is added.
+        """
         words = categories
         if own_words and self.config.word_ids is not None:
             words = self.embed_words(*self._padded(self.config.word_ids, word_map.device))
         word_map = word_map.to(words.device).long()
         if words.shape[0] == 1:
-            return words[0][word_map]
-        return torch.stack([row[patches] for row, patches in zip(words, word_map, strict=True)])
+            patches = words[0][word_map]
+        else:
+            patches = torch.stack([row[places] for row, places in zip(words, word_map, strict=True)])
+        if self.training and self.config.word_noise:
+            scale = self.config.word_noise * word_distance(words.detach())
+            patches = patches + scale[:, None, None, None] * torch.randn_like(patches)
+        return patches
 
     # Training ---------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from ifseg_hf.modeling import (
     IFSegModel,
     modeling_ofa,
 )
-from ifseg_hf.modeling.modeling_ifseg import segmentation_loss
+from ifseg_hf.modeling.modeling_ifseg import segmentation_loss, word_distance
 from ifseg_hf.modeling.modeling_ofa import grid_relative_bias, resize_grid
 
 
@@ -213,6 +213,40 @@ def test_every_trained_parameter_gets_a_gradient(model):
     model(**word_maps()).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def artificial_image(model, word_map):
+    """What a model puts in place of a photo's projected patches."""
+    seen = []
+    hook = model.model.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["image_embeds"]), with_kwargs=True
+    )
+    model(word_map=word_map)
+    hook.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def test_noise_of_word_maps_is_measured_in_distances_between_words():
+    model, quiet = small_model(word_noise=0.5), small_model()
+    model.load_state_dict(quiet.state_dict())
+    words = quiet.embed_words(*quiet._padded(quiet.config.category_ids, "cpu"))[0]
+    distance = torch.pdist(words).square().mean().sqrt()
+    torch.testing.assert_close(word_distance(words[None])[0], distance)
+    word_map = torch.randint(len(words), (16, 8, 8), generator=torch.Generator().manual_seed(0))
+    clean = artificial_image(quiet.train(), word_map)
+    torch.testing.assert_close(clean, words[word_map])
+    torch.testing.assert_close(artificial_image(model.eval(), word_map), clean)  # in training only
+    torch.manual_seed(0)
+    noise = artificial_image(model.train(), word_map) - clean
+    assert noise.std().item() == pytest.approx(0.5 * distance.item(), rel=0.02)
+    assert abs(noise.mean().item()) < 0.02 * distance.item()
+    per_patch = noise.flatten(0, 2)  # every patch has a noise of its own
+    assert (per_patch[1:] * per_patch[:-1]).mean().abs() < 0.02 * distance.square()
+
+
+def test_a_single_word_has_no_distance():
+    assert word_distance(torch.randn(3, 1, 8)).tolist() == [0, 0, 0]
 
 
 def test_word_maps_can_be_learnt():
