@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_ifseg import IFSegConfig
 from .modeling_ofa import (
+    BiasBlock,
     IFSegModel,
     IFSegPreTrainedModel,
     IFSegTable,
@@ -71,21 +72,20 @@ class IFSegSegmentationPositions(nn.Module):
         grid = resize_grid(grid.T.unflatten(1, (self.side, self.side)), height, width).flatten(1).T
         return self.layer_norm(torch.cat([start, grid]))[None]
 
-    def relative_bias(self, layer: int, height: int, width: int) -> torch.Tensor:
-        """Relative biases of a layer, (heads, height * width + 1, height * width + 1)."""
+    def relative_bias(self, layer: int, height: int, width: int) -> list[BiasBlock]:
+        """Relative biases of a layer, blocks of (heads, height * width + 1, height * width + 1)."""
         table = self.rel_pos_tables[layer]()
         return with_start_token(resized_grid_relative_bias(table[:-3], self.side, height, width), table[-3:])
 
 
-def with_start_token(bias: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Puts `<s>` before the patches of `bias` (heads, L, L) -> (heads, L + 1, L + 1).
+def with_start_token(bias: torch.Tensor, rows: torch.Tensor) -> list[BiasBlock]:
+    """Puts `<s>` before the patches of `bias` (heads, L, L): blocks of (heads, L + 1, L + 1).
 
     rows: (3, heads), a table's last rows: `<s>` as query, as key, as both.
     """
-    heads, patches, _ = bias.shape
+    start, patches = slice(0, 1), slice(1, None)
     query, key, both = rows[:, :, None, None].unbind()
-    bias = torch.cat([key.expand(heads, patches, 1), bias], dim=2)
-    return torch.cat([torch.cat([both, query.expand(heads, 1, patches)], dim=2), bias], dim=1)
+    return [(patches, patches, bias), (start, patches, query), (patches, start, key), (start, start, both)]
 
 
 def word_distance(words: torch.Tensor) -> torch.Tensor:
@@ -223,8 +223,8 @@ class IFSegForSemanticSegmentation(IFSegPreTrainedModel):
         grid = encoder.image_positions(height, width, interpolate=True)
         return encoder.image_pos_ln(torch.cat([start, grid]))[None]
 
-    def _decoder_relative_bias(self, layer: int, height: int, width: int) -> torch.Tensor:
-        """Relative biases of a decoder layer, (heads, height * width + 1, height * width + 1)."""
+    def _decoder_relative_bias(self, layer: int, height: int, width: int) -> list[BiasBlock]:
+        """Relative biases of a decoder layer, blocks of (heads, height * width + 1, height * width + 1)."""
         if self.config.decoder_positions == "segmentation":
             return self.segmentation_positions.relative_bias(layer, height, width)
         decoder = self.model.decoder

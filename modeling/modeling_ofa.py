@@ -323,6 +323,40 @@ def text_relative_bias(table: torch.Tensor, query_start: int, key_length: int) -
     return table[bucket + bucket_size - 1].permute(2, 0, 1)
 
 
+class _AddBlocks(torch.autograd.Function):
+    """See [`add_blocks`]. Adding in place would copy all of the gradient for every block, padding each block."""
+
+    @staticmethod
+    def forward(bias: torch.Tensor, places: list[tuple[slice, slice]], *blocks: torch.Tensor) -> torch.Tensor:
+        bias = bias.clone()
+        for place, block in zip(places, blocks, strict=True):
+            bias[(..., *place)] += block
+        return bias
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.places, *blocks = inputs
+        ctx.shapes = [block.shape for block in blocks]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        shared = grad[0] if len(grad) == 1 else grad.sum(0)
+        parts = zip(ctx.places, ctx.shapes, strict=True)
+        return grad, None, *(shared[(slice(None), *place)].sum_to_size(shape) for place, shape in parts)
+
+
+# Where to add biases to some queries and keys: rows, columns and what to add, (heads, rows, columns) or of size 1.
+BiasBlock = tuple[slice, slice, torch.Tensor]
+
+
+def add_blocks(bias: torch.Tensor, blocks: list[BiasBlock]) -> torch.Tensor:
+    """`bias` (1 or batch, heads, queries, keys) with blocks of it, which do not overlap, added to."""
+    places = [(rows, columns) for rows, columns, _ in blocks]
+    # the compiler finds the gradients by itself, and cannot read a function of so many tensors
+    add = _AddBlocks.forward if torch.compiler.is_compiling() else _AddBlocks.apply
+    return add(bias, places, *(block.to(bias.device) for _, _, block in blocks))
+
+
 def project_positions(
     query_linear: nn.Linear, key_linear: nn.Linear, queries: torch.Tensor, keys: torch.Tensor, heads: int, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -427,12 +461,14 @@ def eager_attention_forward(
 
 # Queries of a causal self-attention that run together, with the keys up to the last of them.
 CAUSAL_BLOCK = 256
-# Logits that fit into a processor's cache: those of a block of queries of [`BlockwiseAttention`].
-CACHED_LOGITS = 2**18
+# Heads of a photo that run together in [`BlockwiseAttention`], so that every thread has products of its own, and their
+# logits: each thread's part of them fits into its cache.
+HEADS_IN_BLOCK = 4
+LOGITS_IN_BLOCK = 2**19
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """Softmax attention with a bias that has a gradient, on a CPU: one head's logits for a block of queries at a time.
+    """Softmax attention with a bias that has a gradient, on a CPU: the logits of a few queries at a time.
 
     A block stays in the cache for all that is done with it, and the backward pass makes it again. torch's kernel for
     CPUs has no gradient for a bias; without it every step of the softmax, there and back, passes over all logits in
@@ -447,56 +483,52 @@ class BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def blocks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, causal: bool):
-        """Yields the index of a head (photo, head), its bias' index, a block of its queries and the keys they see."""
+        """Yields where a block's queries, keys and bias are: an index of the first three dimensions, and the bias'
+        columns are the keys that these queries see."""
         (batch, heads, queries, _), keys = query.shape, key.shape[2]
-        size = max(1, CACHED_LOGITS // keys)
-        for head in range(heads):
+        size = max(1, LOGITS_IN_BLOCK // (HEADS_IN_BLOCK * keys))
+        for first in range(0, heads, HEADS_IN_BLOCK):
+            some = slice(first, first + HEADS_IN_BLOCK)
             for start in range(0, queries, size):
-                stop = start + size
+                rows, columns = slice(start, start + size), slice(start + size if causal else keys)
                 for photo in range(batch):  # innermost, while the bias they may share is in the cache
                     shared = 0 if len(bias) == 1 else photo
-                    yield (photo, head), (shared, head), slice(start, stop), slice(stop if causal else keys)
+                    yield (photo, some, rows), (photo, some, columns), (shared, some, rows, columns)
 
     @staticmethod
     def forward(ctx, query, key, value, bias, scaling: float, causal: bool) -> torch.Tensor:
         query = query * scaling
         output = torch.empty_like(query)
-        largest, total = query.new_empty(2, *query.shape[:3], 1)
-        for head, shared, rows, columns in BlockwiseAttention.blocks(query, key, bias, causal):
-            logits = torch.addmm(bias[shared][rows, columns], query[head][rows], key[head][columns].T)
-            largest[head][rows] = logits.amax(1, keepdim=True)
-            weights = logits.sub_(largest[head][rows]).exp_()
-            total[head][rows] = weights.sum(1, keepdim=True)
-            output[head][rows] = (weights @ value[head][columns]).div_(total[head][rows])
-        ctx.save_for_backward(query, key, value, bias, output, largest, total)
+        for rows, columns, b in BlockwiseAttention.blocks(query, key, bias, causal):
+            weights = torch.baddbmm(bias[b], query[rows], key[columns].mT).softmax(-1)
+            output[rows] = torch.bmm(weights, value[columns])
+        ctx.save_for_backward(query, key, value, bias)
         ctx.scaling, ctx.causal = scaling, causal
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: torch.Tensor):
-        query, key, value, bias, output, largest, total = ctx.saved_tensors
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        grad_bias = torch.zeros_like(bias)
-        grad_output = grad_output / total  # in place of the weights, which are many more
-        mean = (grad_output * output).sum(3, keepdim=True)
-        for head, shared, rows, columns in BlockwiseAttention.blocks(query, key, bias, ctx.causal):
-            logits = torch.addmm(bias[shared][rows, columns], query[head][rows], key[head][columns].T)
-            weights = logits.sub_(largest[head][rows]).exp_()
-            grad_value[head][columns].addmm_(weights.T, grad_output[head][rows])
-            grad_weights = torch.addmm(-mean[head][rows], grad_output[head][rows], value[head][columns].T)
-            grad_logits = grad_weights.mul_(weights)
-            grad_bias[shared][rows, columns] += grad_logits
-            grad_query[head][rows] = grad_logits @ key[head][columns]
-            grad_key[head][columns].addmm_(grad_logits.T, query[head][rows])
+        query, key, value, bias = ctx.saved_tensors
+        grad_query, grad_bias = torch.empty_like(query), torch.zeros_like(bias)
+        grad_key, grad_value = key.new_zeros(2, *key.shape)  # contiguous, or products are added head by head
+        for rows, columns, b in BlockwiseAttention.blocks(query, key, bias, ctx.causal):
+            q, k, grad = query[rows], key[columns], grad_output[rows]
+            weights = torch.baddbmm(bias[b], q, k.mT).softmax(-1)
+            grad_value[columns].baddbmm_(weights.mT, grad)
+            grad_weights = torch.bmm(grad, value[columns].mT)
+            grad_logits = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_bias[b].add_(grad_logits)
+            grad_query[rows] = torch.bmm(grad_logits, k)
+            grad_key[columns].baddbmm_(grad_logits.mT, q)
         return grad_query.mul_(ctx.scaling), grad_key, grad_value, grad_bias, None, None
 
 
 def trains_large_bias_on_cpu(query: torch.Tensor, bias: torch.Tensor) -> bool:
-    """Whether [`BlockwiseAttention`] pays: smaller logits are in the cache as they are."""
+    """Whether [`BlockwiseAttention`] pays: logits that are one block are in the cache as they are."""
     trained = torch.is_grad_enabled() and bias.requires_grad and not torch.compiler.is_compiling()
     exact = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
-    return trained and exact and bias.shape[2] * bias.shape[3] > CACHED_LOGITS
+    return trained and exact and bias.shape[2] * bias.shape[3] * HEADS_IN_BLOCK > LOGITS_IN_BLOCK
 
 
 class IFSegAttention(nn.Module):
@@ -793,15 +825,16 @@ class IFSegEncoder(_IFSegStack):
         def layer_bias(layer: int) -> torch.Tensor:
             if not absolute:
                 absolute.append(masked_bias(q @ k.transpose(2, 3), None if mask is None else mask[:, None, None]))
-            bias = absolute[0].clone()
+            blocks: list[BiasBlock] = []
             if grid is not None:
                 height, width = grid
-                relative = self.image_relative_bias(layer, height, width, interpolate)
-                bias[:, :, : relative.shape[1], : relative.shape[1]] += relative.to(bias.device)
+                image = slice(height * width)
+                blocks.append((image, image, self.image_relative_bias(layer, height, width, interpolate)))
             if text_length:
+                text = slice(-text_length, None)
                 relative = text_relative_bias(self.token_rel_pos_table_list[layer](), 0, text_length)
-                bias[:, :, -text_length:, -text_length:] += relative.to(bias.device)
-            return bias
+                blocks.append((text, text, relative))
+            return add_blocks(absolute[0], blocks)
 
         if grid is None:
             return layer_bias
@@ -915,7 +948,7 @@ class IFSegDecoder(_IFSegStack):
         encoder_position_embeddings: torch.Tensor | None = None,
         position_embeddings: torch.Tensor | None = None,
         grid: tuple[int, int] | None = None,
-        relative_bias: Callable[[int], torch.Tensor] | None = None,
+        relative_bias: Callable[[int], list[BiasBlock]] | None = None,
         relative_tables: list[torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
@@ -929,7 +962,8 @@ class IFSegDecoder(_IFSegStack):
                 encoder_position_embeddings: (1 or batch, K, d_model).
             grid, position_embeddings: where the input is not text, the patches that it reads and its normalised
                 positions, (1, S, d_model).
-            relative_bias, relative_tables: gives the (heads, S, S) bias of a layer, and all that it makes them of.
+            relative_bias, relative_tables: gives the relative biases of a layer, blocks of (heads, S, S), and all that
+                it makes them of.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds to the decoder.")
@@ -963,10 +997,9 @@ class IFSegDecoder(_IFSegStack):
                 if attention_mask is not None:
                     allowed = allowed & attention_mask[:, None, None].to(allowed.device).bool()
                 causal.append(masked_bias(self_q @ self_k.transpose(2, 3), allowed))
-            if relative_bias is None:
-                relative = text_relative_bias(self.token_rel_pos_table_list[layer](), start, stop)
-            else:
-                relative = relative_bias(layer)
+            if relative_bias is not None:
+                return add_blocks(causal[0], relative_bias(layer))
+            relative = text_relative_bias(self.token_rel_pos_table_list[layer](), start, stop)
             return causal[0] + relative.to(self_q.device)
 
         layer_bias: Callable[[Any], torch.Tensor] = compute_bias

@@ -15,7 +15,7 @@ from ifseg_hf.modeling import (
     modeling_ofa,
 )
 from ifseg_hf.modeling.modeling_ifseg import segmentation_loss, word_distance
-from ifseg_hf.modeling.modeling_ofa import grid_relative_bias, resize_grid
+from ifseg_hf.modeling.modeling_ofa import add_blocks, grid_relative_bias, resize_grid
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_paper_positions_are_the_encoders(model):
     expected = encoder.image_pos_ln(encoder.embed_image_positions.weight[[0, 1, 2, 3, 4, 9]])
     torch.testing.assert_close(positions[0, :6], expected)  # <s>, then row by row of an 8 x 8 table
     table = paper.model.decoder.image_rel_pos_table_list[1].weight
-    bias = paper._decoder_relative_bias(1, 4, 4)
+    bias = add_blocks(torch.zeros(1, table.shape[1], 17, 17), paper._decoder_relative_bias(1, 4, 4))[0]
     torch.testing.assert_close(bias[:, 1:, 1:], grid_relative_bias(table[:-3], 4, 4))
     torch.testing.assert_close(bias[:, 0, 0], table[-1])
     torch.testing.assert_close(bias[:, 0, 5], table[-3])
@@ -286,7 +286,7 @@ def test_attention_in_blocks_trains_alike(checkpointing, monkeypatch):
         modeling_ofa.BlockwiseAttention, "blocks", staticmethod(lambda *inputs: calls.append(1) or blocks(*inputs))
     )
     for cached in (2**18, 60):
-        monkeypatch.setattr(modeling_ofa, "CACHED_LOGITS", cached)
+        monkeypatch.setattr(modeling_ofa, "LOGITS_IN_BLOCK", cached)
         model = small_model().train()
         if checkpointing:
             model.gradient_checkpointing_enable()

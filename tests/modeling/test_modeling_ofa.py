@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ifseg_hf.modeling import IFSegConfig, IFSegForConditionalGeneration, IFSegModel, modeling_ofa
 from ifseg_hf.modeling.modeling_ofa import (
     BlockwiseAttention,
+    add_blocks,
     drop_path,
     grid_relative_bias,
     photo_sizes,
@@ -51,8 +52,16 @@ def test_text_relative_bias(length):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 3), st.booleans(), st.integers(1, 7), st.integers(1, 7), st.booleans(), st.integers(1, 30))
-def test_blockwise_attention_is_the_plain_formula(batch, shared, queries, keys, causal, cached):
+@given(
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.booleans(),
+    st.integers(1, 7),
+    st.integers(1, 7),
+    st.booleans(),
+    st.integers(1, 120),
+)
+def test_blockwise_attention_is_the_plain_formula(batch, heads, shared, queries, keys, causal, limit):
     """Values and gradients, in blocks of any size, with a bias for all photos or one for each."""
     keys = queries if causal else keys
     generator = torch.Generator().manual_seed(batch + 10 * queries + 100 * keys)
@@ -60,10 +69,10 @@ def test_blockwise_attention_is_the_plain_formula(batch, shared, queries, keys, 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
 
-    query, key, value = random(batch, 2, queries, 4), random(batch, 2, keys, 4), random(batch, 2, keys, 4)
-    bias = random(1 if shared else batch, 2, queries, keys)
+    query, key, value = (random(batch, length, heads, 4).transpose(1, 2) for length in (queries, keys, keys))
+    bias = random(1 if shared else batch, heads, queries, keys)
     later = torch.ones(queries, keys).triu(1).bool() & causal
-    upstream = random(batch, 2, queries, 4).detach()
+    upstream = random(batch, heads, queries, 4).detach()
 
     def gradients(output: torch.Tensor) -> list[torch.Tensor]:
         return [output, *torch.autograd.grad(output, (query, key, value, bias), upstream)]
@@ -73,10 +82,34 @@ def test_blockwise_attention_is_the_plain_formula(batch, shared, queries, keys, 
 
     expected = gradients((0.3 * query @ key.transpose(2, 3) + masked()).softmax(3) @ value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_ofa, "CACHED_LOGITS", cached)
+        patch.setattr(modeling_ofa, "LOGITS_IN_BLOCK", limit)
         actual = gradients(BlockwiseAttention.apply(query, key, value, masked(), 0.3, causal))
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_add_blocks(batch):
+    """A part of the bias and a value for all of another, with the gradients of adding in place."""
+
+    def sums(add) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((batch, 3, 5, 4), (3, 2, 4), (3, 1, 1))
+        tensors = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+        total = add(*tensors)
+        return [total, *torch.autograd.grad(total.square().sum(), tensors)]
+
+    def in_place(bias, block, value):
+        bias = bias.clone()
+        bias[:, :, 3:] += block
+        bias[:, :, :3, :1] += value
+        return bias
+
+    def in_blocks(bias, block, value):
+        return add_blocks(bias, [(slice(3, None), slice(None), block), (slice(3), slice(0, 1), value)])
+
+    for one, other in zip(sums(in_blocks), sums(in_place), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_photo_sizes():
