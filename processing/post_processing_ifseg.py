@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, interpolate, normalize
 
-# Entries of the largest temporary tensor (64 MiB of float32): rows of the similarity matrix, resized categories.
-_BLOCK = 2**24
+# Entries of the largest temporary tensor (8 MiB of float32): rows of the similarity matrix, of the resized photo.
+_BLOCK = 2**21
 
 
 def nearest_patches(features: Tensor, neighbors: int) -> Tensor:
@@ -131,9 +131,17 @@ def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return interpolate(scores, size=size, mode="bilinear", align_corners=False)[0]
 
 
+def _linear_weights(size: int, new_size: int, scores: Tensor) -> Tensor:
+    """What each of `size` places counts for at each of `new_size`, `(new_size, size)`, as `interpolate` has it."""
+    basis = torch.eye(size, dtype=torch.float64, device="cpu")
+    return interpolate(basis[None], size=new_size, mode="linear", align_corners=False)[0].T.to(scores)
+
+
 def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """
     `resize_scores(scores, size).argmax(0)`, in memory that does not grow with the number of categories.
+
+    Bilinear resizing is a product with the weights of the rows and one with those of the columns.
 
     Args:
         scores (`Tensor` of shape `(categories, h, w)`), size (`(height, width)`).
@@ -141,14 +149,16 @@ def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         `Tensor` of shape `size`, int64; of equal scores the first category wins.
     """
-    chunk = max(1, _BLOCK // (size[0] * size[1]))
-    best, labels = resize_scores(scores[:chunk], size).max(0)
-    for start in range(chunk, len(scores), chunk):
-        values, indices = resize_scores(scores[start : start + chunk], size).max(0)
-        better = values > best
-        best = torch.where(better, values, best)
-        labels = torch.where(better, indices + start, labels)
-    return labels
+    categories, h, w = scores.shape
+    to_rows, to_columns = _linear_weights(h, size[0], scores), _linear_weights(w, size[1], scores)
+    # an absent category has the smallest logit there is; a sum of it must not become infinite, zero times that is none
+    lines = scores.permute(1, 2, 0).flatten(1).clamp(min=torch.finfo(scores.dtype).min / 4)
+    labels = []
+    with torch.autocast(scores.device.type, enabled=False):
+        for rows in to_rows.split(max(1, _BLOCK // (size[1] * categories))):
+            resized = to_columns @ (rows @ lines).view(-1, w, categories)
+            labels.append(resized.max(-1).indices)
+    return torch.cat(labels)
 
 
 def segmentation_maps(

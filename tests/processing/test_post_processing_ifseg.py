@@ -128,14 +128,29 @@ def test_blocks_change_nothing(monkeypatch, block):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 12), *[st.integers(1, 9)] * 2, *[st.integers(1, 40)] * 2)
-def test_argmax_in_chunks_is_the_argmax(categories, height, width, new_height, new_width):
+def test_argmax_in_blocks_is_the_argmax(categories, height, width, new_height, new_width):
     torch.manual_seed(0)
-    scores = torch.randn(categories, height, width)
+    scores = torch.randn(categories, height, width, dtype=torch.float64)
+    scores[0] = torch.finfo(scores.dtype).min  # an absent category's logits
     expected = interpolate(scores[None], size=(new_height, new_width), mode="bilinear")[0].argmax(0)
-    for block in (2**24, 2 * new_height * new_width, 1):
+    for block in (2**24, 2 * new_width * categories, 1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(post_processing, "_BLOCK", block)
             assert torch.equal(resized_argmax(scores, (new_height, new_width)), expected)
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -torch.inf])
+def test_an_absent_category_wins_nowhere(lowest):
+    scores = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    scores[1] = lowest
+    labels = resized_argmax(scores, (77, 91))
+    expected = resized_argmax(scores[[0, 2]], (77, 91)) * 2
+    assert torch.equal(labels, expected)
+
+
+def test_of_equal_scores_the_first_category_wins():
+    scores = torch.rand(1, 7, 9, generator=torch.Generator().manual_seed(0)).expand(40, 7, 9)
+    assert not resized_argmax(scores, (100, 131)).any()
 
 
 def test_a_patch_is_its_own_neighbour():
