@@ -34,13 +34,14 @@ def nearest_patches(features: Tensor, neighbors: int) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         features = normalize(features.float().contiguous(), dim=-1)
         rows = max(1, _BLOCK // patches)
-        indices = []
-        for start in range(0, patches, rows):
+        # Filled, not collected: small tensors between the blocks would keep each from taking the last one's memory.
+        indices = features.new_empty(patches, min(neighbors, patches), dtype=torch.int64)
+        for start, nearest in zip(range(0, patches, rows), indices.split(rows), strict=True):
             similarity = features[start : start + rows] @ features.T
             # Above any cosine: of patches that are exactly alike (a blank photo) the patch itself comes first.
             similarity.diagonal(start).fill_(2)
-            indices.append(similarity.topk(min(neighbors, patches)).indices)
-    return torch.cat(indices)
+            nearest.copy_(similarity.topk(nearest.shape[1]).indices)
+    return indices
 
 
 def smooth_probabilities(probabilities: Tensor, features: Tensor, neighbors: int = 3, iterations: int = 25) -> Tensor:
@@ -153,12 +154,13 @@ def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
     to_rows, to_columns = _linear_weights(h, size[0], scores), _linear_weights(w, size[1], scores)
     # an absent category has the smallest logit there is; a sum of it must not become infinite, zero times that is none
     lines = scores.permute(1, 2, 0).flatten(1).clamp(min=torch.finfo(scores.dtype).min / 4)
-    labels = []
+    labels = scores.new_empty(size, dtype=torch.int64)
+    count = max(1, _BLOCK // (size[1] * categories))
     with torch.autocast(scores.device.type, enabled=False):
-        for rows in to_rows.split(max(1, _BLOCK // (size[1] * categories))):
+        for rows, block in zip(to_rows.split(count), labels.split(count), strict=True):
             resized = to_columns @ (rows @ lines).view(-1, w, categories)
-            labels.append(resized.max(-1).indices)
-    return torch.cat(labels)
+            block.copy_(resized.max(-1).indices)
+    return labels
 
 
 def segmentation_maps(
