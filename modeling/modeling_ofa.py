@@ -483,8 +483,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def blocks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, causal: bool):
-        """Yields where a block's queries, keys and bias are: an index of the first three dimensions, and the bias'
-        columns are the keys that these queries see."""
+        """Yields, block by block, the indices of its queries, of the keys that they see, and of their bias."""
         (batch, heads, queries, _), keys = query.shape, key.shape[2]
         size = max(1, LOGITS_IN_BLOCK // (HEADS_IN_BLOCK * keys))
         for first in range(0, heads, HEADS_IN_BLOCK):
