@@ -88,6 +88,7 @@ def test_script(tmp_path, capsys):
 
 def test_script_errors(tmp_path, capsys):
     folder = save_tiny_model(tmp_path / "model")
+    capsys.readouterr()  # the progress bar of saving
     for arguments, message in [
         ([folder, "x.onnx"], "not tuned for any words"),
         ([str(tmp_path / "none"), "x.onnx"], "no model folder"),

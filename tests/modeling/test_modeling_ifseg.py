@@ -299,6 +299,29 @@ def test_attention_in_blocks_trains_alike(checkpointing, monkeypatch):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
+def test_attention_in_blocks_under_autocast(monkeypatch):
+    """It computes in float32, with what bfloat16 leaves of its inputs."""
+    monkeypatch.setattr(modeling_ofa, "LOGITS_IN_BLOCK", 60)
+    calls, blocks = [], modeling_ofa.BlockwiseAttention.blocks
+    monkeypatch.setattr(
+        modeling_ofa.BlockwiseAttention,
+        "blocks",
+        staticmethod(lambda query, *inputs: calls.append(query.dtype) or blocks(query, *inputs)),
+    )
+    gradients = []
+    for enabled in (False, True):
+        model = small_model().train()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(**word_maps()).loss
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert set(calls) == {torch.float32}
+        calls.clear()
+    assert gradients[1].dtype == torch.float32
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
