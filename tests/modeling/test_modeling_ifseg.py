@@ -358,6 +358,19 @@ def test_compiles_without_graph_breaks(model):
     torch.testing.assert_close(compiled(pixel_values=photo).logits, model(pixel_values=photo).logits)
 
 
+def test_compiled_training_has_the_same_gradients():
+    """The compiler takes another way through biases and attention."""
+    gradients = []
+    for compiled in (False, True):
+        model = small_model(dropout=0.0, encoder_drop_path_rate=0.0, decoder_drop_path_rate=0.0).train()
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        forward(**word_maps()).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_save_and_load(model, tmp_path):
     model.save_pretrained(tmp_path)
