@@ -1,63 +1,62 @@
-"""IFSeg the Hugging Face way: category words in, a segmented photo out.
+"""IFSeg for transformers: category words in, a segmented image out.
 
-Importing this package makes transformers' Auto classes and `pipeline("image-segmentation")` know IFSeg models, and
-makes the models that it saves bring their own code along, for places where the package is not installed.
+Once this package is imported, transformers' Auto classes and `pipeline("image-segmentation")` know IFSeg models, and
+saved models carry their own code for places where the package is not installed.
+
+The import itself is light, so that a script can refuse a wrong argument before torch is loaded: names are resolved when
+they are first used, and the classes are registered when transformers is imported.
 """
 
-from pathlib import Path
+import importlib
+import sys
+from typing import TYPE_CHECKING
 
-_HERE = Path(__file__).resolve().parent
-if not (_HERE / "modeling").is_dir():
-    # A checkout, where modeling/ and processing/ stand beside this folder: make them parts of the package from
-    # whatever directory and however it was found, as pyproject.toml does in an installation.
-    __path__.append(str(_HERE.parent))
+from wrapt import register_post_import_hook
 
-from transformers import (  # noqa: E402
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForSemanticSegmentation,
-    AutoProcessor,
-    pipelines,
-)
+from ifseg_hf.pretrained import NANO, resolve_model
 
-from .modeling import (  # noqa: E402
-    IFSegConfig,
-    IFSegForConditionalGeneration,
-    IFSegForSemanticSegmentation,
-    IFSegModel,
-)
-from .processing import IFSegImageProcessor, IFSegImageSegmentationPipeline, IFSegProcessor  # noqa: E402
-from .recipe import resolve_model  # noqa: E402
+if TYPE_CHECKING:
+    from ifseg_hf.modeling import (
+        IFSegConfig,
+        IFSegForConditionalGeneration,
+        IFSegForSemanticSegmentation,
+        IFSegModel,
+    )
+    from ifseg_hf.processing import IFSegImageProcessor, IFSegImageSegmentationPipeline, IFSegProcessor
 
-NANO = _HERE / "nano"
-"""Folder of the embedded checkpoint, for `from_pretrained`: a small OFA, before any tuning on words."""
+_LAZY = {
+    "IFSegConfig": "ifseg_hf.modeling",
+    "IFSegForConditionalGeneration": "ifseg_hf.modeling",
+    "IFSegForSemanticSegmentation": "ifseg_hf.modeling",
+    "IFSegModel": "ifseg_hf.modeling",
+    "IFSegImageProcessor": "ifseg_hf.processing",
+    "IFSegImageSegmentationPipeline": "ifseg_hf.processing",
+    "IFSegProcessor": "ifseg_hf.processing",
+}
 
 
-def _register() -> None:
-    """Tells transformers about the classes; safe to run again, as a reload does."""
-    AutoConfig.register(IFSegConfig.model_type, IFSegConfig, exist_ok=True)
-    AutoModel.register(IFSegConfig, IFSegModel, exist_ok=True)
-    AutoModelForImageTextToText.register(IFSegConfig, IFSegForConditionalGeneration, exist_ok=True)
-    AutoModelForSemanticSegmentation.register(IFSegConfig, IFSegForSemanticSegmentation, exist_ok=True)
-    # It needs no torchvision, so it serves where that is installed, too.
-    image_processors = {"pil": IFSegImageProcessor, "torchvision": IFSegImageProcessor}
-    AutoImageProcessor.register(IFSegConfig, image_processor_classes=image_processors, exist_ok=True)
-    AutoProcessor.register(IFSegConfig, IFSegProcessor, exist_ok=True)
-    # Saved models and processors name these classes in `auto_map` and get a copy of the files that define them.
-    IFSegConfig.register_for_auto_class("AutoConfig")
-    IFSegModel.register_for_auto_class("AutoModel")
-    IFSegForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-    IFSegForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
-    IFSegImageProcessor.register_for_auto_class("AutoImageProcessor")
-    IFSegProcessor.register_for_auto_class("AutoProcessor")
-    # This class leaves other models to transformers' own. PIPELINE_REGISTRY.register_pipeline would warn, and forget
-    # which Auto classes and which default model the task has.
-    pipelines.SUPPORTED_TASKS["image-segmentation"]["impl"] = IFSegImageSegmentationPipeline
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
 
 
-_register()
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+def _register(module) -> None:
+    """Registers the classes with transformers, once everything that defines them is imported."""
+    for name in _REGISTERED:
+        if name in sys.modules and not hasattr(sys.modules[name], "__all__"):
+            return  # it is being imported right now, and its own hook will call this function again
+    importlib.import_module("ifseg_hf.registration").register()
+
+
+# The package `transformers` is complete before any of its modules is imported, so at that moment all of them can be.
+_REGISTERED = ("ifseg_hf.modeling", "ifseg_hf.processing", "ifseg_hf.registration")
+for _name in ("transformers", *_REGISTERED):
+    register_post_import_hook(_register, _name)
 
 __all__ = [
     "NANO",

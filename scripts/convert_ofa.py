@@ -8,7 +8,7 @@ python scripts/convert_ofa.py ifseg.pt ifseg --tokenizer OFA/utils/BPE --categor
 import argparse
 import sys
 
-from ifseg_hf.conversion import ConversionError, ConversionReport, convert_ofa_checkpoint
+from ifseg_hf.hub.conversion import ConversionError, ConversionReport, convert_ofa_checkpoint
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -43,11 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     from transformers import logging
 
     import ifseg_hf
-    from ifseg_hf.drawing import label_map, overlay, shares, side_by_side
+    from ifseg_hf.data.vocabularies import read_categories
     from ifseg_hf.processing.image_processing_ifseg import read_image, to_array
-    from ifseg_hf.recipe import read_settings
-    from ifseg_hf.training import SettingError, TrainingError, WordMapTraining, train
-    from ifseg_hf.vocabularies import read_categories
+    from ifseg_hf.training.config import read_settings
+    from ifseg_hf.training.loop import SettingError, TrainingConfig, TrainingError, train
+    from ifseg_hf.visualization.overlays import label_map, overlay, shares, side_by_side
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             photos = {name: Image.fromarray(photo) for name, photo in bundled_photos().items()}
         print(f"Words: {', '.join(categories)}.\nNo photo and no mask is used for tuning, only these words:\n")
-        train(WordMapTraining(**settings))
+        train(TrainingConfig(**settings))
     except (OSError, ValueError, SettingError, TrainingError) as error:
         print(f"demo.py: {error}", file=sys.stderr)
         return 1

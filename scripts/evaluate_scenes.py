@@ -13,10 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-# Python puts a script's own folder first, where `import evaluate`, the package, would find the script of that name.
-_HERE = Path(__file__).resolve().parent
-SETTINGS = _HERE / "configs" / "nano.yaml"
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _HERE]
+SETTINGS = Path(__file__).resolve().parent / "configs" / "nano.yaml"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,9 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Skipped: there is no dataset.json in {options.street}, the folder of street photos.")
         return 0
 
-    from ifseg_hf import resolve_model, scene_evaluation, scenes
-    from ifseg_hf.recipe import read_settings
-    from ifseg_hf.training import WordMapTraining, train
+    from ifseg_hf import resolve_model
+    from ifseg_hf.nano import scene_evaluation, scenes
+    from ifseg_hf.training.config import read_settings
+    from ifseg_hf.training.loop import TrainingConfig, train
 
     with tempfile.TemporaryDirectory() as scratch:
         original = resolve_model(options.model)
@@ -62,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         def tune(folder: str | Path, words, seed: int, **settings) -> str:
             output = tempfile.mkdtemp(dir=scratch)
             told = {"categories": words, "output_dir": output, "model": str(folder), "seed": seed}
-            train(WordMapTraining(**{**read_settings(str(SETTINGS)), "checkpointing_steps": 0, **settings, **told}))
+            train(TrainingConfig(**{**read_settings(str(SETTINGS)), "checkpointing_steps": 0, **settings, **told}))
             return output
 
         def tune_for_mosaics(folder: str | Path, words, seed: int, **settings) -> str:
@@ -80,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace, folder: Path, photos, tune: Callable, tune_for_streets: Callable) -> dict:
     """Before and after tuning, and the cosine baseline: mosaics of each number of words, then street photos."""
-    from ifseg_hf import scene_evaluation, scenes
-    from ifseg_hf.segmentation_data import load_segmentation_data
+    from ifseg_hf.data.segmentation import load_segmentation_data
+    from ifseg_hf.nano import scene_evaluation, scenes
 
     results = {}
     for count, words in scene_evaluation.word_lists(photos, options.words).items():
@@ -103,7 +101,7 @@ def compare(options: argparse.Namespace, folder: Path, photos, tune: Callable, t
 
 def ablate(options: argparse.Namespace, folder: Path, photos, tune: Callable, scratch: str) -> dict:
     """The paper's ablations on mosaics, and a hierarchical vocabulary."""
-    from ifseg_hf import scene_evaluation, scenes
+    from ifseg_hf.nano import scene_evaluation, scenes
 
     count = options.words[0]
     words = scene_evaluation.word_lists(photos, [count])[count]

@@ -14,11 +14,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parent
 NAMES = ("image-free", "self-training", "supervised", "from-scratch", "seen-only", "seen-and-unseen")
 
-# Python puts a script's own folder first, where `import evaluate`, the package, would find the script of that name.
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != SCRIPTS]
+SCRIPTS = Path(__file__).resolve().parent
 
 
 def integers(text: str) -> list[int]:
@@ -51,7 +49,15 @@ def launch(command: list[str]) -> None:
 
 def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] = launch) -> int:
     options = parse_arguments(arguments)
-    from ifseg_hf.experiments import Experiments, draw, markdown, results, run_experiments, shell, write
+    from ifseg_hf.experiments.image_experiments import (
+        Experiments,
+        draw,
+        markdown,
+        results,
+        run_experiments,
+        shell,
+        write,
+    )
 
     out, configs = options.output_dir, Path(os.path.relpath(SCRIPTS / "configs"))
     experiments = Experiments(

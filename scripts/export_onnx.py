@@ -28,8 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from ifseg_hf import IFSegForSemanticSegmentation, IFSegProcessor, resolve_model
-    from ifseg_hf.export import export_onnx
-    from ifseg_hf.vocabularies import read_categories
+    from ifseg_hf.data.vocabularies import read_categories
+    from ifseg_hf.hub.export import export_onnx
 
     disable_progress_bar()
     try:

@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    from ifseg_hf.curves import draw_curves
+    from ifseg_hf.visualization.curves import draw_curves
 
     runs: dict[str, list[str]] = {}
     for run, label in zip(options.runs, options.labels, strict=True):

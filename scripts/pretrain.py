@@ -31,7 +31,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    from ifseg_hf.pretraining import pretrain
+    from ifseg_hf.nano.pretraining import pretrain
 
     folder = pretrain(options.photos, options.street, options.output_dir, options.scale, options.model, options.workers)
     print(f"The checkpoint is in {folder}; its stages, no longer needed, in {folder / 'stages'}.")

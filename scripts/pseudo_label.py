@@ -54,10 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
     # The heavy imports come after the arguments, whose mistakes so show at once.
     from accelerate import PartialState
 
-    from ifseg_hf.pseudo_labels import Guess, load_photos, write_pseudo_labels
-    from ifseg_hf.segmentation_data import SegmentationData
-    from ifseg_hf.supervised import load_training_data
-    from ifseg_hf.vocabularies import read_categories
+    from ifseg_hf.data.crops import load_training_data
+    from ifseg_hf.data.segmentation import SegmentationData
+    from ifseg_hf.data.vocabularies import read_categories
+    from ifseg_hf.training.pseudo_labels import Guess, load_photos, write_pseudo_labels
 
     state = PartialState(cpu=options.cpu)
     try:

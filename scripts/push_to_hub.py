@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
     # The heavy imports come after the arguments, whose mistakes so show at once.
-    from ifseg_hf.hub import HubError, push_to_hub
+    from ifseg_hf.hub.publish import HubError, push_to_hub
 
     try:
         print(f"Published: {push_to_hub(**vars(options)).commit_url}")

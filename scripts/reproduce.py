@@ -41,7 +41,7 @@ def launch(command: list[str]) -> None:
 
 def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] = launch) -> int:
     options = parse_arguments(arguments)
-    from ifseg_hf.reproduction import Reproduction, markdown, reproduce, shell
+    from ifseg_hf.experiments.paper_tables import Reproduction, markdown, reproduce, shell
 
     reproduction = Reproduction(
         options.model, options.data, options.output_dir, options.clip, options.steps, options.limit

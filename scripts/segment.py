@@ -59,9 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from ifseg_hf import resolve_model
-    from ifseg_hf.drawing import label_map, overlay, save_mask, shares
+    from ifseg_hf.data.vocabularies import read_categories
     from ifseg_hf.processing.image_processing_ifseg import read_image, to_array
-    from ifseg_hf.vocabularies import read_categories
+    from ifseg_hf.visualization.overlays import label_map, overlay, save_mask, shares
 
     disable_progress_bar()
     try:

@@ -9,27 +9,17 @@ A run that was stopped, or lost its machine, goes on when it is started again wi
 
 import argparse
 import dataclasses
-import importlib.util
 import os
-import runpy
 import signal
 import sys
 import typing
-from pathlib import Path
 
-# Python puts a script's own folder first, where `import evaluate`, the package, would find the script of that name.
-_HERE = Path(__file__).resolve().parent
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _HERE]
+from ifseg_hf.data.vocabularies import read_categories
+from ifseg_hf.training.config import TrainingConfig, read_settings
 
 
 def parse_arguments() -> dict:
     """The settings by name, all of them checked: a wrong one ends the program with one line and status 2."""
-    # The package as a whole brings torch and transformers along, which takes seconds. These two files need neither, so
-    # that a wrong argument is told at once.
-    package = Path(importlib.util.find_spec("ifseg_hf").submodule_search_locations[0])
-    read_categories = runpy.run_path(str(package / "vocabularies.py"))["read_categories"]
-    recipe = runpy.run_path(str(package / "recipe.py"))
-
     parser = Parser(
         description=__doc__,
         usage="%(prog)s [--config FILE] [--categories WORDS] [--dataset DATA] --output-dir FOLDER [settings]",
@@ -37,24 +27,25 @@ def parse_arguments() -> dict:
         argument_default=argparse.SUPPRESS,  # what is not given is left to the file, then to the recipe
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with any of these settings; flags go before it")
-    for field in dataclasses.fields(recipe["Training"]):
+    for field in dataclasses.fields(TrainingConfig):
         add_flag(parser, field)
     given = vars(parser.parse_args())
     try:
-        settings = {**(recipe["read_settings"](given.pop("config")) if "config" in given else {}), **given}
+        settings = {**(read_settings(given.pop("config")) if "config" in given else {}), **given}
         for name in ("categories", "output_dir"):
             if name not in settings and (name != "categories" or settings.get("dataset") is None):
                 raise ValueError(f"--{name.replace('_', '-')} is needed, here or in a file for --config.")
         given_categories = settings.setdefault("categories", None)
         settings["categories"] = None if given_categories is None else read_categories(given_categories)
-        recipe["Training"](**settings).check()
+        TrainingConfig(**settings).check()
     except ValueError as error:
         parser.error(str(error))
     if settings.get("push_to_hub") and os.environ.get("RANK", "0") == "0":  # one question to the Hub, not one a process
-        hub = runpy.run_path(str(package / "hub.py"))
+        from ifseg_hf.hub.publish import HubError, check_access
+
         try:
-            hub["check_access"](settings["push_to_hub"])
-        except (ValueError, hub["HubError"]) as error:
+            check_access(settings["push_to_hub"])
+        except (ValueError, HubError) as error:
             parser.error(str(error))
     return settings
 
@@ -85,10 +76,10 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
 def main() -> int:
     settings = parse_arguments()
     try:
-        from ifseg_hf.hub import HubError
-        from ifseg_hf.training import SettingError, Training, TrainingError, train
+        from ifseg_hf.hub.publish import HubError
+        from ifseg_hf.training.loop import SettingError, TrainingError, train
 
-        train(Training(**settings))
+        train(TrainingConfig(**settings))
     except KeyboardInterrupt as error:
         return 128 + getattr(error, "signal_number", signal.SIGINT)
     except (SettingError, TrainingError, HubError) as error:

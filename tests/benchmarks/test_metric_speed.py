@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from ifseg_hf.metrics import MeanIoU, scores
+from ifseg_hf.evaluation.metrics import MeanIoU, scores
 
 
 @pytest.mark.benchmark(group="mIoU", timer=time.process_time, min_rounds=20, warmup=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ifseg_hf.word_maps import word_map_labels, word_map_stream
+from ifseg_hf.data.word_maps import word_map_labels, word_map_stream
 
 SAMPLES = 4096
 

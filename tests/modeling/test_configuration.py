@@ -1,6 +1,6 @@
 import pytest
 from checkpoints import SMALL
-from parity_kit import fixture
+from reference_outputs import fixture
 
 from ifseg_hf.modeling import IFSegConfig, IFSegModel
 

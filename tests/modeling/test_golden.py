@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checkpoints import our_name, reference_model
-from parity_kit import fixture, golden, golden_metadata, relative_error, token_ids
+from reference_outputs import fixture, golden, golden_metadata, relative_error, token_ids
 
 from ifseg_hf.modeling import IFSegConfig, IFSegForConditionalGeneration
 

@@ -1,7 +1,7 @@
 """A tokenizer small enough to make on the spot, and processors with it and with the published one."""
 
 import pytest
-from parity_kit import BPE
+from reference_outputs import BPE
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BartTokenizer, PreTrainedTokenizerFast
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity_kit import SHARED, golden
 from PIL import Image
+from reference_outputs import SHARED, golden
 
 from ifseg_hf.processing import IFSegImageProcessor
 from ifseg_hf.processing.image_processing_ifseg import output_size, resize_bilinear, resize_nearest, to_array

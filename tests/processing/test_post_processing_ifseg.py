@@ -8,7 +8,7 @@ import torch
 from checkpoints import reference_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity_kit import fixture, golden, golden_metadata, relative_error
+from reference_outputs import fixture, golden, golden_metadata, relative_error
 from torch.nn.functional import interpolate, normalize
 
 import ifseg_hf.processing.post_processing_ifseg as post_processing

@@ -6,7 +6,7 @@ import torch
 from checkpoints import small_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parity_kit import token_ids
+from reference_outputs import token_ids
 
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
 from ifseg_hf.processing.processing_ifseg import PROMPT

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ifseg_hf.conversion import ConversionError, ConversionReport
+from ifseg_hf.hub.conversion import ConversionError, ConversionReport
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_ofa.py"
 

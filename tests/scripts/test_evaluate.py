@@ -1,4 +1,4 @@
-"""scripts/evaluate.py as a person starts it: through accelerate, in two processes, and with mistakes."""
+"""scripts/eval.py as a person starts it: through accelerate, in two processes, and with mistakes."""
 
 import json
 import runpy
@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from tiny_model import save_tiny_model
 
-from ifseg_hf import hub
+from ifseg_hf.hub import publish as hub
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "evaluate.py"
+SCRIPT = ROOT / "scripts" / "eval.py"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_through_accelerate(work):
     assert done.returncode == 0, done.stderr
     told = json.loads((work / "out" / "results.json").read_text())
     assert told["images"] == 7
-    assert told["command"].startswith("scripts/evaluate.py --model model --dataset streets")
+    assert told["command"].startswith("scripts/eval.py --model model --dataset streets")
     assert set(told["versions"]) == {"python", "ifseg-hf", "torch", "transformers", "datasets", "accelerate"}
     settings = [(x["smoothing_neighbors"], x["smoothing_iterations"]) for x in told["results"]]
     assert settings == [(1, 0), (2, 1), (3, 1)]
@@ -118,7 +118,7 @@ def test_mistakes_are_one_line(work, evaluate, tmp_path, capsys, arguments, comp
     if "--model" not in arguments:
         arguments += ["--model", str(work / "model")]
     assert evaluate([*arguments, "--output-dir", str(tmp_path / "out"), "--cpu"]) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate.py:")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py:")]
     assert complaint in line
 
 

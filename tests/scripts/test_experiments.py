@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from masked_photos import save_masked_photos, save_tiny_segmenter
+from image_folders import save_masked_photos, save_tiny_segmenter
 
-from ifseg_hf import experiments
-from ifseg_hf.training_log import read_log
+from ifseg_hf.experiments import image_experiments as experiments
+from ifseg_hf.training.log import read_log
 
 pytest.importorskip("kornia")
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -87,7 +87,7 @@ def test_dry_run_prints_commands_that_can_be_typed(data, capsys):
         "scripts/train.py",
         "scripts/pseudo_label.py",
         "scripts/train.py",
-        "scripts/evaluate.py",
+        "scripts/eval.py",
     ]
     assert "--categories 'cat, cup, sky, sea'" in lines[0]
     made = [line.split("--output-dir ")[1] for line in lines]

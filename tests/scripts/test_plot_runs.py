@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ifseg_hf.curves import common_steps, running_mean
-from ifseg_hf.drawing import palette
-from ifseg_hf.training_log import LOG_FILE, read_log
+from ifseg_hf.training.log import LOG_FILE, read_log
+from ifseg_hf.visualization.curves import common_steps, running_mean
+from ifseg_hf.visualization.overlays import palette
 
 main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "plot_runs.py"))["main"]
 

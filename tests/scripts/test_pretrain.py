@@ -54,7 +54,7 @@ def test_wrong_folders_are_named(tmp_path, photos, capsys):
 
 
 def test_a_miniature_run(tmp_path, photos, monkeypatch, capsys):
-    from ifseg_hf import pretraining
+    from ifseg_hf.nano import pretraining
 
     small = {"steps": 1, "batch": 4, "size": 32, "photo_sizes": (32,)}
     for name, value in list(vars(pretraining).items()):  # whatever stages there are, and will be

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from masked_photos import NAMES, save_masked_photos, save_tiny_segmenter
+from image_folders import NAMES, save_masked_photos, save_tiny_segmenter
 
-from ifseg_hf.segmentation_data import load_segmentation_data
+from ifseg_hf.data.segmentation import load_segmentation_data
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "pseudo_label.py"
 

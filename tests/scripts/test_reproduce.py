@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ifseg_hf import reproduction
+from ifseg_hf.data.vocabularies import VOCABULARIES, read_categories
+from ifseg_hf.experiments import paper_tables as reproduction
 from ifseg_hf.modeling import IFSegConfig, IFSegForConditionalGeneration
-from ifseg_hf.pretraining import train_tokenizer
+from ifseg_hf.nano.pretraining import train_tokenizer
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
-from ifseg_hf.vocabularies import VOCABULARIES, read_categories
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 reproduce = runpy.run_path(str(SCRIPTS / "reproduce.py"))["main"]
@@ -111,7 +111,7 @@ def test_table(table, models, data, out, here, capsys):
     # what was made is not made again
     here.commands.clear()
     assert reproduce([*arguments, *trial], here) == 0
-    assert {command[0] for command in here.commands} == {"evaluate.py"}
+    assert {command[0] for command in here.commands} == {"eval.py"}
     assert json.loads((out / f"table-{table}.json").read_text()) == rows
 
 

@@ -14,13 +14,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from hub_client import environment
 from hub_server import HubServer
-from masked_photos import save_masked_photos, save_tiny_segmenter
+from image_folders import save_masked_photos, save_tiny_segmenter
 from safetensors.torch import load_file
 from tiny_model import is_key_bias, save_tiny_model
 
-from ifseg_hf.recipe import SETTINGS_FILE, checkpoints
-from ifseg_hf.training import WordMapTraining, train
-from ifseg_hf.training_log import read_log
+from ifseg_hf.training.config import SETTINGS_FILE, checkpoints
+from ifseg_hf.training.log import read_log
+from ifseg_hf.training.loop import TrainingConfig, train
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "train.py")
@@ -93,7 +93,7 @@ def test_processes_accumulation_and_workers_change_nothing(tiny_model, tmp_path)
     """
     quiet = {"steps": 20, "learning_rate": 1e-4, "dropout": 0.0, "drop_path": 0.0, "cpu": True}
     words = ["cat", "cup", "sky"]
-    train(WordMapTraining(words, str(tmp_path / "one"), tiny_model, **quiet))
+    train(TrainingConfig(words, str(tmp_path / "one"), tiny_model, **quiet))
 
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29000 + os.getpid() % 2000]
     flags = ["--steps", 20, "--learning-rate", 1e-4, "--dropout", 0, "--drop-path", 0, "--cpu"]
@@ -105,7 +105,7 @@ def test_processes_accumulation_and_workers_change_nothing(tiny_model, tmp_path)
 
     half = str(tmp_path / "two" / "checkpoint-10")
     other = {"gradient_accumulation_steps": 2, "dataloader_workers": 1, "resume": half}
-    train(WordMapTraining(words, str(tmp_path / "three"), tiny_model, **quiet, **other))
+    train(TrainingConfig(words, str(tmp_path / "three"), tiny_model, **quiet, **other))
     assert_close_weights(tmp_path / "one", tmp_path / "three")
 
 
@@ -144,7 +144,7 @@ def test_a_run_survives_ctrl_c_sigterm_and_kill(tiny_model, tmp_path):
     """All three, one after the other, and it still ends with the weights of a run that was left alone, to the bit."""
     flags = ["--model", tiny_model, "--steps", 80, "--batch-size", 2, "--cpu", "--checkpointing-steps", 10, "--resume"]
     torch.set_num_threads(1)  # as in the other processes
-    train(WordMapTraining(["cat", "cup", "sky"], str(tmp_path / "alone"), tiny_model, steps=80, batch_size=2, cpu=True))
+    train(TrainingConfig(["cat", "cup", "sky"], str(tmp_path / "alone"), tiny_model, steps=80, batch_size=2, cpu=True))
 
     out = tmp_path / "out"
     command = [sys.executable, SCRIPT, *WORDS, "--output-dir", out, *flags]

@@ -1,0 +1,1 @@
+"""Word maps, data sets of images and masks, crops, vocabularies."""

@@ -1,0 +1,1 @@
+"""Segmenters, metrics, evaluation, baselines."""

@@ -1,0 +1,218 @@
+"""CLIP and MaskCLIP, which the paper compares with (section 3), as segmenters that are called as IFSeg is.
+
+Patch features of CLIP's vision transformer are compared with the embeddings of the words. Neither is tuned. What comes
+out has the fields of an IFSeg model's output, so smoothing, resizing and argmax are the same code for all.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import SizeDict
+
+from ifseg_hf.data.vocabularies import read_categories
+from ifseg_hf.modeling.modeling_ifseg import IFSegSegmentationOutput
+from ifseg_hf.modeling.modeling_ofa import one_photo_size_at_a_time
+from ifseg_hf.pretrained import resolve_model
+from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor, output_size
+
+__all__ = ["BASELINES", "TEMPLATES", "CLIPSegmenter", "load_baseline"]
+
+BASELINES = ("clip", "maskclip")
+TEMPLATES = (
+    "a photo of a {}.",
+    "a picture of the {}.",
+    "a close-up of a {}.",
+    "a {} seen from far away.",
+    "a blurred photo of a {}.",
+    "a photo of a part of a {}.",
+    "a scene with a {} in it.",
+    "{}.",
+)
+"""A word's embedding is the mean over these sentences."""
+
+_RESNET = re.compile(r"(clip[-_])?(rn|resnet)[-_]?\d+.*", re.IGNORECASE)
+_EXAMPLE = "openai/clip-vit-base-patch16"
+
+
+class CLIPSegmenter:
+    """CLIP's patches against words; [`load_baseline`] makes one.
+
+    Args:
+        model (`CLIPModel`): used in evaluation mode and without gradients, wherever it is.
+        processor (`CLIPProcessor`): its tokenizer, and its mean and standard deviation of photos.
+    """
+
+    def __init__(self, model: CLIPModel, processor: CLIPProcessor):
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config
+        self.tokenizer = processor.tokenizer
+        self.image_processor = _WholePatches(
+            image_mean=processor.image_processor.image_mean, image_std=processor.image_processor.image_std
+        )
+        self.image_processor.patch_size = self.config.vision_config.patch_size
+        self.word_embeddings: Tensor | None = None
+
+    @torch.no_grad()
+    def set_words(self, categories: list[str] | dict[str, list[str]]) -> None:
+        """
+        Sets what the patches are compared with.
+
+        The embedding of a name is the mean of its unit-length text features over [`TEMPLATES`], scaled to unit length.
+
+        Args:
+            categories (`list[str]` or `dict[str, list[str]]`): names; or the fine names of each category, whose
+                embedding is then the mean of theirs, scaled to unit length (its own name is not among them unless it
+                is listed).
+
+        Raises:
+            `ValueError` for no, an empty or a double name, and for one that the tokenizer does not know or that is too
+            long for the model.
+        """
+        categories = read_categories(categories)
+        fine = list(categories.values()) if isinstance(categories, Mapping) else [[name] for name in categories]
+        names = {name: self._embed_name(name) for name in dict.fromkeys(name for group in fine for name in group)}
+        means = [torch.stack([names[name] for name in group]).mean(0) for group in fine]
+        self.word_embeddings = normalize(torch.stack(means), dim=-1)
+
+    def preprocess(self, images: list[np.ndarray]) -> BatchFeature:
+        """
+        Photos as the model reads them: whole, never cropped.
+
+        The short side becomes 512 pixels unless the long one would exceed 2048; then each side is rounded to the
+        nearest multiple of the patch size, at least one patch, which changes the ratio by half a patch at most. The
+        resize is the one of [`IFSegImageProcessor`]; mean and standard deviation are the checkpoint's.
+
+        Args:
+            images (list of `np.ndarray` of shape `(H, W, 3)`, uint8): RGB, of any sizes.
+
+        Returns:
+            [`BatchFeature`] with **pixel_values** (batch, 3, H, W), float32, padded with 0 at the right and bottom,
+            and **pixel_mask** (batch, H, W), int64: 1 where there is photo.
+        """
+        return self.image_processor(images, input_data_format="channels_last", return_tensors="pt")
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor]) -> IFSegSegmentationOutput:
+        """
+        Args:
+            inputs: what [`preprocess`] returned, on any device.
+
+        Returns:
+            [`IFSegSegmentationOutput`] with
+
+            - **logits** (batch, categories, h, w), float32: cosine of patch and word, times CLIP's learned scale.
+            - **image_features** (batch, C, h, w), float32: the patch features at unit length, for smoothing.
+            - **patch_mask** (batch, h, w), bool: the patches of each photo. The others are 0 everywhere.
+
+            Each photo gets what it would get alone: those of one size run together.
+        """
+        if self.word_embeddings is None:
+            raise ValueError("There are no words to compare the photos with: call set_words first.")
+        device = self.model.device
+        return self._segment(inputs["pixel_values"].to(device), inputs["pixel_mask"].to(device))
+
+    @one_photo_size_at_a_time
+    def _segment(self, pixel_values: Tensor, pixel_mask=None, return_dict=None) -> IFSegSegmentationOutput:
+        tower = self.model.vision_model
+        patches = tower(pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 1:]  # without the class token
+        features = normalize(self.model.visual_projection(tower.post_layernorm(patches)), dim=-1)
+        height, width = (side // self.image_processor.patch_size for side in pixel_values.shape[2:])
+        features = features.transpose(1, 2).unflatten(2, (height, width))
+        logits = self.model.logit_scale.exp() * torch.einsum("bchw,nc->bnhw", features, self.word_embeddings)
+        mask = torch.ones_like(logits[:, 0], dtype=torch.bool)
+        return IFSegSegmentationOutput(logits=logits, image_features=features, patch_mask=mask)
+
+    def _embed_name(self, name: str) -> Tensor:
+        """The embedding of a name, (C,), at unit length."""
+        ids = self.tokenizer(name, add_special_tokens=False)["input_ids"]
+        if not ids or self.tokenizer.unk_token_id in ids:
+            raise ValueError(f'The tokenizer has no tokens for "{name}": use another word.')
+        tokens = self.tokenizer([template.format(name) for template in TEMPLATES], padding=True, return_tensors="pt")
+        length, limit = tokens["input_ids"].shape[1], self.config.text_config.max_position_embeddings
+        if length > limit:
+            raise ValueError(f'"{name}" makes a sentence of {length} tokens; the model reads {limit}: use fewer words.')
+        features = self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
+        return normalize(normalize(features, dim=-1).mean(0), dim=-1)
+
+
+class _WholePatches(IFSegImageProcessor):
+    """Resizes to multiples of `patch_size`: CLIP's patch embedding would leave out the rest."""
+
+    patch_size: int
+
+    def resize(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
+        patch = self.patch_size
+        height, width = (
+            max(1, int(side / patch + 0.5)) * patch for side in output_size(image.shape[1], image.shape[2], size)
+        )
+        return super().resize(image, SizeDict(height=height, width=width))
+
+
+class _ValueAttention(nn.Module):
+    """MaskCLIP's attention: no queries, no keys, every position has weight 1 for itself. (batch, L, d) -> same."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.v_proj, self.out_proj = attention.v_proj, attention.out_proj
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
+        return self.out_proj(self.v_proj(hidden_states)), None
+
+
+def load_baseline(kind: str, model_name_or_path: str | Path, device: str | torch.device = "cpu") -> CLIPSegmenter:
+    """
+    A segmenter that was never tuned for segmentation; give it words with `set_words`.
+
+    - `"clip"`: the last hidden states of the patches, normalised (`post_layernorm`) and projected (`visual_projection`)
+      as CLIP does with its class token.
+    - `"maskclip"`: the same, but the last layer's attention is its value path alone, `out_proj(v_proj(x))`, so that a
+      patch is not mixed with the others there. MaskCLIP defines this for the attention pooling that ends CLIP's ResNet,
+      which has neither residual nor MLP; its published implementation for vision transformers keeps both of the last
+      layer, without which the features would leave the space that `post_layernorm` and the projection were trained on.
+      So does this. Its two refinements of the result (key smoothing, prompt denoising) are left out, as the paper's
+      smoothing takes their place.
+
+    Args:
+        kind (`str`): `"clip"` or `"maskclip"`.
+        model_name_or_path (`str` or `Path`): folder or Hub id of a `CLIPModel` with its processor. transformers has
+            CLIP's vision transformers only; the ResNet variants are refused.
+        device (`str` or `torch.device`, defaults to `"cpu"`): where the model computes, in float32.
+
+    Raises:
+        `ValueError` for another kind, or for what is not a whole CLIP; `FileNotFoundError` for a missing folder.
+    """
+    if kind not in BASELINES:
+        raise ValueError(f'There is no baseline "{kind}": choose from {", ".join(BASELINES)}.')
+    name = str(model_name_or_path)
+    if _RESNET.fullmatch(Path(name).name) and not Path(name).expanduser().is_dir():
+        raise ValueError(
+            f'"{name}" is a CLIP with a ResNet, which transformers does not have: take a vision transformer, such as '
+            f"{_EXAMPLE}."
+        )
+    try:
+        path = resolve_model(name)
+    except FileNotFoundError:
+        message = f'There is no model folder "{name}". Give that of a saved CLIP, or a name on the Hub: {_EXAMPLE}.'
+        raise FileNotFoundError(message) from None
+    try:
+        model_type = CLIPConfig.get_config_dict(path)[0].get("model_type")
+        if model_type != "clip":
+            raise ValueError(f"its model type is {model_type}. Take a CLIP, such as {_EXAMPLE}.")
+        processor = CLIPProcessor.from_pretrained(path)
+        model, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"{len(report['missing_keys'])} of its weights are missing. Take a whole CLIPModel.")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f'"{name}" is no CLIP that can be loaded: {" ".join(str(error).split())}'[:500]) from error
+    if kind == "maskclip":
+        last = model.vision_model.encoder.layers[-1]
+        last.self_attn = _ValueAttention(last.self_attn)
+    return CLIPSegmenter(model.to(device), processor)

@@ -1,0 +1,1 @@
+"""Overlays with legends, training curves."""

@@ -1,0 +1,76 @@
+"""What the tests of publishing share: a tuned model, and processes that speak to a Hub of `hub_server`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from hub_server import HubServer
+from tiny_model import save_tiny_model
+
+from ifseg_hf.modeling import IFSegForSemanticSegmentation
+from ifseg_hf.processing import IFSegProcessor
+from ifseg_hf.training.config import SETTINGS_FILE, TrainingConfig
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "scripts" / "push_to_hub.py")
+# A finder before all others, so that no kind of installation can bring the package back.
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ifseg_hf", "modeling", "processing"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def save_small_processor(folder: Path) -> IFSegProcessor:
+    """The processor in a folder, from now on with photos of 64 pixels."""
+    processor = IFSegProcessor.from_pretrained(folder)
+    processor.image_processor.size = {"shortest_edge": 64, "longest_edge": 256}
+    processor.save_pretrained(folder)
+    return processor
+
+
+def save_tuned_model(folder: Path, categories, model: str = "ifseg-ofa-nano") -> Path:
+    """A folder as training leaves it, with a model of random weights, and things in it that are nobody's business."""
+    save_tiny_model(folder)
+    processor = save_small_processor(folder)
+    tuned = IFSegForSemanticSegmentation.from_pretrained(folder)
+    tuned.set_words(**processor.encode_categories(categories))
+    tuned.save_pretrained(folder)
+    settings = TrainingConfig(categories, str(folder), model=model, cpu=True, steps=7)
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings.to_dict()))
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "model.safetensors").write_bytes(b"a state to resume from")
+    (folder / "events.log").write_text("of a tracker")
+    return folder
+
+
+def environment(hub: HubServer, home: Path, token: str | None = "hf_alice", package: bool = True, **variables) -> dict:
+    """Of a process with its own cache, for which `hub` is the Hub, and which can import the package or can't."""
+    kept = {k: x for k, x in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
+    path = ROOT
+    if not package:
+        path = home / "blocked"
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "sitecustomize.py").write_text(BLOCKED)
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(path)}
+    patience = {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}  # of a machine with other things to do
+    threads = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, **own, **patience, **threads, **({"HF_TOKEN": token} if token else {}), **variables}
+
+
+def run(*command, cwd: Path, env: dict, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900, **kwargs)
+
+
+def code_blocks(card: str) -> list[str]:
+    """The Python in a model card, as printed."""
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)

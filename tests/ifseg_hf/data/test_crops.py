@@ -1,0 +1,195 @@
+"""Augmented photos as samples: a pure function of seed and index, with labels that stay on their pixels."""
+
+import numpy as np
+import pytest
+import torch
+from image_folders import COLOURS, NAMES, save_masked_photos
+from PIL import Image
+
+from ifseg_hf.data.crops import (
+    LARGEST_SHARE,
+    MixedSamples,
+    PhotoSamples,
+    collate,
+    find_labels,
+    largest_share,
+    load_training_data,
+)
+from ifseg_hf.data.segmentation import SegmentationData
+from ifseg_hf.data.word_maps import WordMapSampler, word_map_stream
+
+pytest.importorskip("kornia")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return load_training_data(save_masked_photos(tmp_path_factory.mktemp("photos")))
+
+
+@pytest.fixture
+def samples(data):
+    return PhotoSamples(data, crop_size=32, short_side=48, seed=3)
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_sample_depends_on_seed_and_index_alone(data, samples):
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = [samples[index] for index in (0, 5, 40)]
+    assert torch.equal(torch.random.get_rng_state(), before)  # or the loader's process would move dropout
+    torch.manual_seed(2)
+    for index, expected in zip((40, 5, 0), reversed(first), strict=True):
+        assert_same(PhotoSamples(data, 32, 48, seed=3)[index], expected)
+    assert first[0]["pixel_values"].shape == (3, 32, 32)
+    assert first[0]["pixel_values"].dtype == torch.float32
+    assert first[0]["labels"].shape == (32, 32)
+    assert first[0]["labels"].dtype == torch.int64
+    other = PhotoSamples(data, 32, 48, seed=4)
+    assert any(not torch.equal(other[index]["labels"], samples[index]["labels"]) for index in range(4))
+
+
+def test_every_epoch_shows_every_photo_once_in_another_order(samples):
+    epochs = [[samples.position(index) for index in range(6 * epoch, 6 * epoch + 6)] for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert samples.position(0) == epochs[0][0]  # also after those of later epochs
+
+
+def test_labels_stay_on_their_pixels(samples):
+    """Without the distortion a colour tells its label; only where two colours were blended it may not."""
+    samples.augment.distort = torch.nn.Identity()
+    right = total = 0
+    for index in range(20):
+        sample = samples[index]
+        pixels, labels = sample["pixel_values"] / 2 + 0.5, sample["labels"]
+        distances = torch.stack(
+            [(pixels - torch.tensor(colour)[:, None, None] / 255).norm(dim=0) for colour in COLOURS]
+        )
+        right += (distances.argmin(0) == labels)[labels >= 0].sum().item()
+        total += (labels >= 0).sum().item()
+    assert total > 5000
+    assert right / total > 0.97
+
+
+def test_what_a_photo_is_too_small_for_is_grey_and_has_no_label(data):
+    samples = PhotoSamples(data, crop_size=160, short_side=40)
+    for index in range(5):
+        sample = samples[index]
+        corners = sample["labels"][[0, 0, -1, -1], [0, -1, 0, -1]]
+        assert (corners == -100).all()
+    samples.augment.distort = torch.nn.Identity()
+    assert torch.equal(samples[0]["pixel_values"][:, 0, 0], torch.zeros(3))
+
+
+def test_scales_reach_from_a_half_to_twice_the_short_side(data, samples, monkeypatch):
+    sides = []
+
+    def record(photo, labels, seed):
+        assert photo.shape[:2] == labels.shape
+        sides.append(min(labels.shape))
+        return torch.zeros(3, 1, 1), torch.zeros(1, 1)
+
+    monkeypatch.setattr(samples, "augment", record)
+    for index in range(200):
+        samples[index]
+    assert min(sides) in range(24, 28)
+    assert max(sides) in range(92, 97)
+
+
+def test_crops_of_one_category_are_drawn_again(tmp_path):
+    """Of a photo that is half one, half another, most crops a quarter as wide would hold one alone."""
+    half = np.repeat([0, 1], 64)[None].repeat(64, 0)
+
+    class Halves(SegmentationData):
+        def read(self, sample):
+            return np.zeros((64, 128, 3), np.uint8), half.copy()
+
+    halves = PhotoSamples(Halves([{"id": "0"}], NAMES, np.arange(4), {}), crop_size=16, short_side=32)
+    shares = [largest_share(halves[index]["labels"]) for index in range(60)]
+    assert np.mean(np.array(shares) > LARGEST_SHARE) < 0.25
+    assert largest_share(torch.full((4, 4), -100)) == 1
+    assert largest_share(torch.tensor([[0, 0], [1, -100]])) == pytest.approx(2 / 3)
+
+
+def test_colours_are_distorted_and_labels_are_not(samples):
+    changed = samples[7]
+    samples.augment.distort = torch.nn.Identity()
+    plain = samples[7]
+    assert torch.equal(changed["labels"], plain["labels"])
+    assert not torch.equal(changed["pixel_values"], plain["pixel_values"])
+    assert changed["pixel_values"].abs().max() <= 1
+
+
+def test_ignored_labels_and_other_masks(data, tmp_path):
+    ignoring = PhotoSamples(data, 32, 48, ignored=[1, 2])
+    plain = PhotoSamples(data, 32, 48)
+    seen = plain[0]["labels"].unique().tolist()
+    assert {1, 2} & {label for index in range(6) for label in plain[index]["labels"].unique().tolist()}
+    for index in range(6):
+        assert set(ignoring[index]["labels"].unique().tolist()) <= {-100, 0, 3}
+    for sample in data.samples:
+        with Image.open(sample["mask"]["path"]) as mask:
+            Image.fromarray(np.full((mask.height, mask.width), 255, np.uint8)).save(tmp_path / f"{sample['id']}.png")
+    assert set(PhotoSamples(data, 32, 48, masks=tmp_path)[0]["labels"].unique().tolist()) == {-100} != set(seen)
+
+
+# Word maps among them -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.3, 0.9])
+def test_word_maps_are_spread_evenly_and_nothing_is_left_out(samples, ratio):
+    word_maps = WordMapSampler(4, 3, 4, 4)
+    mixed = MixedSamples(samples, word_maps, ratio)
+    kinds = ["word_map" in mixed[index] for index in range(20)]
+    assert sum(kinds) == int(20 * ratio)
+    for start in range(0, 20, 10):
+        assert abs(sum(kinds[start : start + 10]) - 10 * ratio) <= 1
+    photos = [mixed[index] for index in range(20) if not kinds[index]]
+    for number in (0, len(photos) - 1):
+        assert_same(photos[number], samples[number])
+    stream = iter(word_map_stream(4, seed=3, grid_size=4))
+    for index in range(20):
+        if kinds[index]:
+            expected = next(stream)
+            assert np.array_equal(mixed[index]["word_map"], expected["word_map"])
+            assert np.array_equal(mixed[index]["grid_size"], expected["grid_size"])
+
+
+def test_a_batch_has_both_kinds(samples):
+    mixed = MixedSamples(samples, WordMapSampler(4, 0, 4, 4), 0.25)
+    batch = collate([mixed[index] for index in range(8)])
+    shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+    assert shapes == {
+        "pixel_values": (6, 3, 32, 32),
+        "labels": (6, 32, 32),
+        "word_map": (2, 4, 4),
+        "grid_size": (2, 2),
+    }
+    assert collate([samples[0]]).keys() == {"pixel_values", "labels"}
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_part_for_training_is_taken_and_categories_are_selected(tmp_path):
+    folder = save_masked_photos(tmp_path / "split")
+    save_masked_photos(tmp_path / "split", count=2, split="val")
+    assert len(load_training_data(folder).samples) == 6
+    assert len(load_training_data(folder, split="val").samples) == 2
+    assert load_training_data(folder, categories={"thing": ["cat", "cup"], "sea": ["sea"]}).names == ["thing", "sea"]
+    flat = save_masked_photos(tmp_path / "flat", split=None)
+    assert len(load_training_data(flat).samples) == 6
+
+
+def test_labels_by_name(data):
+    assert find_labels(data, None) == []
+    assert find_labels(data, " sky,cat ") == [2, 0]
+    with_subsets = SegmentationData(data.samples, data.names, data.labels, {"unseen": [1, 3]})
+    assert find_labels(with_subsets, "unseen") == [1, 3]
+    for names, told in [("dog", 'no category "dog"'), ("", "at least one"), (", ".join(NAMES), "not all")]:
+        with pytest.raises(ValueError, match=told):
+            find_labels(data, names)

@@ -1,0 +1,84 @@
+"""Words as a person gives them, and the embedded vocabularies."""
+
+import pytest
+from reference_outputs import PARITY
+from tiny_model import save_tiny_model
+
+from ifseg_hf.data.vocabularies import VOCABULARIES, read_categories
+from ifseg_hf.processing import IFSegProcessor
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("coco-stuff", "coco_stuff_171"), ("coco-stuff-unseen", "coco_stuff_unseen_15"), ("ade20k", "ade20k_150")],
+)
+def test_embedded_vocabularies_are_the_published_words_in_order(name, key):
+    import json
+
+    expected = json.loads((PARITY / "golden" / "tokens.json").read_text(encoding="utf-8"))[key]["categories"]
+    assert read_categories(name) == expected
+
+
+def test_coarse_categories_of_coco_stuff():
+    """Table 15 of the paper, in which three fine names belong to two categories each."""
+    coarse = read_categories("coco-stuff-coarse")
+    assert len(coarse) == 27
+    assert sum(map(len, coarse.values())) == 174
+    assert coarse["person"] == ["man", "woman", "child", "boy", "girl"]
+    assert list(coarse)[9:11] == ["furniture (things)", "food (things)"]
+    both = set(coarse["furniture (things)"]) & set(coarse["furniture (stuff)"])
+    assert both == {"door", "desk", "mirror"}
+    assert len({name for names in coarse.values() for name in names}) == 174 - 3
+
+
+def test_a_fine_name_of_two_categories_is_two_words(tmp_path):
+    processor = IFSegProcessor.from_pretrained(save_tiny_model(tmp_path))
+    words = processor.encode_categories({"thing": ["door", "bed"], "stuff": ["door"]})
+    assert words["word_categories"] == [0, 0, 1]
+    assert words["word_ids"][0] == words["word_ids"][2]
+
+
+def test_every_kind_of_file(tmp_path):
+    (tmp_path / "words.txt").write_text("cat\n traffic  light \n\ncup\n")
+    (tmp_path / "words").write_text("cat\ntraffic light\ncup\n")
+    (tmp_path / "flat.yaml").write_text("- cat\n- traffic light\n- cup\n")
+    (tmp_path / "coarse.yml").write_text("animal: [cat, dog]\nsky: [cloud]\n")
+    (tmp_path / "coarse.json").write_text('{"animal": ["cat", "dog"], "sky": ["cloud"]}')
+    flat, coarse = ["cat", "traffic light", "cup"], {"animal": ["cat", "dog"], "sky": ["cloud"]}
+    for text in ["cat,traffic  light , cup", tmp_path / "words.txt", tmp_path / "words", tmp_path / "flat.yaml"]:
+        assert read_categories(str(text)) == flat
+    assert read_categories(str(tmp_path / "coarse.yml")) == coarse
+    assert read_categories(str(tmp_path / "coarse.json")) == coarse
+    assert read_categories(flat) == flat
+    assert read_categories(coarse) == coarse
+
+
+def test_an_embedded_vocabulary_goes_before_a_file_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ade20k").write_text("cat\ncup")
+    assert len(read_categories("ade20k")) == 150
+    assert read_categories("./ade20k") == ["cat", "cup"]
+
+
+@pytest.mark.parametrize("text", ["coco_stuff", "cocostuff-coarse", "ade20"])
+def test_a_vocabulary_misspelt_is_not_taken_for_a_word(text):
+    with pytest.raises(ValueError, match="There is no vocabulary"):
+        read_categories(text)
+
+
+@pytest.mark.parametrize(
+    ("categories", "told"),
+    [
+        ([], "There is no category"),
+        (["cat", 5], "5 is not a name"),
+        ({"animal": "cat"}, "needs a list"),
+        ({"animal": ["cat", "cat"]}, '"cat" is given twice'),
+    ],
+)
+def test_wrong_names_are_told(categories, told):
+    with pytest.raises(ValueError, match=told):
+        read_categories(categories)
+
+
+def test_their_names_are_these():
+    assert list(VOCABULARIES) == ["ade20k", "coco-stuff-coarse", "coco-stuff-unseen", "coco-stuff"]

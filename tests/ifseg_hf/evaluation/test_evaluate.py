@@ -1,0 +1,263 @@
+"""The evaluation loop: the same numbers whatever runs together, stops in between, or is smoothed in the same pass."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_model import save_tiny_model
+from torch.nn.functional import cosine_similarity
+
+from ifseg_hf.data.segmentation import SampleError, load_segmentation_data
+from ifseg_hf.evaluation import evaluate as evaluation
+from ifseg_hf.evaluation.evaluate import _picture, _Sample, evaluate_segmenter, load_segmenter
+from ifseg_hf.evaluation.metrics import scores
+from ifseg_hf.modeling import IFSegForConditionalGeneration
+from ifseg_hf.processing import IFSegProcessor
+from ifseg_hf.processing.sliding_window_ifseg import sliding_window_outputs
+from ifseg_hf.visualization.overlays import palette
+
+NAMES = ["cat", "grass", "sky"]
+SIZES = [(40, 56), (56, 40), (40, 56), (33, 90), (40, 56), (56, 40), (40, 56)]  # height, width
+SMOOTHING = [(3, 25), (1, 0), (3, 2), (2, 25)]
+
+
+@pytest.fixture(scope="module")
+def streets(tmp_path_factory):
+    """A folder of photos and masks of several sizes: noise, so that a photo's prediction has several categories."""
+    folder = tmp_path_factory.mktemp("streets")
+    rng = np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (folder / part).mkdir()
+    for i, size in enumerate(SIZES):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+        mask = rng.choice(np.array([0, 1, 2, 7], np.uint8), size)
+        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+    (folder / "dataset.json").write_text(json.dumps({"categories": NAMES, "ignore_index": 7}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder)
+    processor = IFSegProcessor.from_pretrained(folder)
+    processor.image_processor.size = {"shortest_edge": 64, "longest_edge": 256}
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def segmenter(model):
+    segmenter = load_segmenter(model)
+    segmenter.set_words(NAMES)
+    return segmenter
+
+
+def matrices_one_by_one(segmenter, data, smoothing) -> dict:
+    """Each photo alone, through processor and model, counted pixel by pixel."""
+    matrices = {setting: np.zeros((3, 3), np.int64) for setting in smoothing}
+    for row in data.samples:
+        image, truth = data.read(row)
+        outputs = segmenter.model(**segmenter.processor(images=image, return_tensors="pt"))
+        for k, n in smoothing:
+            (labels,) = segmenter.processor.post_process_semantic_segmentation(
+                outputs, [truth.shape], smoothing_neighbors=k, smoothing_iterations=n
+            )
+            inside = truth >= 0
+            np.add.at(matrices[k, n], (truth[inside], labels.numpy()[inside]), 1)
+    return matrices
+
+
+def test_counts_what_each_photo_gives_alone(segmenter, streets):
+    data = load_segmentation_data(str(streets))
+    with torch.no_grad():
+        expected = matrices_one_by_one(segmenter, data, SMOOTHING)
+    assert len({tuple(matrix.ravel()) for matrix in expected.values()}) > 1  # smoothing changes something here
+    assert min(len(np.unique(matrix.nonzero()[1])) for matrix in expected.values()) > 1
+    for batch_size in (1, 3):
+        told = evaluate_segmenter(segmenter, data, SMOOTHING, batch_size=batch_size)
+        assert told.images == len(SIZES)
+        assert all((told.matrices[setting] == expected[setting]).all() for setting in SMOOTHING)
+    assert told.scores((3, 2)) == scores(expected[3, 2])
+    result = told.results()[1]
+    assert result["smoothing_iterations"] == 0
+    assert result["categories"]["sky"]["iou"] == round(scores(expected[1, 0])["per_category_iou"][2], 6)
+    assert "| none |" in evaluation.markdown(told.results())
+
+
+class Power:
+    """A segmenter that fails after so many photos, as a machine does."""
+
+    def __init__(self, segmenter, photos: int | None = None):
+        self.segmenter, self.photos, self.seen = segmenter, photos, 0
+        self.model, self.preprocess = segmenter.model, segmenter.preprocess
+        self.image_processor = segmenter.image_processor
+
+    def __call__(self, inputs):
+        if self.photos is not None and self.seen + len(inputs["pixel_values"]) > self.photos:
+            raise KeyboardInterrupt
+        self.seen += len(inputs["pixel_values"])
+        return self.segmenter(inputs)
+
+
+def test_goes_on_after_a_kill_and_counts_no_photo_twice(segmenter, streets, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
+    data = load_segmentation_data(str(streets))
+    whole = evaluate_segmenter(Power(segmenter), data)
+    for photos in (2, 1):  # killed twice; what runs alone and fails first is not lost
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_segmenter(Power(segmenter, photos), data, batch_size=1, state_dir=tmp_path)
+    last = Power(segmenter)
+    told = evaluate_segmenter(last, data, state_dir=tmp_path)
+    assert last.seen == len(SIZES) - 3
+    assert told.images == len(SIZES)
+    assert (told.matrices[3, 25] == whole.matrices[3, 25]).all()
+    # finished: nothing runs again
+    last = Power(segmenter, 0)
+    again = evaluate_segmenter(last, data, state_dir=tmp_path)
+    assert (again.matrices[3, 25] == whole.matrices[3, 25]).all()
+
+
+def test_a_folder_holds_one_evaluation(segmenter, streets, tmp_path):
+    data = load_segmentation_data(str(streets))
+    evaluate_segmenter(segmenter, data, state_dir=tmp_path)
+    with pytest.raises(ValueError, match="another smoothing"):
+        evaluate_segmenter(segmenter, data, [(2, 1)], state_dir=tmp_path)
+    with pytest.raises(ValueError, match="another names"):
+        evaluate_segmenter(segmenter, data.select({"dog": ["cat"], "grass": ["grass"]}), state_dir=tmp_path)
+    with torch.no_grad():
+        segmenter.model.model.encoder.layer_norm.bias[0] += 1
+    with pytest.raises(ValueError, match="another model"):
+        evaluate_segmenter(segmenter, data, state_dir=tmp_path)
+    (part,) = tmp_path.glob("part-*.npz")
+    part.write_bytes(part.read_bytes()[:100])
+    with torch.no_grad():
+        segmenter.model.model.encoder.layer_norm.bias[0] -= 1
+    with pytest.raises(ValueError, match="is damaged: delete it"):
+        evaluate_segmenter(segmenter, data, state_dir=tmp_path)
+
+
+def test_broken_photos_are_named_or_left_out(segmenter, streets, tmp_path):
+    folder = tmp_path / "streets"
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    for part in ("images", "masks"):
+        for i in range(3):
+            (folder / part / f"{i}.png").write_bytes((streets / part / f"{i}.png").read_bytes())
+    (folder / "images" / "1.png").write_bytes(b"no picture")
+    (folder / "dataset.json").write_bytes((streets / "dataset.json").read_bytes())
+    data = load_segmentation_data(str(folder))
+    with pytest.raises(SampleError, match=r"1\.png"):
+        evaluate_segmenter(segmenter, data, state_dir=tmp_path / "fails")
+    for _ in range(2):  # the second run finds all of it counted
+        told = evaluate_segmenter(segmenter, data, on_error="skip", state_dir=tmp_path / "skips")
+        assert told.images == 2
+        assert len(told.skipped) == 1
+        assert "1.png" in told.skipped[0]
+    (folder / "images" / "0.png").write_bytes(b"")
+    (folder / "masks" / "2.png").unlink()
+    with pytest.raises(ValueError, match="No photo could be counted"):
+        evaluate_segmenter(segmenter, data, on_error="skip")
+
+
+def test_settings_that_make_no_sense(segmenter, streets):
+    data = load_segmentation_data(str(streets))
+    for wrong in ([], [(0, 3)], [(3, -1)]):
+        with pytest.raises(ValueError, match="smoothing="):
+            evaluate_segmenter(segmenter, data, wrong)
+    with pytest.raises(ValueError, match="on_error"):
+        evaluate_segmenter(segmenter, data, on_error="maybe")
+
+
+def test_a_model_of_photos_is_taken_in_crops_and_not_smoothed(model, streets, tmp_path):
+    processor = IFSegProcessor.from_pretrained(model)
+    processor.image_processor.sliding_window, processor.image_processor.smoothing_iterations = 48, 0
+    segmenter = evaluation.IFSegSegmenter(load_segmenter(model).model, processor)
+    segmenter.set_words(NAMES)
+    data = load_segmentation_data(str(streets))
+    told = evaluate_segmenter(segmenter, data)
+    assert list(told.matrices) == [(1, 0)]
+    expected = np.zeros((3, 3), np.int64)
+    for row in data.samples:
+        image, truth = data.read(row)
+        outputs = sliding_window_outputs(segmenter.model, **processor(images=image, return_tensors="pt"), crop=48)
+        (labels,) = processor.post_process_semantic_segmentation(outputs, [truth.shape])
+        np.add.at(expected, (truth[truth >= 0], labels.numpy()[truth >= 0]), 1)
+    assert (told.matrices[1, 0] == expected).all()
+    whole = evaluate_segmenter(evaluation.IFSegSegmenter(segmenter.model, processor, "whole"), data)
+    assert (whole.matrices[1, 0] != expected).any()
+
+
+def test_words_keep_the_prompt_that_the_model_was_tuned_with(segmenter):
+    words = segmenter.processor.encode_categories(NAMES, prompt="which things?", append_unknown=False)
+    segmenter.model.set_words(**words)
+    segmenter.set_words(["dog", "tree"])
+    expected = segmenter.processor.encode_categories(["dog", "tree"], "which things?", append_unknown=False)
+    assert segmenter.model.config.prompt_ids == expected["prompt_ids"]
+    assert segmenter.model.config.category_ids == expected["category_ids"]
+
+
+@torch.no_grad()
+def test_cosine_compares_projected_patches_with_words(model, streets):
+    segmenter = load_segmenter(model, "cosine")
+    segmenter.set_words(NAMES)
+    image, _ = load_segmentation_data(str(streets)).read(load_segmentation_data(str(streets)).samples[0])
+    inputs = segmenter.preprocess([image])
+    logits = segmenter(inputs).logits
+    plain = segmenter.model(**inputs)
+    patch = segmenter.model.model.encoder.image_proj(plain.image_features[0, :, 1, 2])
+    ids = segmenter.processor.encode_categories(NAMES)["category_ids"]
+    for index, row in enumerate(ids):
+        word = segmenter.model.get_input_embeddings()(torch.tensor(row)).mean(0)
+        expected = cosine_similarity(patch, word, dim=0) / evaluation.TEMPERATURE
+        torch.testing.assert_close(logits[0, index, 1, 2], expected, atol=1e-4, rtol=0)
+
+
+def test_an_untuned_ofa_is_the_same_every_time(tmp_path):
+    save_tiny_model(tmp_path, IFSegForConditionalGeneration)
+    prints = {evaluation.fingerprint(load_segmenter(tmp_path)) for _ in range(2)}
+    assert len(prints) == 1
+
+
+def test_what_cannot_be_loaded(tmp_path, model):
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        load_segmenter("nowhere")
+    with pytest.raises(ValueError, match="no IFSeg model that can be loaded"):
+        load_segmenter(tmp_path)
+    with pytest.raises(ValueError, match="no baseline"):
+        load_segmenter(model, "clop")
+    with pytest.raises(ValueError, match="baselines segment whole photos"):
+        load_segmenter(model, "cosine", inference="slide")
+
+
+def test_pictures_and_predictions(segmenter, streets, tmp_path):
+    data = load_segmentation_data(str(streets))
+    evaluate_segmenter(
+        segmenter, data, limit=3, predictions_dir=tmp_path / "maps", overlays_dir=tmp_path / "seen", overlays=2
+    )
+    assert sorted(file.name for file in (tmp_path / "maps").iterdir()) == ["0.png", "1.png", "2.png"]
+    assert sorted(file.name for file in (tmp_path / "seen").iterdir()) == ["0.png", "1.png"]
+    image, truth = data.read(data.samples[1])
+    with torch.no_grad():
+        outputs = segmenter.model(**segmenter.processor(images=image, return_tensors="pt"))
+    (labels,) = segmenter.processor.post_process_semantic_segmentation(outputs, [truth.shape])
+    assert (np.asarray(Image.open(tmp_path / "maps" / "1.png")) == labels.numpy()).all()
+
+
+def test_the_picture_shows_photo_ground_truth_and_prediction():
+    """Eleven categories on a photo of CamVid's size, all of which the legends have room for."""
+    names = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
+    image = np.full((360, 480, 3), 90, np.uint8)
+    truth = np.repeat(np.arange(480) * 11 // 480, 360).reshape(480, 360).T
+    picture = np.asarray(_picture(_Sample(0, "a", image, truth), torch.full((360, 480), 3), names))
+    assert picture.shape[0] < 1.6 * 360
+    assert 3 * 480 < picture.shape[1] < 3.3 * 480
+    third = picture.shape[1] // 3
+    colors = np.array(palette(len(names)), np.uint8)
+    parts = np.split(picture, [third, 2 * third], axis=1)
+    swatches = [[(part == color).all(2).sum() > 100 for color in colors] for part in parts]
+    assert not any(swatches[0])
+    assert all(swatches[1])
+    assert [name for name, there in zip(names, swatches[2], strict=True) if there] == ["road"]

@@ -1,0 +1,364 @@
+"""Every way in which people load, place, adapt and share a transformers model."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import SMALL, WORDS, small_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_model import save_tiny_model
+from torch.utils import backend_registration
+from transformers import AutoModelForSemanticSegmentation, BitsAndBytesConfig, TorchAoConfig, pipeline
+
+from ifseg_hf import (
+    IFSegConfig,
+    IFSegForConditionalGeneration,
+    IFSegForSemanticSegmentation,
+    IFSegModel,
+    IFSegProcessor,
+)
+
+NEW_IN_SEGMENTATION = {
+    "segmentation_positions.embed_positions.weight",
+    "segmentation_positions.layer_norm.weight",
+    "segmentation_positions.layer_norm.bias",
+    "segmentation_positions.rel_pos_tables.0.weight",
+    "segmentation_positions.rel_pos_tables.1.weight",
+}
+PHOTO = torch.randn(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> str:
+    """A folder with a model that carries three words."""
+    folder = tmp_path_factory.mktemp("tuned")
+    small_model().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def ofa(tmp_path_factory) -> str:
+    """A folder with a backbone as it comes from OFA: no words, no segmentation positions."""
+    folder = tmp_path_factory.mktemp("ofa")
+    torch.manual_seed(1)
+    IFSegForConditionalGeneration(IFSegConfig(**SMALL, init_std=0.2)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def expected() -> torch.Tensor:
+    return logits(small_model())
+
+
+@torch.no_grad()
+def logits(model, photo: torch.Tensor = PHOTO, **words) -> torch.Tensor:
+    return model.eval()(pixel_values=photo, **words).logits
+
+
+# Types, devices, kernels ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype(tuned, expected, dtype):
+    model = IFSegForSemanticSegmentation.from_pretrained(tuned, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    found = logits(model)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.02 if dtype.itemsize == 2 else 1e-5)
+
+
+def test_dtype_by_name_and_of_the_checkpoint(tuned, tmp_path):
+    half = IFSegForSemanticSegmentation.from_pretrained(tuned, dtype="bfloat16")
+    half.save_pretrained(tmp_path)
+    assert IFSegForSemanticSegmentation.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert IFSegForSemanticSegmentation.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    assert IFSegForSemanticSegmentation.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        "auto",
+        "cpu",
+        {"": "cpu"},
+        {"model": "cpu", "segmentation_positions": "disk"},
+        {"": "disk"},
+    ],
+)
+def test_device_map(tuned, expected, device_map, tmp_path):
+    """Weights on the disk come when they are needed, the tables that no layer but the model itself reads included."""
+    model = AutoModelForSemanticSegmentation.from_pretrained(tuned, device_map=device_map, offload_folder=tmp_path)
+    if "disk" in str(device_map):
+        assert any(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("decoder_positions", ["segmentation", "image"])
+def test_device_map_of_what_fits_into_little_memory(decoder_positions, tmp_path):
+    model = small_model(decoder_positions=decoder_positions)
+    model.save_pretrained(tmp_path / "model")
+    loaded = IFSegForSemanticSegmentation.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": "60KB"}, offload_folder=tmp_path / "disk"
+    )
+    assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch makes no devices"
+)
+def test_device_map_of_two_devices():
+    script = Path(__file__).parents[2] / "helpers" / "two_devices.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_generation_from_the_disk(ofa, tmp_path):
+    inputs = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "pixel_values": PHOTO, "max_new_tokens": 4, "do_sample": False}
+    whole = IFSegForConditionalGeneration.from_pretrained(ofa)
+    spread = IFSegForConditionalGeneration.from_pretrained(ofa, device_map={"": "disk"}, offload_folder=tmp_path)
+    assert torch.equal(spread.generate(**inputs), whole.generate(**inputs))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_attn_implementation(tuned, expected, kernel):
+    model = IFSegForSemanticSegmentation.from_pretrained(tuned, attn_implementation=kernel)
+    assert model.config._attn_implementation == kernel
+    torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"), [("flash_attention_2", "Flash Attention 2"), ("flex_attention", "flex_attention")]
+)
+def test_kernels_that_take_no_bias_are_refused(tuned, kernel, message):
+    with pytest.raises(ValueError, match=f"IFSegForSemanticSegmentation does not support.*{message}"):
+        IFSegForSemanticSegmentation.from_pretrained(tuned, attn_implementation=kernel)
+
+
+@pytest.mark.parametrize(
+    ("package", "settings"),
+    [
+        ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
+        ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True)),
+        ("torchao", lambda: TorchAoConfig("int8_weight_only")),
+    ],
+)
+def test_quantization_says_which_package_it_needs(tuned, package, settings):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises((ImportError, ValueError), match=f"pip install.*{package}"):
+        IFSegForSemanticSegmentation.from_pretrained(tuned, quantization_config=settings())
+
+
+# From one class into another ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "missing", "unexpected"),
+    [
+        (IFSegModel, IFSegForConditionalGeneration, set(), set()),  # its head is tied to the word embeddings
+        (IFSegModel, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
+        (IFSegForConditionalGeneration, IFSegModel, set(), set()),
+        (IFSegForConditionalGeneration, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
+        (IFSegForSemanticSegmentation, IFSegModel, set(), NEW_IN_SEGMENTATION),
+        (IFSegForSemanticSegmentation, IFSegForConditionalGeneration, set(), NEW_IN_SEGMENTATION),
+        (IFSegForSemanticSegmentation, IFSegForSemanticSegmentation, set(), set()),
+    ],
+)
+def test_keys(saved, loaded, missing, unexpected, tmp_path):
+    torch.manual_seed(0)
+    model = saved(IFSegConfig(**SMALL))
+    model.save_pretrained(tmp_path)
+    other, report = loaded.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == missing
+    assert set(report["unexpected_keys"]) == unexpected
+    assert not report["mismatched_keys"]
+    assert not report.get("error_msgs")
+    ours, theirs = (getattr(x, "model", x).state_dict() for x in (model, other))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_the_papers_positions_need_nothing_new(ofa):
+    _, report = IFSegForSemanticSegmentation.from_pretrained(ofa, decoder_positions="image", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+
+
+def test_a_backbone_loads_without_words_and_a_tuned_model_keeps_its_own(ofa, tuned):
+    model = IFSegForSemanticSegmentation.from_pretrained(ofa)
+    with pytest.raises(ValueError, match="no words"):
+        logits(model)
+    model.set_words(**WORDS)
+    assert logits(model).shape == (1, 3, 4, 5)
+    assert IFSegModel.from_pretrained(tuned).config.category_ids == WORDS["category_ids"]
+
+
+# Words on a loaded model ----------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "id2label": {0: "cup", 1: "saucer"},
+    "category_ids": [[11], [12, 13]],
+    "prompt_ids": [0, 9, 10, 11, 12, 13, 2],
+    "prompt": "what is it?",
+}
+
+
+def test_changed_words_are_the_same_everywhere(tuned, tmp_path):
+    model = IFSegForSemanticSegmentation.from_pretrained(tuned)
+    model.set_words(**OTHERS)
+    model.save_pretrained(tmp_path)
+    passed = {"input_ids": torch.tensor([OTHERS["prompt_ids"]]), "category_ids": torch.tensor([[[11, 1], [12, 13]]])}
+    expected = logits(small_model(), **passed)
+    for changed in (model, IFSegForSemanticSegmentation.from_pretrained(tmp_path)):
+        config = changed.config
+        assert config.id2label == {0: "cup", 1: "saucer"}
+        assert config.label2id == {"cup": 0, "saucer": 1}
+        assert config.num_labels == 2
+        assert config.category_ids == OTHERS["category_ids"]
+        assert config.prompt_ids == OTHERS["prompt_ids"]
+        assert changed.model.config is config
+        torch.testing.assert_close(logits(changed), expected)
+
+
+@pytest.mark.parametrize(
+    "names", [{0: "a", 1: "b", 2: "c"}, {"0": "a", "1": "b", "2": "c"}], ids=["numbers", "as in JSON"]
+)
+def test_other_names_for_the_same_words(tuned, names):
+    config = IFSegForSemanticSegmentation.from_pretrained(tuned, id2label=names, num_labels=3).config
+    assert config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert config.label2id == {"a": 0, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize(
+    ("contradiction", "message"),
+    [
+        ({"num_labels": 5}, "5 names but sub-words for 3"),
+        ({"id2label": {0: "a", 1: "b"}}, "2 names but sub-words for 3"),
+        ({"id2label": {0: "a", 1: "b", 3: "c"}}, "numbers"),
+        ({"label2id": {"a": 0, "b": 1, "c": 2}}, "label2id"),
+        ({"category_ids": [[5], [6]]}, "3 names but sub-words for 2"),
+        ({"word_ids": [[5], [6], [7]]}, "together"),
+        ({"word_ids": [[5], [6]], "word_categories": [0, 1]}, "every category"),
+    ],
+)
+def test_contradictions_are_refused(tuned, contradiction, message):
+    with pytest.raises(ValueError, match=message):
+        IFSegForSemanticSegmentation.from_pretrained(tuned, **contradiction)
+    model = IFSegForSemanticSegmentation.from_pretrained(tuned)
+    for name, value in contradiction.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=message):
+        logits(model)
+
+
+def test_a_refused_change_changes_nothing(tuned, expected):
+    model = IFSegForSemanticSegmentation.from_pretrained(tuned)
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match="3 names but sub-words for 2"):
+        model.set_words(**{**WORDS, "category_ids": [[5], [6]]})
+    assert model.config.to_dict() == before
+    torch.testing.assert_close(logits(model), expected)
+
+
+# Adapters -------------------------------------------------------------------------------------------------------------
+
+
+def lora(**kwargs) -> LoraConfig:
+    """On the projections of every attention; the positions that OFA does not have are trained and saved whole."""
+    return LoraConfig(
+        r=4,
+        target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
+        modules_to_save=["segmentation_positions"],
+        **kwargs,
+    )
+
+
+def with_words(folder: str) -> IFSegForSemanticSegmentation:
+    model = IFSegForSemanticSegmentation.from_pretrained(folder)
+    model.set_words(**WORDS)
+    return model
+
+
+def tune(model, steps: int = 5) -> float:
+    """A plain loop over word maps; returns how far the loss fell."""
+    optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    word_map = torch.randint(3, (4, 4, 4), generator=generator)
+    labels = word_map.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(word_map=word_map, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses[0] - losses[-1]
+
+
+def test_lora_by_peft(ofa, tmp_path):
+    model = get_peft_model(with_words(ofa), lora())
+    trained = {name for name, x in model.named_parameters() if x.requires_grad}
+    assert all("lora_" in name or "segmentation_positions" in name for name in trained)
+    before = logits(model)
+    assert tune(model) > 0
+    after = logits(model)
+    assert not torch.allclose(after, before)
+
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(with_words(ofa), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), after, rtol=0, atol=0)
+
+    # merged it is an ordinary model again, which brings its words along
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged, report = IFSegForSemanticSegmentation.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert merged.config.id2label == WORDS["id2label"]
+    torch.testing.assert_close(logits(merged), after)
+
+
+def test_lora_by_transformers(ofa, tmp_path):
+    model = with_words(ofa)
+    model.add_adapter(lora())
+    assert tune(model) > 0
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    after = logits(model)
+
+    loaded = with_words(ofa)
+    loaded.load_adapter(tmp_path)
+    torch.testing.assert_close(logits(loaded), after, rtol=0, atol=0)
+
+    # the folder of the adapter names its base model, so it loads like any other; the words are to be set again
+    whole = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
+    whole.set_words(**WORDS)
+    torch.testing.assert_close(logits(whole), after, rtol=0, atol=0)
+
+
+def test_lora_on_what_the_method_trains(ofa):
+    """The recipe's own choice of frozen weights stands beside the adapter's."""
+    model = with_words(ofa)
+    model.freeze_for_word_maps()
+    model = get_peft_model(model, lora())
+    frozen = {name: x.clone() for name, x in model.named_parameters() if not x.requires_grad}
+    tune(model, steps=2)
+    assert all(torch.equal(x, frozen[name]) for name, x in model.named_parameters() if name in frozen)
+
+
+def test_an_adapter_with_its_processor_is_a_pipeline(tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    processor = IFSegProcessor.from_pretrained(base)
+    model = get_peft_model(IFSegForSemanticSegmentation.from_pretrained(base), lora())
+    model.set_words(**processor.encode_categories(["cat", "wet grass", "sky"]))
+    tune(model)
+    photo = torch.randint(256, (3, 64, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = processor.pipeline(model.eval())(photo)
+
+    model.save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "adapter")
+    pipe = pipeline("image-segmentation", model=str(tmp_path / "adapter"), categories=["cat", "wet grass", "sky"])
+    assert pipe(photo) == expected  # labels, scores and masks

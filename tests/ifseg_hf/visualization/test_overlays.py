@@ -1,0 +1,158 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ifseg_hf.visualization.overlays import overlay, palette, save_mask, shares, side_by_side
+
+NAMES = ["sky", "tree", "road"]
+
+
+@pytest.fixture
+def photo():
+    values = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.fixture
+def mask():
+    mask = np.zeros((60, 80), dtype=np.int64)
+    mask[:, 40:] = 2
+    mask[:6] = -100
+    return mask
+
+
+def distances(colors):
+    values = np.asarray(colors, dtype=float)
+    between = np.linalg.norm(values[:, None] - values[None], axis=-1)
+    return between[~np.eye(len(values), dtype=bool)]
+
+
+def test_palette_has_a_different_color_for_each_category():
+    assert distances(palette(20)).min() > 60
+    assert len(set(palette(1000))) == 1000
+    assert len(palette(1500)) == 1500
+    assert palette(0) == ()
+
+
+def test_palette_is_the_beginning_of_a_longer_one():
+    assert palette(171)[:30] == palette(30)
+    assert all(isinstance(channel, int) and 0 <= channel <= 255 for color in palette(171) for channel in color)
+
+
+def test_palette_is_never_nearly_black_or_white():
+    brightness = np.asarray(palette(171)) @ (0.299, 0.587, 0.114)
+    assert brightness.min() > 45
+    assert brightness.max() < 230
+
+
+def test_shares_are_of_all_pixels_and_sorted(mask):
+    assert list(shares(mask, NAMES).items()) == [("sky", 0.45), ("road", 0.45)]
+    mask[30:] = 1
+    assert list(shares(mask, NAMES)) == ["tree", "sky", "road"]
+
+
+def test_mask_file_holds_indices_colors_and_names(tmp_path, mask):
+    save_mask(torch.from_numpy(mask), tmp_path / "mask.png", NAMES)
+    with Image.open(tmp_path / "mask.png") as image:
+        assert image.mode == "P"
+        assert json.loads(image.text["categories"]) == NAMES
+        np.testing.assert_array_equal(np.asarray(image), np.where(mask < 0, 255, mask))
+        assert image.convert("RGB").getpixel((79, 59)) == palette(3)[2]
+
+
+def test_mask_file_of_255_categories_is_still_a_palette(tmp_path):
+    mask = np.arange(256).reshape(16, 16)
+    save_mask(mask, tmp_path / "mask.png", [f"word {i}" for i in range(255)])
+    with Image.open(tmp_path / "mask.png") as image:
+        assert image.mode == "P"
+        np.testing.assert_array_equal(np.asarray(image), mask)
+
+
+def test_mask_file_of_more_categories_has_16_bits(tmp_path):
+    mask = np.array([[0, 255, 256], [299, -100, 300]])
+    save_mask(mask, tmp_path / "mask.png", [f"word {i}" for i in range(300)])
+    with Image.open(tmp_path / "mask.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), [[0, 255, 256], [299, 65535, 65535]])
+
+
+def test_mask_must_have_two_dimensions(tmp_path):
+    with pytest.raises(ValueError, match=r"two dimensions.*\(1, 2, 3\)"):
+        save_mask(np.zeros((1, 2, 3)), tmp_path / "mask.png", NAMES)
+
+
+def test_overlay_without_a_legend_keeps_size_and_unlabelled_pixels(photo, mask):
+    picture = overlay(photo, mask, NAMES, legend=False)
+    assert picture.size == photo.size
+    before, after = np.asarray(photo), np.asarray(picture)
+    np.testing.assert_array_equal(after[:5], before[:5])  # row 5 is the boundary
+    assert (after[6:, :38] != before[6:, :38]).any()
+    assert (after[10:50, 39] == 255).all()
+
+
+def test_overlay_paints_the_palette(mask):
+    grey = Image.new("RGB", (80, 60), (128, 128, 128))
+    picture = overlay(grey, mask, NAMES, alpha=1.0, legend=False)
+    assert picture.getpixel((10, 30)) == palette(3)[0]
+    assert picture.getpixel((70, 30)) == palette(3)[2]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (80, 60), (60, 80), (1600, 900)])
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_legend_stands_outside_of_the_photo(size, count):
+    photo = Image.new("RGB", size, (128, 128, 128))
+    names = [f"a word of some length {i}" for i in range(count)]
+    mask = np.random.default_rng(0).integers(0, count, (size[1], size[0]))
+    picture, bare = overlay(photo, mask, names), overlay(photo, mask, names, legend=False)
+    np.testing.assert_array_equal(np.asarray(picture)[: size[1], : size[0]], np.asarray(bare))
+    outside = np.asarray(picture).copy()
+    outside[: size[1], : size[0]] = 255
+    colors = {tuple(color) for color in outside.reshape(-1, 3).tolist()}
+    present = np.unique(mask)
+    assert {palette(count)[i] for i in present} <= colors
+    # Nothing is cut off: the outermost pixels of the picture are paper.
+    below = size[0] > size[1]
+    assert (outside[-1] == 255).all()
+    assert (outside[:, -1] == 255).all()
+    assert (picture.height > size[1]) if below else (picture.width > size[0])
+
+
+def test_legend_names_only_what_is_there(photo, mask):
+    picture = np.asarray(overlay(photo, mask, NAMES))
+    colors = {tuple(color) for color in picture[photo.height :].reshape(-1, 3).tolist()}
+    assert palette(3)[0] in colors
+    assert palette(3)[2] in colors
+    assert palette(3)[1] not in colors
+
+
+def test_overlay_of_nothing_is_the_photo(photo):
+    picture = overlay(photo, np.full((60, 80), -100), NAMES)
+    np.testing.assert_array_equal(np.asarray(picture)[:60, :80], np.asarray(photo))
+
+
+def test_overlay_refuses_a_mask_of_another_size(photo):
+    with pytest.raises(ValueError, match="40x30 pixels and the photo 80x60"):
+        overlay(photo, np.zeros((30, 40)), NAMES)
+
+
+def test_overlay_takes_grey_and_transparent_photos(photo, mask):
+    assert overlay(photo.convert("L"), mask, NAMES).mode == "RGB"
+    assert overlay(photo.convert("RGBA"), mask, NAMES).mode == "RGB"
+
+
+def test_side_by_side_shows_every_image(photo):
+    tall = Image.new("RGB", (20, 90), (1, 2, 3))
+    sheet = side_by_side([photo, tall], ["before", "a title wider than its picture"])
+    pixels = np.asarray(sheet)
+    assert (pixels == (1, 2, 3)).all(axis=-1).sum() == 20 * 90
+    assert sheet.height > 90
+    assert sheet.width > 100
+
+
+def test_side_by_side_wants_a_title_for_each(photo):
+    with pytest.raises(ValueError, match="title"):
+        side_by_side([photo], [])
+    with pytest.raises(ValueError, match="title"):
+        side_by_side([], [])
