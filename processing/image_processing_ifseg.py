@@ -22,7 +22,7 @@ from .post_processing_ifseg import segmentation_maps as maps_from_outputs
 
 logger = logging.get_logger(__name__)
 
-IGNORED = -100  # the label of pixels that count nowhere, as in torch's cross-entropy
+IGNORE_INDEX = -100  # the label of pixels that count nowhere, as in torch's cross-entropy
 
 
 def read_image(source, timeout: float | None = None) -> Image.Image:
@@ -318,7 +318,9 @@ class IFSegImageProcessor(PilBackend):
         if kwargs["do_pad"]:
             pad_size = kwargs["pad_size"]
             photos, masks = self.pad(photos, pad_size, return_mask=True)
-            labels = labels and [padded[0] for padded in self.pad([label[None] for label in labels], pad_size, IGNORED)]
+            labels = labels and [
+                padded[0] for padded in self.pad([label[None] for label in labels], pad_size, IGNORE_INDEX)
+            ]
         data = {"pixel_values": photos, "pixel_mask": masks} | ({"labels": labels} if labels else {})
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -351,11 +353,11 @@ class IFSegImageProcessor(PilBackend):
                     f"Segmentation map {index} is {values.shape} (height, width), but its image is {size}."
                 )
             labels = values.astype(np.int64)
-            ignored = labels == (IGNORED if ignore_index is None else ignore_index)
+            ignored = labels == (IGNORE_INDEX if ignore_index is None else ignore_index)
             if do_reduce_labels:
                 ignored |= (labels == 0) | ((labels == 255) & (values.dtype == np.uint8))
-                labels = np.where(labels == IGNORED, IGNORED, labels - 1)
-            labels[ignored] = IGNORED
+                labels = np.where(labels == IGNORE_INDEX, IGNORE_INDEX, labels - 1)
+            labels[ignored] = IGNORE_INDEX
             processed.append(resize_nearest(labels, *new_size))
         return processed
 

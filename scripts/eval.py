@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from ifseg_hf.data.crops import find_labels
-    from ifseg_hf.data.segmentation import load_segmentation_data
+    from ifseg_hf.data.segmentation import load_segmentation_dataset
     from ifseg_hf.data.vocabularies import read_categories
     from ifseg_hf.evaluation.evaluate import evaluate_segmenter, inference_of, load_segmenter, markdown
     from ifseg_hf.hub.publish import HubError, add_results, check_access
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     state = PartialState(cpu=options.cpu)
     try:
         names = options.dataset_categories and list(read_categories(options.dataset_categories))
-        data = load_segmentation_data(
+        data = load_segmentation_dataset(
             options.dataset, options.data_dir, options.split, names, options.ignore_index, options.streaming
         )
         if options.categories is not None:

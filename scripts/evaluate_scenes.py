@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace, folder: Path, photos, tune: Callable, tune_for_streets: Callable) -> dict:
     """Before and after tuning, and the cosine baseline: mosaics of each number of words, then street photos."""
-    from ifseg_hf.data.segmentation import load_segmentation_data
+    from ifseg_hf.data.segmentation import load_segmentation_dataset
     from ifseg_hf.nano import scene_evaluation, scenes
 
     results = {}
@@ -88,7 +88,7 @@ def compare(options: argparse.Namespace, folder: Path, photos, tune: Callable, t
         results[name] = scene_evaluation.evaluate(folder, data, tune, options.seeds)
         print(scene_evaluation.table({name: results[name]}), flush=True)
     if options.street:
-        streets = load_segmentation_data(options.street, split="val")
+        streets = load_segmentation_dataset(options.street, split="val")
         for words in (streets.names, list(scene_evaluation.LARGE_STREET_NAMES)):
             name = f"{len(streets.samples)} street photos, {len(words)} words"
             results[name] = scene_evaluation.evaluate(

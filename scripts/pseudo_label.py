@@ -54,20 +54,20 @@ def main(arguments: list[str] | None = None) -> int:
     # The heavy imports come after the arguments, whose mistakes so show at once.
     from accelerate import PartialState
 
-    from ifseg_hf.data.crops import load_training_data
-    from ifseg_hf.data.segmentation import SegmentationData
+    from ifseg_hf.data.crops import load_training_dataset
+    from ifseg_hf.data.segmentation import SegmentationDataset
     from ifseg_hf.data.vocabularies import read_categories
-    from ifseg_hf.training.pseudo_labels import Guess, load_photos, write_pseudo_labels
+    from ifseg_hf.training.pseudo_labels import PseudoLabelConfig, load_images, write_pseudo_labels
 
     state = PartialState(cpu=options.cpu)
     try:
-        guess = Guess(options.smoothing_neighbors, options.smoothing_iterations, options.min_confidence)
+        guess = PseudoLabelConfig(options.smoothing_neighbors, options.smoothing_iterations, options.min_confidence)
         names = None if options.categories is None else read_categories(options.categories)
-        data: SegmentationData
+        data: SegmentationDataset
         if options.photos:
-            data = load_photos(options.photos, list(names))
+            data = load_images(options.photos, list(names))
         else:
-            data = load_training_data(options.dataset, options.data_dir, options.split, names)
+            data = load_training_dataset(options.dataset, options.data_dir, options.split, names)
         write_pseudo_labels(
             options.model, data, options.output_dir, guess, options.keep_labels, options.unseen, options.cpu
         )

@@ -13,9 +13,9 @@ from datasets import IterableDataset, get_dataset_split_names
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-from ifseg_hf.data.segmentation import BENCHMARKS, SegmentationData, load_segmentation_data, split_folders
+from ifseg_hf.data.segmentation import BENCHMARKS, SegmentationDataset, load_segmentation_dataset, split_folders
 from ifseg_hf.data.word_maps import WordMapSampler
-from ifseg_hf.processing.image_processing_ifseg import IGNORED, resize_bilinear, resize_nearest
+from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, resize_bilinear, resize_nearest
 
 SCALES = (0.5, 2.0)
 LARGEST_SHARE = 0.75  # of one category in a crop
@@ -23,24 +23,24 @@ TRIES = 10  # crops drawn before one with a larger share is taken after all
 NO_LABEL = 255  # in masks that are written here
 
 
-def load_training_data(
+def load_training_dataset(
     dataset: str, data_dir: str | None = None, split: str | None = None, categories: list | dict | None = None
-) -> SegmentationData:
-    """As [`load_segmentation_data`], but of a data set with parts the one for training, and with `categories` selected.
+) -> SegmentationDataset:
+    """As [`load_segmentation_dataset`], but of a data set with parts the one for training, and with `categories` selected.
 
     Raises `ValueError`, also for a data set that comes as a stream: samples are drawn at random.
     """
     if split is None and (dataset in BENCHMARKS or not (Path(dataset) / "images").is_dir()):
         split = "train"
-    data = load_segmentation_data(dataset, data_dir, split)
+    data = load_segmentation_dataset(dataset, data_dir, split)
     if isinstance(data.samples, IterableDataset):
         raise ValueError(f'"{dataset}" comes as a stream, and training draws samples at random.')
     return data if categories is None else data.select(categories)
 
 
-def load_validation_data(
+def load_validation_dataset(
     dataset: str, data_dir: str | None = None, categories: list | dict | None = None
-) -> SegmentationData:
+) -> SegmentationDataset:
     """The photos for validation of a data set that has them, with `categories` selected. Raises `ValueError`."""
     splits: list[str] = ["val"]  # a benchmark's
     if dataset not in BENCHMARKS:
@@ -50,11 +50,11 @@ def load_validation_data(
     split = next((name for name in ("val", "validation", "test") if name in splits), None)
     if split is None:
         raise ValueError(f'"{dataset}" has no photos for validation (val, validation or test): give eval_dataset.')
-    data = load_segmentation_data(dataset, data_dir, split)
+    data = load_segmentation_dataset(dataset, data_dir, split)
     return data if categories is None else data.select(categories)
 
 
-def find_labels(data: SegmentationData, names: str | None) -> list[int]:
+def find_labels(data: SegmentationDataset, names: str | None) -> list[int]:
     """Labels of the subset called `names`, or of the names in it with commas between them; none for None.
 
     Raises `ValueError` for a name that the data does not have.
@@ -76,7 +76,7 @@ def read_labels(path: Path) -> np.ndarray:
     """(H, W) int64 from a PNG of labels: 255 becomes -100."""
     with Image.open(path) as image:
         labels = np.asarray(image).astype(np.int64)
-    labels[labels == NO_LABEL] = IGNORED
+    labels[labels == NO_LABEL] = IGNORE_INDEX
     return labels
 
 
@@ -92,7 +92,7 @@ class Augmentation:
 
         # Cut out and mirrored, numbers stay what they are: labels can ride along as a fourth channel. What a photo is
         # too small for becomes grey, the zero of the normalised image, and has no label.
-        margin = (0.5, 0.5, 0.5, float(IGNORED))
+        margin = (0.5, 0.5, 0.5, float(IGNORE_INDEX))
         self.crop = kornia.RandomCrop((crop_size, crop_size), pad_if_needed=True, fill=margin)
         self.flip = kornia.RandomHorizontalFlip(p=0.5)
         self.distort = torch.nn.Sequential(
@@ -119,11 +119,11 @@ class Augmentation:
 
 def largest_share(labels: torch.Tensor) -> float:
     """Of the most frequent category among the labelled pixels; 1 where there are none."""
-    counts = labels[labels != IGNORED].long().bincount()
+    counts = labels[labels != IGNORE_INDEX].long().bincount()
     return (counts.max() / counts.sum()).item() if len(counts) else 1.0
 
 
-class PhotoSamples(Dataset):
+class CropDataset(Dataset):
     """Augmented crops of photos, without end: `{"pixel_values": float32 (3, c, c), "labels": int64 (c, c)}`.
 
     The photos come in a new random order each epoch, resized so that their short side is `short_side` times a random
@@ -141,7 +141,7 @@ class PhotoSamples(Dataset):
 
     def __init__(
         self,
-        data: SegmentationData,
+        data: SegmentationDataset,
         crop_size: int,
         short_side: int,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
@@ -171,7 +171,7 @@ class PhotoSamples(Dataset):
         photo, labels = self.data.read(sample)
         if self.masks is not None:
             labels = read_labels(self.masks / f"{sample['id']}.png")
-        labels[np.isin(labels, self.ignored)] = IGNORED
+        labels[np.isin(labels, self.ignored)] = IGNORE_INDEX
         random = np.random.default_rng([self.seed, index, 1])  # with a third number: no generator of an epoch
         scale = random.uniform(*SCALES) * self.short_side / min(labels.shape)
         height, width = (max(1, round(side * scale)) for side in labels.shape)
@@ -180,13 +180,13 @@ class PhotoSamples(Dataset):
         return {"pixel_values": (pixels - self.mean) / self.std, "labels": labels}
 
 
-class MixedSamples(Dataset):
+class MixedDataset(Dataset):
     """Of `ratio` of the samples word maps, spread evenly, and photos in their places between them.
 
     A word map is `{"word_map": int64 (g, g), "grid_size": int64 (2,)}`; see [`word_map_stream`].
     """
 
-    def __init__(self, photos: PhotoSamples, word_maps: WordMapSampler | None = None, ratio: float = 0.0):
+    def __init__(self, photos: CropDataset, word_maps: WordMapSampler | None = None, ratio: float = 0.0):
         self.photos = photos
         self.word_maps = word_maps
         self.ratio = ratio
@@ -199,7 +199,7 @@ class MixedSamples(Dataset):
         return {"word_map": torch.from_numpy(word_maps[0]), "grid_size": torch.from_numpy(sizes[0])}
 
 
-def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
+def collate_samples(samples: list[dict]) -> dict[str, torch.Tensor]:
     """A batch with `pixel_values` and `labels` of the photos and `word_map` and `grid_size` of the word maps."""
     batch = {}
     for kind in ("pixel_values", "word_map"):
@@ -210,10 +210,10 @@ def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
 
 __all__ = [
     "Augmentation",
-    "MixedSamples",
-    "PhotoSamples",
-    "collate",
+    "CropDataset",
+    "MixedDataset",
+    "collate_samples",
     "find_labels",
-    "load_training_data",
-    "load_validation_data",
+    "load_training_dataset",
+    "load_validation_dataset",
 ]

@@ -1,6 +1,6 @@
 """Photos with masks: COCO-Stuff and ADE20K as they are distributed, a folder of one's own, or a data set of the Hub.
 
-Every reader returns a [`SegmentationData`]: a `datasets` data set of files that are opened only when they are read, and
+Every reader returns a [`SegmentationDataset`]: a `datasets` data set of files that are opened only when they are read, and
 a table from the numbers in its masks to labels. COCO-Stuff has 171 categories, of which 15 are unseen in zero-shot
 transfer (appendix A.3), or 27 coarse ones (Table 15); ADE20K has 150.
 """
@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, UnidentifiedImageError
 
 from ifseg_hf.data.vocabularies import read_categories
-from ifseg_hf.processing.image_processing_ifseg import IGNORED, to_array
+from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, to_array
 
 UNKNOWN = -1  # in a table of labels: a number that must not occur in a mask
 
@@ -55,7 +55,7 @@ _COCO_COARSE = {
 _COCO_STUFF_ONLY = ("door", "desk", "mirror")
 
 BENCHMARKS = ("coco-stuff", "coco-stuff-unseen", "coco-stuff-seen", "coco-stuff-coarse", "ade20k")
-"""Data sets that [`load_segmentation_data`] knows by name; they need the folder that the data was unpacked to."""
+"""Data sets that [`load_segmentation_dataset`] knows by name; they need the folder that the data was unpacked to."""
 
 
 class SampleError(ValueError):
@@ -63,7 +63,7 @@ class SampleError(ValueError):
 
 
 @dataclass
-class SegmentationData:
+class SegmentationDataset:
     """
     Photos with masks, and what the numbers in the masks mean.
 
@@ -123,7 +123,7 @@ class SegmentationData:
             )
         return image, labels
 
-    def select(self, categories: Sequence[str] | Mapping[str, Sequence[str]]) -> "SegmentationData":
+    def select(self, categories: Sequence[str] | Mapping[str, Sequence[str]]) -> "SegmentationDataset":
         """
         The same photos with other categories; pixels of names that are not mentioned are ignored.
 
@@ -132,7 +132,7 @@ class SegmentationData:
                 pixels of all names in the list by one word: another wording, several names as one, a coarse view.
 
         Returns:
-            [`SegmentationData`], whose subsets are the old ones if each category lies in one of them, and there still
+            [`SegmentationDataset`], whose subsets are the old ones if each category lies in one of them, and there still
             are several.
 
         Raises:
@@ -151,7 +151,9 @@ class SegmentationData:
                     raise ValueError(f'"{name}" counts as "{category_of[name]}" and as "{category}": choose one.')
                 category_of[name] = category
         names = list(groups)
-        moved = np.array([names.index(category_of[name]) if name in category_of else IGNORED for name in self.names])
+        moved = np.array(
+            [names.index(category_of[name]) if name in category_of else IGNORE_INDEX for name in self.names]
+        )
         labels = np.where(self.labels >= 0, moved[np.maximum(self.labels, 0)], self.labels)
         subsets = {}
         for subset, members in self.subsets.items():
@@ -159,17 +161,17 @@ class SegmentationData:
             subsets[subset] = [label for label, group in enumerate(groups.values()) if theirs.issuperset(group)]
         if not all(subsets.values()) or sum(map(len, subsets.values())) < len(names):
             subsets = {}
-        return SegmentationData(self.samples, names, labels, subsets)
+        return SegmentationDataset(self.samples, names, labels, subsets)
 
 
-def load_segmentation_data(
+def load_segmentation_dataset(
     source: str,
     data_dir: str | os.PathLike | None = None,
     split: str | None = None,
     categories: Sequence[str] | None = None,
     ignore_index: int | None = None,
     streaming: bool = False,
-) -> SegmentationData:
+) -> SegmentationDataset:
     """
     Photos with masks by the name of a benchmark, from a folder, or from the Hub. No photo and no mask is opened.
 
@@ -215,7 +217,7 @@ def load_segmentation_data(
     return _load_hub(source, split, categories, ignore_index, streaming)
 
 
-def _load_coco(folder: Path, split: str | None, view: str) -> SegmentationData:
+def _load_coco(folder: Path, split: str | None, view: str) -> SegmentationDataset:
     """COCO-Stuff. Its masks hold 0 ... 181, of which 11 never occur, and 255 for "no label"."""
     part = _choose_split(split, {"val2017": ("val", "validation"), "train2017": ("train", "training")}, "val2017")
     photos = _first_folder("photos of COCO", folder / part, folder / "images" / part)
@@ -223,11 +225,11 @@ def _load_coco(folder: Path, split: str | None, view: str) -> SegmentationData:
     masks = _first_folder("masks of COCO-Stuff", *(folder / name / part for name in maps))
     labels = np.full(256, UNKNOWN)
     labels[[value for value in range(182) if value not in _COCO_ABSENT]] = np.arange(171)
-    labels[255] = IGNORED
+    labels[255] = IGNORE_INDEX
     names, unseen = list(read_categories("coco-stuff")), list(read_categories("coco-stuff-unseen"))
     seen = [name for name in names if name not in unseen]
     subsets = {"seen": [names.index(name) for name in seen], "unseen": [names.index(name) for name in unseen]}
-    data = SegmentationData(_paired_samples(photos, masks), names, labels, subsets)
+    data = SegmentationDataset(_paired_samples(photos, masks), names, labels, subsets)
     if view == "coco-stuff-coarse":
         return data.select(_coarse_categories(names))
     views = {"coco-stuff": names, "coco-stuff-unseen": unseen, "coco-stuff-seen": seen}
@@ -244,19 +246,19 @@ def _coarse_categories(names: Sequence[str]) -> dict[str, list[str]]:
     return coarse
 
 
-def _load_ade20k(folder: Path, split: str | None) -> SegmentationData:
+def _load_ade20k(folder: Path, split: str | None) -> SegmentationDataset:
     """ADE20K's SceneParsing. Its masks hold 1 ... 150, and 0 for "no label"."""
     part = _choose_split(split, {"validation": ("val",), "training": ("train",)}, "validation")
     roots = (folder, folder / "ADEChallengeData2016")
     photos = _first_folder("photos of ADE20K", *(root / "images" / part for root in roots))
     masks = _first_folder("masks of ADE20K", *(root / "annotations" / part for root in roots))
     names = list(read_categories("ade20k"))
-    return SegmentationData(_paired_samples(photos, masks), names, _label_table(range(1, 151), 0), {})
+    return SegmentationDataset(_paired_samples(photos, masks), names, _label_table(range(1, 151), 0), {})
 
 
 def _load_folder(
     folder: Path, split: str | None, categories: Sequence[str] | None, ignore_index: int | None
-) -> SegmentationData:
+) -> SegmentationDataset:
     """Photos and masks in two folders, perhaps one pair of them a split."""
     file = folder / "dataset.json"
     if file.exists():
@@ -287,12 +289,12 @@ def _load_folder(
         raise ValueError(f'{folder} has no splits: leave out "{split}".')
     values = [value for value in range(len(names) + 1) if value != ignore_index]
     labels = _label_table(values[: len(names)], ignore_index)
-    return SegmentationData(_paired_samples(part / "images", part / "masks"), names, labels, {})
+    return SegmentationDataset(_paired_samples(part / "images", part / "masks"), names, labels, {})
 
 
 def _load_hub(
     source: str, split: str | None, categories: Sequence[str] | None, ignore_index: int | None, streaming: bool
-) -> SegmentationData:
+) -> SegmentationDataset:
     """A data set that `datasets.load_dataset` knows how to read."""
     try:
         if split is None:
@@ -317,7 +319,7 @@ def _load_hub(
     else:
         samples = samples.add_column("id", [f"{number:06d}" for number in range(len(samples))])
     samples = samples.select_columns(["id", "image", "mask"])
-    return SegmentationData(samples, list(numbers.values()), _label_table(numbers, ignore_index), {})
+    return SegmentationDataset(samples, list(numbers.values()), _label_table(numbers, ignore_index), {})
 
 
 def _image_columns(source: str, features: Mapping) -> tuple[str, str]:
@@ -376,7 +378,7 @@ def _label_table(values: Sequence[int] | Mapping[int, str], ignore_index: int | 
     labels = np.full(max([255, ignore_index or 0, *values]) + 1, UNKNOWN)
     labels[values] = np.arange(len(values))
     if ignore_index is not None and ignore_index >= 0:
-        labels[ignore_index] = IGNORED
+        labels[ignore_index] = IGNORE_INDEX
     return labels
 
 
@@ -463,4 +465,4 @@ def _open(sample: Mapping, column: str, what: str) -> Image.Image:
         raise SampleError(f"Can't read {name}: {' '.join(str(error).split())}") from error
 
 
-__all__ = ["BENCHMARKS", "SampleError", "SegmentationData", "load_segmentation_data"]
+__all__ = ["BENCHMARKS", "SampleError", "SegmentationDataset", "load_segmentation_dataset"]

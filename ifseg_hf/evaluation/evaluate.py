@@ -22,7 +22,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from ifseg_hf.data.segmentation import SampleError, SegmentationData
+from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
 from ifseg_hf.evaluation.baselines import BASELINES, load_baseline
 from ifseg_hf.evaluation.metrics import MeanIoU, scores
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation, IFSegSegmentationOutput
@@ -271,7 +271,7 @@ def _check_settings(file: Path, settings: dict) -> None:
 
 def evaluate_segmenter(
     segmenter,
-    data: SegmentationData,
+    data: SegmentationDataset,
     smoothing: Sequence[Smoothing] | None = None,
     batch_size: int = 8,
     state_dir: str | Path | None = None,
@@ -369,7 +369,7 @@ class _Sample:
     truth: np.ndarray
 
 
-def _size(data: SegmentationData, limit: int | None) -> int | None:
+def _size(data: SegmentationDataset, limit: int | None) -> int | None:
     """Photos of a data set; `None` where it is streamed and nobody knows."""
     try:
         count = len(data.samples)
@@ -379,7 +379,7 @@ def _size(data: SegmentationData, limit: int | None) -> int | None:
 
 
 def _samples(
-    data: SegmentationData, counted: _Counted, on_error: str, limit: int | None, rank: int, world: int
+    data: SegmentationDataset, counted: _Counted, on_error: str, limit: int | None, rank: int, world: int
 ) -> Iterator[_Sample | None]:
     """This process' photos that are still to be counted; `None` for each that is not."""
     for index, row in enumerate(data.samples):

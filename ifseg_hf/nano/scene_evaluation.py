@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ifseg_hf.data.segmentation import SegmentationData
+from ifseg_hf.data.segmentation import SegmentationDataset
 from ifseg_hf.evaluation.evaluate import COSINE, Evaluation, Smoothing, evaluate_segmenter, load_segmenter, setting_name
 from ifseg_hf.experiments.image_experiments import over_seeds
 from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
@@ -70,7 +70,7 @@ def at_size(folder: str | Path, image_size: int, short_side: int, output: str | 
 
 
 def count_pixels(
-    folder: str | Path, data: SegmentationData, smoothing: Sequence[Smoothing], baseline: str | None = None
+    folder: str | Path, data: SegmentationDataset, smoothing: Sequence[Smoothing], baseline: str | None = None
 ) -> Evaluation:
     """What a model of a folder says of the photos of `data`, in the data's own words."""
     segmenter = load_segmenter(folder, baseline)
@@ -83,7 +83,7 @@ def count_pixels(
 
 def evaluate(
     folder: str | Path,
-    data: SegmentationData,
+    data: SegmentationDataset,
     tune: Tune,
     seeds: Sequence[int],
     smoothing: Sequence[Smoothing] = SMOOTHING,
@@ -188,7 +188,7 @@ def variants(usual: int, largest: int) -> dict[str, Variant]:
 
 def ablate(
     folder: str | Path,
-    data: SegmentationData,
+    data: SegmentationDataset,
     tune: Callable[..., str | Path],
     ways: dict[str, Variant],
     seeds: Sequence[int],

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from ifseg_hf.data.segmentation import SegmentationData
+from ifseg_hf.data.segmentation import SegmentationDataset
 
 HELD_OUT = 5000  # the last photos of the last file are never trained on
 PHOTO_SIZE = 64
@@ -281,7 +281,7 @@ def evaluation_scenes(photos: Photos, words: list[str], count: int, seed: int, s
         yield np.asarray(canvas), target
 
 
-def mosaic_data(photos: Photos, words: list[str], count: int, seed: int, size: int = 128) -> SegmentationData:
+def mosaic_data(photos: Photos, words: list[str], count: int, seed: int, size: int = 128) -> SegmentationDataset:
     """The mosaics of [`evaluation_scenes`] as photos with masks."""
     rows: dict[str, list] = {"id": [], "image": [], "mask": []}
     for number, (image, target) in enumerate(evaluation_scenes(photos, words, count, seed, size)):
@@ -292,4 +292,4 @@ def mosaic_data(photos: Photos, words: list[str], count: int, seed: int, size: i
             rows[column].append({"bytes": file.getvalue(), "path": None})
     picture = datasets.Image(decode=False)
     features = datasets.Features(id=datasets.Value("string"), image=picture, mask=picture)
-    return SegmentationData(datasets.Dataset.from_dict(rows, features=features), words, np.arange(len(words)), {})
+    return SegmentationDataset(datasets.Dataset.from_dict(rows, features=features), words, np.arange(len(words)), {})

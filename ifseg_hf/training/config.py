@@ -177,7 +177,7 @@ class TrainingConfig:
         return found[max(found)]
 
     @property
-    def on_photos(self) -> bool:
+    def on_images(self) -> bool:
         return self.stage != "word-maps"
 
     @property
@@ -188,8 +188,8 @@ class TrainingConfig:
     def _check_stage(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f'stage="{self.stage}": choose {", ".join(STAGES[:-1])} or {STAGES[-1]}.')
-        if self.dataset is None and (self.on_photos or self.categories is None):
-            missing = f"stage={self.stage} needs photos" if self.on_photos else "There are no categories"
+        if self.dataset is None and (self.on_images or self.categories is None):
+            missing = f"stage={self.stage} needs photos" if self.on_images else "There are no categories"
             raise ValueError(f"{missing}: give a dataset (--dataset).")
         if self.freeze is not None and self.freeze not in FREEZE:
             raise ValueError(f'freeze="{self.freeze}": choose {", ".join(FREEZE)}.')

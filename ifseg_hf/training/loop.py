@@ -27,14 +27,14 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from ifseg_hf.data.crops import (
-    MixedSamples,
-    PhotoSamples,
-    collate,
+    CropDataset,
+    MixedDataset,
+    collate_samples,
     find_labels,
-    load_training_data,
-    load_validation_data,
+    load_training_dataset,
+    load_validation_dataset,
 )
-from ifseg_hf.data.segmentation import BENCHMARKS, SampleError, SegmentationData, load_segmentation_data
+from ifseg_hf.data.segmentation import BENCHMARKS, SampleError, SegmentationDataset, load_segmentation_dataset
 from ifseg_hf.data.word_maps import WordMapSampler, word_map_labels, word_map_stream
 from ifseg_hf.hub.publish import push_to_hub
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
@@ -145,8 +145,8 @@ def tune(
     settings: TrainingConfig,
     accelerator: Accelerator,
     checkpoint: Path | None,
-    data: SegmentationData | None = None,
-    eval_data: SegmentationData | None = None,
+    data: SegmentationDataset | None = None,
+    eval_data: SegmentationDataset | None = None,
 ) -> TrainingResult:
     """From the model's weights, or the checkpoint's, to those in `output_dir`."""
     batch_size = samples_per_batch(settings, accelerator.num_processes)
@@ -189,7 +189,7 @@ def tune(
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    if settings.on_photos:
+    if settings.on_images:
         batches = photo_batches(settings, accelerator, model, processor, data, batch_size, step, checkpoint)
     else:
         batches = word_map_batches(settings, accelerator, config, batch_size, step)
@@ -366,15 +366,15 @@ def samples_per_batch(settings: TrainingConfig, processes: int) -> int:
     return size
 
 
-def load_data(settings: TrainingConfig) -> SegmentationData | None:
+def load_data(settings: TrainingConfig) -> SegmentationDataset | None:
     """The data set, if there is one, without opening a photo. Raises `SettingError`."""
     if settings.dataset is None:
         return None
-    if settings.on_photos and importlib.util.find_spec("kornia") is None:
+    if settings.on_images and importlib.util.find_spec("kornia") is None:
         raise SettingError('Training on photos needs kornia: pip install "ifseg-hf[train]".')
     try:
-        categories = settings.categories if settings.on_photos else None
-        data = load_training_data(settings.dataset, settings.data_dir, settings.split, categories)
+        categories = settings.categories if settings.on_images else None
+        data = load_training_dataset(settings.dataset, settings.data_dir, settings.split, categories)
         find_labels(data, settings.unseen)
     except ValueError as error:
         raise SettingError(" ".join(str(error).split())) from error
@@ -383,17 +383,17 @@ def load_data(settings: TrainingConfig) -> SegmentationData | None:
     return data
 
 
-def load_eval_data(settings: TrainingConfig, data: SegmentationData | None) -> SegmentationData | None:
+def load_eval_data(settings: TrainingConfig, data: SegmentationDataset | None) -> SegmentationDataset | None:
     """What `eval_steps` evaluates on: the categories of `data`, seen and unseen apart. Raises `SettingError`."""
     if not settings.eval_steps:
         return None
     categories = data.names if settings.categories is None else settings.categories
     try:
         if settings.eval_dataset is None:
-            found = load_validation_data(settings.dataset, settings.data_dir, categories)
+            found = load_validation_dataset(settings.dataset, settings.data_dir, categories)
         else:
             data_dir = settings.data_dir if settings.eval_dataset in BENCHMARKS else None
-            found = load_segmentation_data(settings.eval_dataset, data_dir).select(categories)
+            found = load_segmentation_dataset(settings.eval_dataset, data_dir).select(categories)
     except ValueError as error:
         raise SettingError(f"eval_steps={settings.eval_steps}: {' '.join(str(error).split())}") from error
     unseen = find_labels(data, settings.unseen)
@@ -404,10 +404,10 @@ def load_eval_data(settings: TrainingConfig, data: SegmentationData | None) -> S
 
 
 def load_model(
-    settings: TrainingConfig, data: SegmentationData | None = None
+    settings: TrainingConfig, data: SegmentationDataset | None = None
 ) -> tuple[IFSegProcessor, IFSegForSemanticSegmentation]:
     """The processor, and the model in float32 with its words set and frozen as its stage wants it."""
-    categories = data.names if settings.on_photos or settings.categories is None else settings.categories
+    categories = data.names if settings.on_images or settings.categories is None else settings.categories
     try:
         processor = IFSegProcessor.from_pretrained(settings.model_path)
     except (OSError, ValueError) as error:
@@ -427,12 +427,12 @@ def load_model(
         raise SettingError(f'"{settings.model}" has no weights that can be loaded: {error}'[:500]) from error
     model.set_words(**words)
     freeze(model, settings.frozen)
-    if settings.on_photos:
+    if settings.on_images:
         prepare_processor(processor, settings, model.config)
     return processor, model
 
 
-def measure_batch_norm(trunk: torch.nn.Module, crops: PhotoSamples, device: torch.device) -> None:
+def measure_batch_norm(trunk: torch.nn.Module, crops: CropDataset, device: torch.device) -> None:
     """Gives frozen batch norms the statistics that random weights make of the first crops, the same in every process.
 
     Without them each layer would take the last one's output as it is, at any scale.
@@ -494,7 +494,7 @@ def photo_batches(
     accelerator: Accelerator,
     model: torch.nn.Module,
     processor: IFSegProcessor,
-    data: SegmentationData,
+    data: SegmentationDataset,
     batch_size: int,
     step: int,
     checkpoint: Path | None,
@@ -512,7 +512,7 @@ def photo_batches(
             samples,
             batch_sampler=[range(first, first + batch_size) for first in firsts],
             num_workers=settings.dataloader_workers,
-            collate_fn=collate,
+            collate_fn=collate_samples,
             generator=torch.Generator(),
         )
         with photo_errors():
@@ -533,12 +533,16 @@ def photo_errors() -> Iterator[None]:
 
 
 def mixed_samples(
-    settings: TrainingConfig, config: IFSegConfig, processor: IFSegProcessor, data: SegmentationData, masks: Path | None
-) -> MixedSamples:
+    settings: TrainingConfig,
+    config: IFSegConfig,
+    processor: IFSegProcessor,
+    data: SegmentationDataset,
+    masks: Path | None,
+) -> MixedDataset:
     """Photos of the settings' crops, and word maps among them."""
     image_processor = processor.image_processor
     size = image_processor.size
-    photos = PhotoSamples(
+    photos = CropDataset(
         data,
         crop_size=settings.crop_size or config.image_size,
         short_side=size["shortest_edge"] or size["height"],
@@ -552,7 +556,7 @@ def mixed_samples(
     word_maps = WordMapSampler(
         len(config.category_ids), settings.seed, config.grid_size, max_cells, random_cells=settings.random_cells
     )
-    return MixedSamples(photos, word_maps, settings.word_map_ratio)
+    return MixedDataset(photos, word_maps, settings.word_map_ratio)
 
 
 def refreshed(
@@ -560,7 +564,7 @@ def refreshed(
     accelerator: Accelerator,
     model: torch.nn.Module,
     processor: IFSegProcessor,
-    data: SegmentationData,
+    data: SegmentationDataset,
     step: int,
     checkpoint: Path | None,
 ) -> Path:
@@ -593,7 +597,7 @@ def evaluated(
     accelerator: Accelerator,
     model: torch.nn.Module,
     processor: IFSegProcessor,
-    eval_data: SegmentationData,
+    eval_data: SegmentationDataset,
     step: int,
 ) -> dict[str, float]:
     """Mean IoU, of seen and unseen categories too, after `step` steps. Leaves the model in evaluation mode."""

@@ -16,10 +16,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ifseg_hf.data.crops import NO_LABEL, find_labels
-from ifseg_hf.data.segmentation import SampleError, SegmentationData
+from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.pretrained import resolve_model
-from ifseg_hf.processing.image_processing_ifseg import IGNORED, read_image, to_array
+from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, read_image, to_array
 from ifseg_hf.processing.post_processing_ifseg import patch_scores, resize_scores
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.training.config import INCOMPLETE, PSEUDO_LABELS
@@ -28,7 +28,7 @@ GIVEN = "given"  # folder of masks beside the labels: 255 where a label was give
 
 
 @dataclass
-class Guess:
+class PseudoLabelConfig:
     """How a model guesses labels.
 
     Args:
@@ -65,7 +65,7 @@ def confident_labels(
         int64 of shape `size`; of equally likely categories the first wins.
     """
     best = torch.full(size, -1.0, device=probabilities.device)
-    labels = torch.full(size, IGNORED, device=probabilities.device)
+    labels = torch.full(size, IGNORE_INDEX, device=probabilities.device)
     for category in candidates or range(len(probabilities)):  # one at a time: there may be many, of many pixels
         resized = resize_scores(probabilities[category, None], size)[0]
         better = (resized > best) & (resized >= min_confidence)
@@ -74,8 +74,12 @@ def confident_labels(
 
 
 @torch.no_grad()
-def guess_labels(
-    model: IFSegForSemanticSegmentation, processor: IFSegProcessor, photo: np.ndarray, guess: Guess, names: list[str]
+def predict_labels(
+    model: IFSegForSemanticSegmentation,
+    processor: IFSegProcessor,
+    photo: np.ndarray,
+    guess: PseudoLabelConfig,
+    names: list[str],
 ) -> np.ndarray:
     """Labels of a photo uint8 (H, W, 3), indices into `names`, as int64 (H, W), by a model in evaluation mode.
 
@@ -90,16 +94,16 @@ def guess_labels(
     guessed = guess.guessed or names
     own = [model.config.label2id[name] for name in guessed]
     labels = confident_labels(probabilities, photo.shape[:2], guess.min_confidence, own).cpu().numpy()
-    label_of = np.full(len(probabilities), IGNORED)
+    label_of = np.full(len(probabilities), IGNORE_INDEX)
     label_of[own] = [names.index(name) for name in guessed]
-    return np.where(labels == IGNORED, IGNORED, label_of[labels.clip(0)])
+    return np.where(labels == IGNORE_INDEX, IGNORE_INDEX, label_of[labels.clip(0)])
 
 
-def label_photos(
+def label_images(
     model: IFSegForSemanticSegmentation,
     processor: IFSegProcessor,
-    data: SegmentationData,
-    guess: Guess,
+    data: SegmentationDataset,
+    guess: PseudoLabelConfig,
     indices: Iterable[int],
     given: Callable[[dict, np.ndarray], np.ndarray],
     write: Callable[[dict, np.ndarray, np.ndarray], None],
@@ -120,9 +124,9 @@ def label_photos(
         photo, labels = data.read(sample)
         kept = given(sample, labels)
         if not kept.all():
-            labels = np.where(kept, labels, guess_labels(model, processor, photo, guess, data.names))
+            labels = np.where(kept, labels, predict_labels(model, processor, photo, guess, data.names))
         write(sample, labels, kept)
-        labelled = labels != IGNORED
+        labelled = labels != IGNORE_INDEX
         counts += [(kept & labelled).sum(), (~kept & labelled).sum(), (~labelled).sum()]
     model.train(training)
     return counts
@@ -131,7 +135,7 @@ def label_photos(
 def save_labels(labels: np.ndarray, file: Path) -> None:
     """Writes int64 (H, W) as an 8-bit PNG, -100 as 255. The file is whole or not there."""
     incomplete = file.with_name(file.name + INCOMPLETE)
-    Image.fromarray(np.where(labels == IGNORED, NO_LABEL, labels).astype(np.uint8)).save(incomplete, format="png")
+    Image.fromarray(np.where(labels == IGNORE_INDEX, NO_LABEL, labels).astype(np.uint8)).save(incomplete, format="png")
     incomplete.replace(file)
 
 
@@ -141,7 +145,7 @@ def save_labels(labels: np.ndarray, file: Path) -> None:
 def refresh_labels(
     model: IFSegForSemanticSegmentation,
     processor: IFSegProcessor,
-    data: SegmentationData,
+    data: SegmentationDataset,
     folder: Path,
     output: Path,
     state: PartialState,
@@ -156,7 +160,7 @@ def refresh_labels(
     """
     told = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))[PSEUDO_LABELS]
     guessed = [name for name in told["guessed"] or data.names if name in data.names]
-    guess = Guess(smoothing_iterations=0, min_confidence=told["min_confidence"], guessed=guessed)
+    guess = PseudoLabelConfig(smoothing_iterations=0, min_confidence=told["min_confidence"], guessed=guessed)
 
     def given(sample: dict, labels: np.ndarray) -> np.ndarray:
         file = folder / GIVEN / f"{sample['id']}.png"
@@ -166,13 +170,13 @@ def refresh_labels(
         save_labels(labels, output / f"{sample['id']}.png")
 
     indices = range(state.process_index, len(data.samples), state.num_processes)
-    label_photos(model, processor, data, guess, indices, given, write)
+    label_images(model, processor, data, guess, indices, given, write)
 
 
 # As a data set --------------------------------------------------------------------------------------------------------
 
 
-class Photos(SegmentationData):
+class UnlabelledImages(SegmentationDataset):
     """Photos without masks: each has no label anywhere."""
 
     def read(self, sample) -> tuple[np.ndarray, np.ndarray]:
@@ -180,10 +184,10 @@ class Photos(SegmentationData):
             photo = to_array(read_image(sample["image"]["path"]))
         except ValueError as error:
             raise SampleError(str(error)) from error
-        return photo, np.full(photo.shape[:2], IGNORED)
+        return photo, np.full(photo.shape[:2], IGNORE_INDEX)
 
 
-def load_photos(folder: str | Path, names: list[str]) -> Photos:
+def load_images(folder: str | Path, names: list[str]) -> UnlabelledImages:
     """All images in a folder, as a data set of the categories `names`. Raises `ValueError` if there is none."""
     endings = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
     files = {file.stem: str(file) for file in sorted(Path(folder).glob("*")) if file.suffix.lower() in endings}
@@ -193,14 +197,14 @@ def load_photos(folder: str | Path, names: list[str]) -> Photos:
     features = datasets.Features(id=datasets.Value("string"), image=column, mask=column)
     columns = {"id": list(files), "image": list(files.values()), "mask": [None] * len(files)}
     samples = datasets.Dataset.from_dict(columns, features=features)
-    return Photos(samples, list(names), np.arange(len(names)), {})
+    return UnlabelledImages(samples, list(names), np.arange(len(names)), {})
 
 
 def write_pseudo_labels(
     model: str,
-    data: SegmentationData,
+    data: SegmentationDataset,
     output_dir: str | Path,
-    guess: Guess | None = None,
+    guess: PseudoLabelConfig | None = None,
     keep_labels: bool = False,
     unseen: str | None = None,
     cpu: bool = False,
@@ -214,7 +218,7 @@ def write_pseudo_labels(
         model: folder or Hub id. It is asked for the words it was tuned for if those to guess are among them, else for
             those to guess.
         data: what to label; of its own labels only those that `keep_labels` keeps are looked at.
-        guess: see [`Guess`]. With `unseen`, those are the categories to guess.
+        guess: see [`PseudoLabelConfig`]. With `unseen`, those are the categories to guess.
         keep_labels: keep the labels that there are, and guess where there is none.
         unseen: categories whose labels count as none; see [`find_labels`].
 
@@ -222,7 +226,7 @@ def write_pseudo_labels(
         `ValueError`: a wrong argument, a folder that holds something else, or a model that cannot be loaded.
         `SampleError`: a photo that cannot be used.
     """
-    guess = guess or Guess()
+    guess = guess or PseudoLabelConfig()
     if len(data.names) >= NO_LABEL:
         raise ValueError(f"{len(data.names)} categories do not fit into masks of 8 bits: {NO_LABEL - 1} do.")
     hidden = find_labels(data, unseen)
@@ -239,7 +243,7 @@ def write_pseudo_labels(
     segmenter.to(state.device)
 
     def given(sample: dict, labels: np.ndarray) -> np.ndarray:
-        return (labels != IGNORED) & ~np.isin(labels, hidden) & keep_labels
+        return (labels != IGNORE_INDEX) & ~np.isin(labels, hidden) & keep_labels
 
     def write(sample: dict, labels: np.ndarray, kept: np.ndarray) -> None:
         copy_photo(sample, output / "images")
@@ -251,7 +255,7 @@ def write_pseudo_labels(
     state.wait_for_everyone()  # all have seen the same masks: only then may the first of them write another
     todo = [index for index, name in enumerate(data.samples["id"]) if name not in done]
     mine = tqdm(todo[state.process_index :: state.num_processes], unit="photo", disable=not state.is_main_process)
-    counts = label_photos(segmenter, processor, data, guess, mine, given, write)
+    counts = label_images(segmenter, processor, data, guess, mine, given, write)
     shares = reduce(torch.from_numpy(counts).to(state.device), "sum").double()
     if state.is_main_process:
         begun.replace(output / "dataset.json")
@@ -312,11 +316,11 @@ def copy_photo(sample: dict, folder: Path) -> None:
 
 
 __all__ = [
-    "Guess",
-    "Photos",
+    "PseudoLabelConfig",
+    "UnlabelledImages",
     "confident_labels",
-    "guess_labels",
-    "load_photos",
+    "load_images",
+    "predict_labels",
     "refresh_labels",
     "write_pseudo_labels",
 ]

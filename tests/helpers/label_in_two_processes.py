@@ -10,7 +10,7 @@ import time
 
 from accelerate import PartialState, debug_launcher
 
-from ifseg_hf.data.crops import load_training_data
+from ifseg_hf.data.crops import load_training_dataset
 from ifseg_hf.training import pseudo_labels
 
 
@@ -23,7 +23,7 @@ def label(model: str, photos: str, output: str) -> None:
         return load(*args)
 
     pseudo_labels.load_segmenter = load_late
-    pseudo_labels.write_pseudo_labels(model, load_training_data(photos), output, cpu=True)
+    pseudo_labels.write_pseudo_labels(model, load_training_dataset(photos), output, cpu=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from image_folders import NAMES, save_masked_photos, save_tiny_segmenter
 
-from ifseg_hf.data.segmentation import load_segmentation_data
+from ifseg_hf.data.segmentation import load_segmentation_dataset
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "pseudo_label.py"
 
@@ -26,7 +26,7 @@ def test_a_data_set_of_photos_and_one_of_some_labels(main, tmp_path):
     flags = ["--model", model, "--cpu", "--smoothing-neighbors", "2", "--min-confidence", "0.1"]
     images = ["--photos", f"{photos}/train/images", "--categories", "cat, cup"]
     assert main([*flags, *images, "--output-dir", str(tmp_path / "one")]) == 0
-    assert load_segmentation_data(str(tmp_path / "one")).names == ["cat", "cup"]
+    assert load_segmentation_dataset(str(tmp_path / "one")).names == ["cat", "cup"]
     kept = ["--dataset", photos, "--keep-labels", "--unseen", "sea"]
     assert main([*flags, *kept, "--output-dir", str(tmp_path / "two")]) == 0
     told = json.loads((tmp_path / "two" / "dataset.json").read_text())

@@ -8,14 +8,14 @@ from PIL import Image
 
 from ifseg_hf.data.crops import (
     LARGEST_SHARE,
-    MixedSamples,
-    PhotoSamples,
-    collate,
+    CropDataset,
+    MixedDataset,
+    collate_samples,
     find_labels,
     largest_share,
-    load_training_data,
+    load_training_dataset,
 )
-from ifseg_hf.data.segmentation import SegmentationData
+from ifseg_hf.data.segmentation import SegmentationDataset
 from ifseg_hf.data.word_maps import WordMapSampler, word_map_stream
 
 pytest.importorskip("kornia")
@@ -23,12 +23,12 @@ pytest.importorskip("kornia")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return load_training_data(save_masked_photos(tmp_path_factory.mktemp("photos")))
+    return load_training_dataset(save_masked_photos(tmp_path_factory.mktemp("photos")))
 
 
 @pytest.fixture
 def samples(data):
-    return PhotoSamples(data, crop_size=32, short_side=48, seed=3)
+    return CropDataset(data, crop_size=32, short_side=48, seed=3)
 
 
 def assert_same(one, other):
@@ -43,12 +43,12 @@ def test_a_sample_depends_on_seed_and_index_alone(data, samples):
     assert torch.equal(torch.random.get_rng_state(), before)  # or the loader's process would move dropout
     torch.manual_seed(2)
     for index, expected in zip((40, 5, 0), reversed(first), strict=True):
-        assert_same(PhotoSamples(data, 32, 48, seed=3)[index], expected)
+        assert_same(CropDataset(data, 32, 48, seed=3)[index], expected)
     assert first[0]["pixel_values"].shape == (3, 32, 32)
     assert first[0]["pixel_values"].dtype == torch.float32
     assert first[0]["labels"].shape == (32, 32)
     assert first[0]["labels"].dtype == torch.int64
-    other = PhotoSamples(data, 32, 48, seed=4)
+    other = CropDataset(data, 32, 48, seed=4)
     assert any(not torch.equal(other[index]["labels"], samples[index]["labels"]) for index in range(4))
 
 
@@ -76,7 +76,7 @@ def test_labels_stay_on_their_pixels(samples):
 
 
 def test_what_a_photo_is_too_small_for_is_grey_and_has_no_label(data):
-    samples = PhotoSamples(data, crop_size=160, short_side=40)
+    samples = CropDataset(data, crop_size=160, short_side=40)
     for index in range(5):
         sample = samples[index]
         corners = sample["labels"][[0, 0, -1, -1], [0, -1, 0, -1]]
@@ -104,11 +104,11 @@ def test_crops_of_one_category_are_drawn_again(tmp_path):
     """Of a photo that is half one, half another, most crops a quarter as wide would hold one alone."""
     half = np.repeat([0, 1], 64)[None].repeat(64, 0)
 
-    class Halves(SegmentationData):
+    class Halves(SegmentationDataset):
         def read(self, sample):
             return np.zeros((64, 128, 3), np.uint8), half.copy()
 
-    halves = PhotoSamples(Halves([{"id": "0"}], NAMES, np.arange(4), {}), crop_size=16, short_side=32)
+    halves = CropDataset(Halves([{"id": "0"}], NAMES, np.arange(4), {}), crop_size=16, short_side=32)
     shares = [largest_share(halves[index]["labels"]) for index in range(60)]
     assert np.mean(np.array(shares) > LARGEST_SHARE) < 0.25
     assert largest_share(torch.full((4, 4), -100)) == 1
@@ -125,8 +125,8 @@ def test_colours_are_distorted_and_labels_are_not(samples):
 
 
 def test_ignored_labels_and_other_masks(data, tmp_path):
-    ignoring = PhotoSamples(data, 32, 48, ignored=[1, 2])
-    plain = PhotoSamples(data, 32, 48)
+    ignoring = CropDataset(data, 32, 48, ignored=[1, 2])
+    plain = CropDataset(data, 32, 48)
     seen = plain[0]["labels"].unique().tolist()
     assert {1, 2} & {label for index in range(6) for label in plain[index]["labels"].unique().tolist()}
     for index in range(6):
@@ -134,7 +134,7 @@ def test_ignored_labels_and_other_masks(data, tmp_path):
     for sample in data.samples:
         with Image.open(sample["mask"]["path"]) as mask:
             Image.fromarray(np.full((mask.height, mask.width), 255, np.uint8)).save(tmp_path / f"{sample['id']}.png")
-    assert set(PhotoSamples(data, 32, 48, masks=tmp_path)[0]["labels"].unique().tolist()) == {-100} != set(seen)
+    assert set(CropDataset(data, 32, 48, masks=tmp_path)[0]["labels"].unique().tolist()) == {-100} != set(seen)
 
 
 # Word maps among them -------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_ignored_labels_and_other_masks(data, tmp_path):
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.3, 0.9])
 def test_word_maps_are_spread_evenly_and_nothing_is_left_out(samples, ratio):
     word_maps = WordMapSampler(4, 3, 4, 4)
-    mixed = MixedSamples(samples, word_maps, ratio)
+    mixed = MixedDataset(samples, word_maps, ratio)
     kinds = ["word_map" in mixed[index] for index in range(20)]
     assert sum(kinds) == int(20 * ratio)
     for start in range(0, 20, 10):
@@ -160,8 +160,8 @@ def test_word_maps_are_spread_evenly_and_nothing_is_left_out(samples, ratio):
 
 
 def test_a_batch_has_both_kinds(samples):
-    mixed = MixedSamples(samples, WordMapSampler(4, 0, 4, 4), 0.25)
-    batch = collate([mixed[index] for index in range(8)])
+    mixed = MixedDataset(samples, WordMapSampler(4, 0, 4, 4), 0.25)
+    batch = collate_samples([mixed[index] for index in range(8)])
     shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
     assert shapes == {
         "pixel_values": (6, 3, 32, 32),
@@ -169,7 +169,7 @@ def test_a_batch_has_both_kinds(samples):
         "word_map": (2, 4, 4),
         "grid_size": (2, 2),
     }
-    assert collate([samples[0]]).keys() == {"pixel_values", "labels"}
+    assert collate_samples([samples[0]]).keys() == {"pixel_values", "labels"}
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -178,17 +178,17 @@ def test_a_batch_has_both_kinds(samples):
 def test_the_part_for_training_is_taken_and_categories_are_selected(tmp_path):
     folder = save_masked_photos(tmp_path / "split")
     save_masked_photos(tmp_path / "split", count=2, split="val")
-    assert len(load_training_data(folder).samples) == 6
-    assert len(load_training_data(folder, split="val").samples) == 2
-    assert load_training_data(folder, categories={"thing": ["cat", "cup"], "sea": ["sea"]}).names == ["thing", "sea"]
+    assert len(load_training_dataset(folder).samples) == 6
+    assert len(load_training_dataset(folder, split="val").samples) == 2
+    assert load_training_dataset(folder, categories={"thing": ["cat", "cup"], "sea": ["sea"]}).names == ["thing", "sea"]
     flat = save_masked_photos(tmp_path / "flat", split=None)
-    assert len(load_training_data(flat).samples) == 6
+    assert len(load_training_dataset(flat).samples) == 6
 
 
 def test_labels_by_name(data):
     assert find_labels(data, None) == []
     assert find_labels(data, " sky,cat ") == [2, 0]
-    with_subsets = SegmentationData(data.samples, data.names, data.labels, {"unseen": [1, 3]})
+    with_subsets = SegmentationDataset(data.samples, data.names, data.labels, {"unseen": [1, 3]})
     assert find_labels(with_subsets, "unseen") == [1, 3]
     for names, told in [("dog", 'no category "dog"'), ("", "at least one"), (", ".join(NAMES), "not all")]:
         with pytest.raises(ValueError, match=told):

@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 from ifseg_hf.data import segmentation as segmentation_data
-from ifseg_hf.data.segmentation import SampleError, load_segmentation_data
+from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
 from ifseg_hf.data.vocabularies import read_categories
 
 CAMVID = Path(__file__).parents[4] / "shared" / "data" / "camvid"
@@ -57,7 +57,7 @@ def read_one(data) -> np.ndarray:
 
 
 def test_every_number_of_coco_stuff(coco):
-    data = load_segmentation_data("coco-stuff", coco)
+    data = load_segmentation_dataset("coco-stuff", coco)
     assert data.samples["id"][:] == ["000000000139"]
     assert read_one(data).tolist() == [*range(171), -100]
     assert data.names == read_categories("coco-stuff")
@@ -67,13 +67,13 @@ def test_every_number_of_coco_stuff(coco):
 
 
 def test_unseen_and_seen_categories_of_coco_stuff(coco):
-    data = load_segmentation_data("coco-stuff-unseen", coco)
+    data = load_segmentation_dataset("coco-stuff-unseen", coco)
     assert data.names == read_categories("coco-stuff-unseen")
     expected = [UNSEEN.index(label) if label in UNSEEN else -100 for label in range(171)]
     assert read_one(data).tolist() == [*expected, -100]
     assert data.subsets == {}
 
-    data = load_segmentation_data("coco-stuff-seen", coco)
+    data = load_segmentation_dataset("coco-stuff-seen", coco)
     seen = [label for label in range(171) if label not in UNSEEN]
     assert data.names == [read_categories("coco-stuff")[label] for label in seen]
     assert read_one(data).tolist() == [*(seen.index(x) if x in seen else -100 for x in range(171)), -100]
@@ -82,7 +82,7 @@ def test_unseen_and_seen_categories_of_coco_stuff(coco):
 def test_every_number_of_coco_stuff_is_in_one_coarse_category(coco):
     """Things by the ranges of numbers that COCO gives its supercategories, stuff by Table 15 and the names it omits."""
     table = read_categories("coco-stuff-coarse")
-    data = load_segmentation_data("coco-stuff-coarse", coco)
+    data = load_segmentation_dataset("coco-stuff-coarse", coco)
     assert data.names == list(table)
     assert data.subsets == {}
     labels = read_one(data)
@@ -110,11 +110,11 @@ def test_other_places_and_splits_of_coco_stuff(photos, maps, tmp_path):
     save_pair(tmp_path / photos, tmp_path / maps / "val2017", "000000000139", [0, 1, 2, 3])
     train = Path(photos).with_name("train2017")
     save_pair(tmp_path / train, tmp_path / maps / "train2017", "000000000009", [4, 5, 6, 7])
-    assert read_one(load_segmentation_data("coco-stuff", tmp_path)).tolist() == [0, 1, 2, 3]
+    assert read_one(load_segmentation_dataset("coco-stuff", tmp_path)).tolist() == [0, 1, 2, 3]
     for split in ("train", "train2017"):
-        assert read_one(load_segmentation_data("coco-stuff", tmp_path, split)).tolist() == [4, 5, 6, 7]
+        assert read_one(load_segmentation_dataset("coco-stuff", tmp_path, split)).tolist() == [4, 5, 6, 7]
     with pytest.raises(ValueError, match='no split "test": choose from val2017, train2017'):
-        load_segmentation_data("coco-stuff", tmp_path, "test")
+        load_segmentation_dataset("coco-stuff", tmp_path, "test")
 
 
 @pytest.mark.parametrize("root", [".", "ADEChallengeData2016"])
@@ -122,45 +122,45 @@ def test_every_number_of_ade20k(root, tmp_path):
     values = [*range(151), 0]
     for split, name in (("validation", "ADE_val_00000001"), ("training", "ADE_train_00000001")):
         save_pair(tmp_path / root / "images" / split, tmp_path / root / "annotations" / split, name, values)
-    data = load_segmentation_data("ade20k", tmp_path)
+    data = load_segmentation_dataset("ade20k", tmp_path)
     assert data.samples[0]["id"] == "ADE_val_00000001"
     assert data.names == read_categories("ade20k")
     assert read_one(data).tolist() == [-100, *range(150), -100]
     assert set(data.labels[151:]) == {-1}
-    assert load_segmentation_data("ade20k", tmp_path, "train").samples[0]["id"] == "ADE_train_00000001"
+    assert load_segmentation_dataset("ade20k", tmp_path, "train").samples[0]["id"] == "ADE_train_00000001"
 
 
 @pytest.mark.parametrize("source", ["coco-stuff", "coco-stuff-coarse", "ade20k"])
 def test_missing_folders_are_told(source, tmp_path):
     with pytest.raises(ValueError, match="give data_dir"):
-        load_segmentation_data(source)
+        load_segmentation_dataset(source)
     with pytest.raises(ValueError, match=f"photos of .* are missing: there is no folder {tmp_path}"):
-        load_segmentation_data(source, tmp_path)
+        load_segmentation_dataset(source, tmp_path)
     with pytest.raises(ValueError, match="has its own categories"):
-        load_segmentation_data(source, tmp_path, categories=["a"])
+        load_segmentation_dataset(source, tmp_path, categories=["a"])
 
 
 def test_a_folder(folder):
-    data = load_segmentation_data(str(folder))
+    data = load_segmentation_dataset(str(folder))
     assert data.names == ["sky", "tree", "road"]
     assert isinstance(data.samples, datasets.Dataset)
     assert data.samples.column_names == ["id", "image", "mask"]
     assert data.samples.features["mask"] == datasets.Image(decode=False)
     assert read_one(data).tolist() == [0, 1, 2, -100, 2, 2, 2, 2]
     with pytest.raises(ValueError, match="has no splits"):
-        load_segmentation_data(str(folder), split="val")
+        load_segmentation_dataset(str(folder), split="val")
 
 
 def test_a_folder_without_its_file(folder):
     (folder / "dataset.json").unlink()
     with pytest.raises(ValueError, match='no list "categories"'):
-        load_segmentation_data(str(folder))
-    data = load_segmentation_data(str(folder), categories=["sky", "tree", "road"], ignore_index=9)
+        load_segmentation_dataset(str(folder))
+    data = load_segmentation_dataset(str(folder), categories=["sky", "tree", "road"], ignore_index=9)
     assert read_one(data).tolist() == [0, 1, 2, -100, 2, 2, 2, 2]
     # An ignored number among the categories' has no name.
-    data = load_segmentation_data(str(folder), categories=["sky", "road", *map(str, range(3, 10))], ignore_index=1)
+    data = load_segmentation_dataset(str(folder), categories=["sky", "road", *map(str, range(3, 10))], ignore_index=1)
     assert read_one(data).tolist() == [0, -100, 1, 8, 1, 1, 1, 1]
-    data = load_segmentation_data(str(folder), categories=["tree", "road", *map(str, range(3, 10))], ignore_index=0)
+    data = load_segmentation_dataset(str(folder), categories=["tree", "road", *map(str, range(3, 10))], ignore_index=0)
     assert read_one(data).tolist() == [-100, 0, 1, 8, 1, 1, 1, 1]
 
 
@@ -177,7 +177,7 @@ def test_a_folder_without_its_file(folder):
 def test_a_wrong_file_is_told(content, told, folder):
     (folder / "dataset.json").write_text(content)
     with pytest.raises(ValueError, match=told):
-        load_segmentation_data(str(folder))
+        load_segmentation_dataset(str(folder))
 
 
 def test_splits_of_a_folder(folder):
@@ -185,13 +185,13 @@ def test_splits_of_a_folder(folder):
     (folder / "masks").rename(folder / "val" / "masks")
     shutil.rmtree(folder / "images")
     (folder / "train" / "images").mkdir(parents=True)
-    assert read_one(load_segmentation_data(str(folder))).tolist() == [0, 1, 2, -100, 2, 2, 2, 2]
+    assert read_one(load_segmentation_dataset(str(folder))).tolist() == [0, 1, 2, -100, 2, 2, 2, 2]
     with pytest.raises(ValueError, match=r'no split "test" in .*: choose from train, val'):
-        load_segmentation_data(str(folder), split="test")
+        load_segmentation_dataset(str(folder), split="test")
     with pytest.raises(ValueError, match=f"folder {folder / 'train' / 'masks'} can't be read"):
-        load_segmentation_data(str(folder), split="train")
+        load_segmentation_dataset(str(folder), split="train")
     with pytest.raises(ValueError, match="tells the categories already"):
-        load_segmentation_data(str(folder), categories=["a"])
+        load_segmentation_dataset(str(folder), categories=["a"])
 
 
 def test_a_palette_is_numbers_and_so_are_16_bits(folder):
@@ -199,7 +199,7 @@ def test_a_palette_is_numbers_and_so_are_16_bits(folder):
     mask.putpalette([255, 0, 0, 0, 255, 0] + [7] * 750)
     mask.putdata([0, 1, 2, 9, 1, 1, 1, 1])
     mask.save(folder / "masks" / "a.png")
-    data = load_segmentation_data(str(folder))
+    data = load_segmentation_dataset(str(folder))
     assert read_one(data).tolist() == [0, 1, 2, -100, 1, 1, 1, 1]
     Image.fromarray(np.array([[0, 1, 2, 9]] * 2, np.uint16)).save(folder / "masks" / "a.png")
     assert read_one(data).tolist() == [0, 1, 2, -100] * 2
@@ -215,7 +215,7 @@ def test_a_photo_is_turned_upright(folder):
     photo[:2, :] = 255
     Image.fromarray(photo).save(folder / "images" / "a.png", exif=exif)
     (folder / "images" / "a.jpg").unlink()
-    data = load_segmentation_data(str(folder))
+    data = load_segmentation_dataset(str(folder))
     image, labels = data.read(data.samples[0])
     assert image.shape == (2, 4, 3)
     assert image[0, :, 0].tolist() == [0, 0, 255, 255]
@@ -255,7 +255,7 @@ def damage(folder: Path, name: str):
 def test_what_is_wrong_with_a_sample_is_told_with_its_file(name, told, folder):
     save_pair(folder / "images", folder / "masks", "b", [0, 1, 2, 9])
     damage(folder, name)
-    data = load_segmentation_data(str(folder))
+    data = load_segmentation_dataset(str(folder))
     assert data.samples["id"][:] == ["a", "b"]  # and the other can be used
     with pytest.raises(SampleError, match=told) as error:
         data.read(data.samples[0])
@@ -267,14 +267,14 @@ def test_folders_that_do_not_fit_together_are_told(folder):
     (folder / "masks" / "a.png").rename(folder / "masks" / "a_mask.png")
     (folder / "images" / "Thumbs.db").write_text("no image")
     with pytest.raises(ValueError, match=r"No photo in .*images has a mask of its name"):
-        load_segmentation_data(str(folder))
+        load_segmentation_dataset(str(folder))
     shutil.copy(folder / "images" / "a.jpg", folder / "images" / "a.jpeg")
     with pytest.raises(ValueError, match="two images called a"):
-        load_segmentation_data(str(folder))
+        load_segmentation_dataset(str(folder))
 
 
 def test_a_list_selects_and_orders(folder):
-    data = load_segmentation_data(str(folder)).select(["road", "sky"])
+    data = load_segmentation_dataset(str(folder)).select(["road", "sky"])
     assert data.names == ["road", "sky"]
     assert read_one(data).tolist() == [1, -100, 0, -100, 0, 0, 0, 0]
     damage(folder, "number")
@@ -283,14 +283,14 @@ def test_a_list_selects_and_orders(folder):
 
 
 def test_a_mapping_rewords_and_merges(folder):
-    data = load_segmentation_data(str(folder)).select({"ground": ["road"], "outdoors": ["tree", "sky"]})
+    data = load_segmentation_dataset(str(folder)).select({"ground": ["road"], "outdoors": ["tree", "sky"]})
     assert data.names == ["ground", "outdoors"]
     assert read_one(data).tolist() == [1, 1, 0, -100, 0, 0, 0, 0]
     assert read_one(data.select({"all": ["ground", "outdoors"]})).tolist() == [0, 0, 0, -100, 0, 0, 0, 0]
 
 
 def test_subsets_follow_a_selection(coco):
-    data = load_segmentation_data("coco-stuff", coco)
+    data = load_segmentation_dataset("coco-stuff", coco)
     assert data.select(["cow", "car", "road"]).subsets == {"seen": [1], "unseen": [0, 2]}
     assert data.select({"animal": ["cow", "giraffe"], "auto": ["car"]}).subsets == {"seen": [1], "unseen": [0]}
     assert data.select({"animal": ["cow", "horse"], "auto": ["car"], "way": ["road"]}).subsets == {}
@@ -309,7 +309,7 @@ def test_subsets_follow_a_selection(coco):
 )
 def test_wrong_selections_are_told(categories, told, folder):
     with pytest.raises(ValueError, match=told):
-        load_segmentation_data(str(folder)).select(categories)
+        load_segmentation_dataset(str(folder)).select(categories)
 
 
 def test_thousands_of_files_are_listed_without_opening_one(tmp_path, monkeypatch):
@@ -320,7 +320,7 @@ def test_thousands_of_files_are_listed_without_opening_one(tmp_path, monkeypatch
             (parent / f"{number:012d}.{ending}").touch()
     monkeypatch.setattr(Image, "open", None)
     started = time.process_time()
-    data = load_segmentation_data("coco-stuff", tmp_path)
+    data = load_segmentation_dataset("coco-stuff", tmp_path)
     assert time.process_time() - started < 5
     assert len(data.samples) == 5000
     assert data.samples[4999] == {
@@ -363,7 +363,7 @@ def parquet(tmp_path, monkeypatch):
 def test_a_data_set_of_the_hub(photo, mask, streaming, parquet):
     source = parquet(photo, mask)
     (Path(source) / "id2label.json").write_text('{"3": "tree", "0": "sky", "1": "road", "2": "car"}')
-    data = load_segmentation_data(source, ignore_index=255, streaming=streaming)
+    data = load_segmentation_dataset(source, ignore_index=255, streaming=streaming)
     assert isinstance(data.samples, datasets.IterableDataset if streaming else datasets.Dataset)
     assert data.samples.column_names == ["id", "image", "mask"]
     assert data.samples.features["image"] == data.samples.features["mask"] == datasets.Image(decode=False)
@@ -378,21 +378,21 @@ def test_names_of_a_data_set_of_the_hub(parquet):
     """Those of a column that lists each photo's categories, but not a column with one class a photo."""
     source = parquet("image", "mask")
     with pytest.raises(ValueError, match=r"does not name its categories: .*--categories"):
-        load_segmentation_data(source)
-    data = load_segmentation_data(source, categories=["a", "b", "c"], ignore_index=0)
+        load_segmentation_dataset(source)
+    data = load_segmentation_dataset(source, categories=["a", "b", "c"], ignore_index=0)
     assert data.labels[:4].tolist() == [-100, 0, 1, 2]
     with pytest.raises(SampleError, match=r"the mask of sample 000000 .*255 \(1 pixels\)"):
         data.read(data.samples[0])
     listed = ([[0, 1], [2]], datasets.List(datasets.ClassLabel(names=["none", "a", "b", "c"])))
     source = parquet("image", "mask", present=listed)
-    data = load_segmentation_data(source, ignore_index=0)
+    data = load_segmentation_dataset(source, ignore_index=0)
     assert data.names == ["a", "b", "c"]
     assert data.labels[:4].tolist() == [-100, 0, 1, 2]
     with pytest.raises(ValueError, match="names its categories itself"):
-        load_segmentation_data(source, categories=["a"])
+        load_segmentation_dataset(source, categories=["a"])
     (Path(source) / "id2label.json").write_text('["a"]')
     with pytest.raises(ValueError, match=r"id2label.json of .* should hold"):
-        load_segmentation_data(source)
+        load_segmentation_dataset(source)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -412,24 +412,24 @@ def test_the_hub_is_asked_for_names(there, parquet, monkeypatch):
 
     monkeypatch.setattr(segmentation_data, "hf_hub_download", download)
     if there:
-        assert load_segmentation_data("owner/name").names == ["sky", "road"]
+        assert load_segmentation_dataset("owner/name").names == ["sky", "road"]
     with pytest.raises(ValueError, match="names its categories itself" if there else "given twice"):
-        load_segmentation_data("owner/name", categories=["a", "a"])
+        load_segmentation_dataset("owner/name", categories=["a", "a"])
 
 
 def test_what_a_data_set_of_the_hub_lacks_is_told(parquet, tmp_path):
     source = parquet("image", "picture")
     with pytest.raises(ValueError, match=r'Those of images are: image, picture\. Name them "image" and "mask"'):
-        load_segmentation_data(source, categories=["a"])
+        load_segmentation_dataset(source, categories=["a"])
     more = ([{"path": None, "bytes": b"no image"}, None], datasets.Image())
     source = parquet("image", "mask", depth=more)  # of several photos the one called image
-    assert load_segmentation_data(source, categories=["a"]).samples.column_names == ["id", "image", "mask"]
+    assert load_segmentation_dataset(source, categories=["a"]).samples.column_names == ["id", "image", "mask"]
     source = parquet("photo", "label", "train", image=more)
     parquet("photo", "label", "other", image=more)
     (tmp_path / "hub" / "data" / "validation-00000-of-00001.parquet").unlink()
     with pytest.raises(ValueError, match=r"which split\? Choose from .*other"):
-        load_segmentation_data(source, categories=["a"])
-    data = load_segmentation_data(source, split="train", categories=["a"])
+        load_segmentation_dataset(source, categories=["a"])
+    data = load_segmentation_dataset(source, split="train", categories=["a"])
     with pytest.raises(SampleError, match="the photo of sample 000000 is no image that Pillow can read"):
         data.read(data.samples[0])
     with pytest.raises(SampleError, match="Sample 000001 has no photo"):
@@ -438,25 +438,25 @@ def test_what_a_data_set_of_the_hub_lacks_is_told(parquet, tmp_path):
 
 def test_sources_that_are_nothing_are_told(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r'"coco_stuff" is no folder.*: coco-stuff\?'):
-        load_segmentation_data("coco_stuff", None)
+        load_segmentation_dataset("coco_stuff", None)
     with pytest.raises(ValueError, match="is no folder, no data set of the Hub"):
-        load_segmentation_data(str(tmp_path / "nothing"))
+        load_segmentation_dataset(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="data_dir goes with coco-stuff"):
-        load_segmentation_data("owner/name", tmp_path)
+        load_segmentation_dataset("owner/name", tmp_path)
 
     def missing(*args, **kwargs):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'data/streets'\ndoesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", missing)
     with pytest.raises(ValueError, match=r'"data/streets" is no folder here and .* loaded: .* exist on the Hub$'):
-        load_segmentation_data("data/streets")
+        load_segmentation_dataset("data/streets")
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason="CamVid is not here")
 def test_camvid():
-    data = load_segmentation_data(str(CAMVID))
+    data = load_segmentation_dataset(str(CAMVID))
     assert len(data.samples) == 101
-    assert len(load_segmentation_data(str(CAMVID), split="train").samples) == 367
+    assert len(load_segmentation_dataset(str(CAMVID), split="train").samples) == 367
     assert (data.names[0], data.names[10]) == ("sky", "bicyclist")
     sample = data.samples[0]
     image, labels = data.read(sample)

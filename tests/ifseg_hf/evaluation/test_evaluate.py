@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_model import save_tiny_model
 from torch.nn.functional import cosine_similarity
 
-from ifseg_hf.data.segmentation import SampleError, load_segmentation_data
+from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
 from ifseg_hf.evaluation import evaluate as evaluation
 from ifseg_hf.evaluation.evaluate import _picture, _Sample, evaluate_segmenter, load_segmenter
 from ifseg_hf.evaluation.metrics import scores
@@ -71,7 +71,7 @@ def matrices_one_by_one(segmenter, data, smoothing) -> dict:
 
 
 def test_counts_what_each_photo_gives_alone(segmenter, streets):
-    data = load_segmentation_data(str(streets))
+    data = load_segmentation_dataset(str(streets))
     with torch.no_grad():
         expected = matrices_one_by_one(segmenter, data, SMOOTHING)
     assert len({tuple(matrix.ravel()) for matrix in expected.values()}) > 1  # smoothing changes something here
@@ -104,7 +104,7 @@ class Power:
 
 def test_goes_on_after_a_kill_and_counts_no_photo_twice(segmenter, streets, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
-    data = load_segmentation_data(str(streets))
+    data = load_segmentation_dataset(str(streets))
     whole = evaluate_segmenter(Power(segmenter), data)
     for photos in (2, 1):  # killed twice; what runs alone and fails first is not lost
         with pytest.raises(KeyboardInterrupt):
@@ -121,7 +121,7 @@ def test_goes_on_after_a_kill_and_counts_no_photo_twice(segmenter, streets, tmp_
 
 
 def test_a_folder_holds_one_evaluation(segmenter, streets, tmp_path):
-    data = load_segmentation_data(str(streets))
+    data = load_segmentation_dataset(str(streets))
     evaluate_segmenter(segmenter, data, state_dir=tmp_path)
     with pytest.raises(ValueError, match="another smoothing"):
         evaluate_segmenter(segmenter, data, [(2, 1)], state_dir=tmp_path)
@@ -148,7 +148,7 @@ def test_broken_photos_are_named_or_left_out(segmenter, streets, tmp_path):
             (folder / part / f"{i}.png").write_bytes((streets / part / f"{i}.png").read_bytes())
     (folder / "images" / "1.png").write_bytes(b"no picture")
     (folder / "dataset.json").write_bytes((streets / "dataset.json").read_bytes())
-    data = load_segmentation_data(str(folder))
+    data = load_segmentation_dataset(str(folder))
     with pytest.raises(SampleError, match=r"1\.png"):
         evaluate_segmenter(segmenter, data, state_dir=tmp_path / "fails")
     for _ in range(2):  # the second run finds all of it counted
@@ -163,7 +163,7 @@ def test_broken_photos_are_named_or_left_out(segmenter, streets, tmp_path):
 
 
 def test_settings_that_make_no_sense(segmenter, streets):
-    data = load_segmentation_data(str(streets))
+    data = load_segmentation_dataset(str(streets))
     for wrong in ([], [(0, 3)], [(3, -1)]):
         with pytest.raises(ValueError, match="smoothing="):
             evaluate_segmenter(segmenter, data, wrong)
@@ -176,7 +176,7 @@ def test_a_model_of_photos_is_taken_in_crops_and_not_smoothed(model, streets, tm
     processor.image_processor.sliding_window, processor.image_processor.smoothing_iterations = 48, 0
     segmenter = evaluation.IFSegSegmenter(load_segmenter(model).model, processor)
     segmenter.set_words(NAMES)
-    data = load_segmentation_data(str(streets))
+    data = load_segmentation_dataset(str(streets))
     told = evaluate_segmenter(segmenter, data)
     assert list(told.matrices) == [(1, 0)]
     expected = np.zeros((3, 3), np.int64)
@@ -203,7 +203,7 @@ def test_words_keep_the_prompt_that_the_model_was_tuned_with(segmenter):
 def test_cosine_compares_projected_patches_with_words(model, streets):
     segmenter = load_segmenter(model, "cosine")
     segmenter.set_words(NAMES)
-    image, _ = load_segmentation_data(str(streets)).read(load_segmentation_data(str(streets)).samples[0])
+    image, _ = load_segmentation_dataset(str(streets)).read(load_segmentation_dataset(str(streets)).samples[0])
     inputs = segmenter.preprocess([image])
     logits = segmenter(inputs).logits
     plain = segmenter.model(**inputs)
@@ -233,7 +233,7 @@ def test_what_cannot_be_loaded(tmp_path, model):
 
 
 def test_pictures_and_predictions(segmenter, streets, tmp_path):
-    data = load_segmentation_data(str(streets))
+    data = load_segmentation_dataset(str(streets))
     evaluate_segmenter(
         segmenter, data, limit=3, predictions_dir=tmp_path / "maps", overlays_dir=tmp_path / "seen", overlays=2
     )

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_model import is_key_bias
 
-from ifseg_hf.data.crops import load_training_data, load_validation_data
+from ifseg_hf.data.crops import load_training_dataset, load_validation_dataset
 from ifseg_hf.evaluation.evaluate import evaluate_segmenter, load_segmenter
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.modeling.modeling_ofa import IFSegConv2d
@@ -20,7 +20,7 @@ from ifseg_hf.training import loop as training
 from ifseg_hf.training.config import SETTINGS_FILE, checkpoints
 from ifseg_hf.training.log import LOG_FILE, read_log
 from ifseg_hf.training.loop import SettingError, TrainingConfig, TrainingError, batch_loss, samples_per_batch, train
-from ifseg_hf.training.pseudo_labels import Guess, write_pseudo_labels
+from ifseg_hf.training.pseudo_labels import PseudoLabelConfig, write_pseudo_labels
 
 pytest.importorskip("kornia")
 
@@ -39,8 +39,8 @@ def photos(tmp_path_factory):
 def guesses(tiny_model, photos, tmp_path_factory):
     """Pseudo-labels of two categories, in stripes that no model would make; those of the other two are given."""
     folder = tmp_path_factory.mktemp("guesses") / "out"
-    data = load_training_data(photos)
-    write_pseudo_labels(tiny_model, data, folder, Guess(), keep_labels=True, unseen="sky, sea", cpu=True)
+    data = load_training_dataset(photos)
+    write_pseudo_labels(tiny_model, data, folder, PseudoLabelConfig(), keep_labels=True, unseen="sky, sea", cpu=True)
     for file in (folder / "masks").glob("*.png"):
         mask, given = np.array(Image.open(file)), np.asarray(Image.open(folder / "given" / file.name))
         stripes = np.broadcast_to(2 + np.arange(mask.shape[1]) // 8 % 2, mask.shape)
@@ -138,7 +138,7 @@ def test_random_weights_are_no_model_s(tiny_model, photos, tmp_path):
 def test_random_weights_meet_the_statistics_of_the_crops(tiny_model, photos, tmp_path):
     """Every convolution of the trunk then has outputs of mean 0 and scale 1; no generator is moved."""
     told = settings(tiny_model, photos, tmp_path / "out", from_scratch=True)
-    data = load_training_data(photos)
+    data = load_training_dataset(photos)
     processor, model = training.load_model(told, data)
     crops = training.mixed_samples(told, model.config, processor, data, None).photos
     trunk = model.model.encoder.embed_images
@@ -243,7 +243,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(tiny_model, guesses, tmp_pat
 
 def test_labels_that_were_given_are_not_guessed_anew(tiny_model, guesses, tmp_path):
     train(settings(tiny_model, guesses, tmp_path / "out", stage="self-training", refresh_every=2))
-    data = load_training_data(guesses)
+    data = load_training_dataset(guesses)
     for sample in data.samples:
         before = data.read(sample)[1]
         kept = np.asarray(Image.open(f"{guesses}/given/{sample['id']}.png")) > 0
@@ -293,7 +293,7 @@ def test_evaluations_on_the_way_are_those_of_the_result_and_change_nothing(tiny_
 
     segmenter = load_segmenter(tmp_path / "whole")
     assert segmenter.inference == "slide"
-    (result,) = evaluate_segmenter(segmenter, load_validation_data(parts)).results()
+    (result,) = evaluate_segmenter(segmenter, load_validation_dataset(parts)).results()
     assert result["mean_iou"] == log[-1]["mean_iou"]
 
     file = tmp_path / "whole" / LOG_FILE

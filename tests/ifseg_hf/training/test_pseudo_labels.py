@@ -11,11 +11,17 @@ import torch
 from image_folders import NAMES, save_masked_photos, save_tiny_segmenter
 from PIL import Image
 
-from ifseg_hf.data.crops import load_training_data
-from ifseg_hf.data.segmentation import SampleError, load_segmentation_data
+from ifseg_hf.data.crops import load_training_dataset
+from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
 from ifseg_hf.processing.post_processing_ifseg import resize_scores
 from ifseg_hf.training import pseudo_labels
-from ifseg_hf.training.pseudo_labels import Guess, confident_labels, load_photos, load_segmenter, write_pseudo_labels
+from ifseg_hf.training.pseudo_labels import (
+    PseudoLabelConfig,
+    confident_labels,
+    load_images,
+    load_segmenter,
+    write_pseudo_labels,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +31,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-    return load_training_data(save_masked_photos(tmp_path / "photos", count=3))
+    return load_training_dataset(save_masked_photos(tmp_path / "photos", count=3))
 
 
 def write(model, data, folder, **arguments):
-    guess = Guess(**{name: arguments.pop(name) for name in ("min_confidence",) if name in arguments})
+    guess = PseudoLabelConfig(**{name: arguments.pop(name) for name in ("min_confidence",) if name in arguments})
     return write_pseudo_labels(model, data, folder, guess, cpu=True, **arguments)
 
 
@@ -60,7 +66,7 @@ def test_without_kept_labels_all_are_what_the_model_says(model, data, tmp_path):
         (expected,) = processor.post_process_semantic_segmentation(outputs, [photo.shape[:2]])
         agree = masks_of(folder)[sample["id"]] == expected.numpy()
         assert agree.mean() > 0.999  # of equal scores
-    again = load_segmentation_data(str(folder))
+    again = load_segmentation_dataset(str(folder))
     assert again.names == NAMES
     assert [sample["id"] for sample in again.samples] == ["0", "1", "2"]
     photo, _ = again.read(again.samples[0])
@@ -89,7 +95,7 @@ def test_a_model_is_asked_for_its_own_words_where_the_guessed_are_among_them(mod
 
 def test_given_labels_stay_and_only_the_unseen_are_guessed(model, data, tmp_path):
     folder = write(model, data, tmp_path / "out", keep_labels=True, unseen="sea, cup")
-    again, given = load_segmentation_data(str(folder)), masks_of(folder, "given")
+    again, given = load_segmentation_dataset(str(folder)), masks_of(folder, "given")
     hidden = [NAMES.index(name) for name in ("sea", "cup")]
     for old, new in zip(data.samples, again.samples, strict=True):
         labels, guessed = data.read(old)[1], again.read(new)[1]
@@ -118,11 +124,11 @@ def test_unlikely_pixels_get_no_label(model, data, tmp_path, capsys):
 
 
 def test_photos_without_masks(model, data, tmp_path):
-    photos = load_photos(tmp_path / "photos" / "train" / "images", NAMES)
+    photos = load_images(tmp_path / "photos" / "train" / "images", NAMES)
     one, two = write(model, photos, tmp_path / "one"), write(model, data, tmp_path / "two")
     assert all(np.array_equal(mask, masks_of(two)[name]) for name, mask in masks_of(one).items())
     with pytest.raises(ValueError, match="There is no photo in"):
-        load_photos(tmp_path / "photos", NAMES)
+        load_images(tmp_path / "photos", NAMES)
 
 
 def test_a_stopped_run_goes_on_and_a_complete_one_is_left_alone(model, data, tmp_path, monkeypatch, capsys):
@@ -131,15 +137,15 @@ def test_a_stopped_run_goes_on_and_a_complete_one_is_left_alone(model, data, tmp
     def stop_at_the_second(*arguments):
         if (tmp_path / "out" / "masks" / "0.png").exists():
             raise KeyboardInterrupt
-        return guess_labels(*arguments)
+        return predict_labels(*arguments)
 
-    guess_labels = pseudo_labels.guess_labels
-    monkeypatch.setattr(pseudo_labels, "guess_labels", stop_at_the_second)
+    predict_labels = pseudo_labels.predict_labels
+    monkeypatch.setattr(pseudo_labels, "predict_labels", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         write(model, data, tmp_path / "out")
     assert list(masks_of(tmp_path / "out")) == ["0"]
     with pytest.raises(ValueError, match=r"dataset\.json"):  # half of it is no data set
-        load_segmentation_data(str(tmp_path / "out"))
+        load_segmentation_dataset(str(tmp_path / "out"))
     with pytest.raises(ValueError, match="other settings or another model"):
         write(model, data, tmp_path / "out", min_confidence=0.5)
     monkeypatch.undo()
@@ -157,7 +163,7 @@ def test_what_is_wrong_is_told(model, data, tmp_path):
         ({"min_confidence": 1.0}, "min_confidence=1.0"),
     ]:
         with pytest.raises(ValueError, match=told):
-            Guess(**arguments)
+            PseudoLabelConfig(**arguments)
     with pytest.raises(ValueError, match='no category "dog"'):
         write(model, data, tmp_path / "out", unseen="dog")
     with pytest.raises(ValueError, match='"nowhere" can\'t be loaded'):
