@@ -17,18 +17,22 @@ from ifseg_hf.pretrained import NANO, resolve_model
 
 if TYPE_CHECKING:
     from ifseg_hf.modeling import (
+        IFSegBackbone,
         IFSegConfig,
-        IFSegForConditionalGeneration,
         IFSegForSemanticSegmentation,
-        IFSegModel,
+        OFAConfig,
+        OFAForConditionalGeneration,
+        OFAModel,
     )
     from ifseg_hf.processing import IFSegImageProcessor, IFSegImageSegmentationPipeline, IFSegProcessor
 
 _LAZY = {
+    "IFSegBackbone": "ifseg_hf.modeling",
     "IFSegConfig": "ifseg_hf.modeling",
-    "IFSegForConditionalGeneration": "ifseg_hf.modeling",
     "IFSegForSemanticSegmentation": "ifseg_hf.modeling",
-    "IFSegModel": "ifseg_hf.modeling",
+    "OFAConfig": "ifseg_hf.modeling",
+    "OFAForConditionalGeneration": "ifseg_hf.modeling",
+    "OFAModel": "ifseg_hf.modeling",
     "IFSegImageProcessor": "ifseg_hf.processing",
     "IFSegImageSegmentationPipeline": "ifseg_hf.processing",
     "IFSegProcessor": "ifseg_hf.processing",
@@ -60,12 +64,14 @@ for _name in ("transformers", *_REGISTERED):
 
 __all__ = [
     "NANO",
+    "IFSegBackbone",
     "IFSegConfig",
-    "IFSegForConditionalGeneration",
     "IFSegForSemanticSegmentation",
     "IFSegImageProcessor",
     "IFSegImageSegmentationPipeline",
-    "IFSegModel",
     "IFSegProcessor",
+    "OFAConfig",
+    "OFAForConditionalGeneration",
+    "OFAModel",
     "resolve_model",
 ]

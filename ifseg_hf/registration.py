@@ -1,6 +1,7 @@
 """Registration of the classes with transformers' Auto classes and its image-segmentation pipeline."""
 
 from transformers import (
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -12,30 +13,40 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from ifseg_hf.modeling import (
     IFSegConfig,
-    IFSegForConditionalGeneration,
     IFSegForSemanticSegmentation,
-    IFSegModel,
+    OFAConfig,
+    OFAForConditionalGeneration,
+    OFAModel,
 )
 from ifseg_hf.processing import IFSegImageProcessor, IFSegImageSegmentationPipeline, IFSegProcessor
 
 
 def register() -> None:
-    """Registers the classes; calling it again changes nothing."""
+    """Registers the classes; calling it again changes nothing.
+
+    A backbone registers itself when its file is imported: OFA's configuration and backbone in `ifseg_hf.modeling`.
+    """
     AutoConfig.register(IFSegConfig.model_type, IFSegConfig, exist_ok=True)
-    AutoModel.register(IFSegConfig, IFSegModel, exist_ok=True)
-    AutoModelForImageTextToText.register(IFSegConfig, IFSegForConditionalGeneration, exist_ok=True)
     AutoModelForSemanticSegmentation.register(IFSegConfig, IFSegForSemanticSegmentation, exist_ok=True)
-    # It needs no torchvision, so it serves where torchvision is installed, too.
-    image_processors = {"pil": IFSegImageProcessor, "torchvision": IFSegImageProcessor}
-    AutoImageProcessor.register(IFSegConfig, image_processor_classes=image_processors, exist_ok=True)
-    AutoProcessor.register(IFSegConfig, IFSegProcessor, exist_ok=True)
-    # Saved models and processors name these classes in `auto_map` and get a copy of the files that define them.
-    IFSegConfig.register_for_auto_class("AutoConfig")
-    IFSegModel.register_for_auto_class("AutoModel")
-    IFSegForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-    IFSegForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+    AutoModel.register(OFAConfig, OFAModel, exist_ok=True)
+    AutoModelForImageTextToText.register(OFAConfig, OFAForConditionalGeneration, exist_ok=True)
+    # The checkpoint of an OFA is where segmentation starts from. `AutoModelForSemanticSegmentation.register` refuses a
+    # class whose configuration is another; the class converts the configuration in `from_pretrained`.
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING.register(OFAConfig, IFSegForSemanticSegmentation, exist_ok=True)
+    for config_class in (IFSegConfig, OFAConfig):
+        # It needs no torchvision, so it serves where torchvision is installed, too.
+        image_processors = {"pil": IFSegImageProcessor, "torchvision": IFSegImageProcessor}
+        AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
+        AutoProcessor.register(config_class, IFSegProcessor, exist_ok=True)
+    # Saved models and processors name these classes in `auto_map` and get a copy of the files that define them. (A
+    # segmentation model names them itself: the files depend on its backbone.)
+    OFAConfig.register_for_auto_class("AutoConfig")
+    OFAModel.register_for_auto_class("AutoModel")
+    OFAForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
     IFSegImageProcessor.register_for_auto_class("AutoImageProcessor")
     IFSegProcessor.register_for_auto_class("AutoProcessor")
+    # The package registers the pipeline class itself: `pipeline()` then asks nobody to trust code saved with a model.
+    IFSegConfig.pipelines = {}
     # `PIPELINE_REGISTRY.register_pipeline` is the documented way, but it warns at every import that the task exists.
     # The class leaves every other model to transformers' own pipeline.
     _, task, _ = PIPELINE_REGISTRY.check_task("image-segmentation")

@@ -1,14 +1,19 @@
-"""Configuration and models. What a Hub checkpoint carries: nothing here imports the rest of the project."""
+"""Configurations and models, saved beside the weights of a checkpoint: no import from the rest of the project."""
 
+from .backbone import IFSegBackbone
+from .backbone_ofa import OFABackbone
 from .configuration_ifseg import IFSegConfig
+from .configuration_ofa import OFAConfig
 from .modeling_ifseg import IFSegForSemanticSegmentation, IFSegSegmentationOutput
-from .modeling_ofa import IFSegForConditionalGeneration, IFSegModel, IFSegPreTrainedModel
+from .modeling_ofa import OFAForConditionalGeneration, OFAModel
 
 __all__ = [
+    "IFSegBackbone",
     "IFSegConfig",
-    "IFSegForConditionalGeneration",
     "IFSegForSemanticSegmentation",
-    "IFSegModel",
-    "IFSegPreTrainedModel",
     "IFSegSegmentationOutput",
+    "OFABackbone",
+    "OFAConfig",
+    "OFAForConditionalGeneration",
+    "OFAModel",
 ]

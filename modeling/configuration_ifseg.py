@@ -1,20 +1,12 @@
-"""Configuration of OFA backbones and of IFSeg models built on them."""
+"""Configuration of an IFSeg model: the words that it segments into, and the configuration of its backbone."""
 
 import copy
+from typing import ClassVar
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-# The published sizes of OFA: (d_model, encoder layers, decoder layers, heads, FFN width, blocks of the trunk's stages).
-_SIZES = {
-    "tiny": (256, 4, 4, 4, 1024, (3, 4, 6)),
-    "medium": (512, 4, 4, 8, 2048, (3, 4, 23)),
-    "base": (768, 6, 6, 12, 3072, (3, 4, 23)),
-    "large": (1024, 12, 12, 16, 4096, (3, 8, 36)),
-    "huge": (1280, 24, 12, 16, 5120, (3, 8, 36)),
-}
-
-# What `pipeline()` reads in a saved model: the class that comes with it, in a file of `processing/`.
-_PIPELINES = {
+# The pipeline class of a saved model, in a file of `processing/` that is saved beside the weights.
+PIPELINES = {
     "image-segmentation": {
         "impl": "pipeline_ifseg.IFSegImageSegmentationPipeline",
         "pt": ["AutoModelForSemanticSegmentation"],
@@ -24,127 +16,62 @@ _PIPELINES = {
 
 class IFSegConfig(PreTrainedConfig):
     r"""
-    Sizes of an OFA encoder-decoder, plus the words that an IFSeg model was tuned for.
+    Words of an IFSeg model and the configuration of its backbone.
 
-    The defaults are OFA-base; [`IFSegConfig.preset`] gives every published size.
+    The names of the categories are in `id2label`.
 
     Args:
-        vocab_size (`int`, defaults to 59457): byte-pair tokens, image codes and location bins.
-        d_model (`int`, defaults to 768): width of both stacks. A multiple of the number of heads.
-        encoder_layers, decoder_layers (`int`, default to 6): depth of the two stacks.
-        encoder_attention_heads, decoder_attention_heads (`int`, default to 12): heads of the two stacks.
-        encoder_ffn_dim, decoder_ffn_dim (`int`, default to 3072): inner width of the feed-forward blocks.
-        max_position_embeddings (`int`, defaults to 1024): longest text, in tokens.
-        token_bucket_size (`int`, defaults to 256): relative text distances up to half of it get a bucket of their own,
-            longer ones share logarithmic buckets.
-        image_bucket_size (`int`, defaults to 42): side of the largest patch grid with positions of its own.
-        image_size (`int`, defaults to 512): side of the photo whose patch grid the segmentation positions are made
-            for; other grids interpolate. Word maps have `image_size // 16` cells a side.
-        trunk_embedding_size (`int`, defaults to 64): channels of the ResNet stem.
-        trunk_hidden_sizes (`tuple[int, int, int]`, defaults to `(256, 512, 1024)`): output channels of the three
-            stages; a bottleneck is a quarter as wide.
-        trunk_depths (`tuple[int, int, int]`, defaults to `(3, 4, 23)`): bottleneck blocks of the three stages.
-        dropout, attention_dropout, activation_dropout (`float`): rates inside both stacks.
-        encoder_drop_path_rate, decoder_drop_path_rate (`float`, default to 0.1): stochastic depth of the last layer;
-            it rises linearly from 0 at the first.
-        word_noise (`float`, defaults to 0): in training, the standard deviation of Gaussian noise on every patch of a
-            word map, along any direction, as a share of the root mean square distance between two of its words. Not in
-            the paper.
-        attn_scale_factor (`float`, defaults to 2): attention logits are divided by `sqrt(factor * head_dim)`.
-        decoder_positions (`"segmentation"` or `"image"`, defaults to `"segmentation"`): what tells the segmentation
-            decoder where a patch lies. `"segmentation"`: positions of its own, as in the published implementation;
-            `"image"`: the encoder's image positions, as in the paper (section 2.2, footnote 4). The second has no
-            parameters beyond OFA's.
-        prompt (`str`, *optional*), prompt_ids (`list[int]`, *optional*): text that the model reads beside the photo.
-        category_ids (`list[list[int]]`, *optional*): sub-words of each category; their names are in `id2label`.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to OFA-base): configuration of an
+            [`IFSegBackbone`]. It has `patch_size` and `image_size`.
+        prompt (`str`, *optional*), prompt_ids (`list[int]`, *optional*): text that the model reads beside the image.
+        category_ids (`list[list[int]]`, *optional*): sub-words of each category.
         word_ids (`list[list[int]]`, *optional*), word_categories (`list[int]`, *optional*): in a hierarchical
-            vocabulary (Appendix A.1), the sub-words of each fine name and the category that it belongs to.
+            vocabulary (Appendix A.1), the sub-words of each fine name and the index of its category.
+        word_noise (`float`, defaults to 0): in training, the standard deviation of Gaussian noise on every patch of a
+            word map, along any direction, as a share of the root mean square distance between two words. Not in the
+            paper.
     """
 
     model_type = "ifseg"
+    sub_configs = {"backbone_config": AutoConfig}
     # beside the logits, which are all that Trainer's evaluation is to gather
-    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state", "image_features", "patch_mask"]
-    attribute_map = {
-        "hidden_size": "d_model",
-        "num_hidden_layers": "encoder_layers",
-        "num_attention_heads": "encoder_attention_heads",
-    }
+    keys_to_ignore_at_inference = ["encoder_last_hidden_state", "image_features", "patch_mask"]
+    pipelines: ClassVar[dict] = PIPELINES
 
-    vocab_size: int = 59457
-    d_model: int = 768
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    encoder_attention_heads: int = 12
-    decoder_attention_heads: int = 12
-    encoder_ffn_dim: int = 3072
-    decoder_ffn_dim: int = 3072
-    max_position_embeddings: int = 1024
-    token_bucket_size: int = 256
-    image_bucket_size: int = 42
-    image_size: int = 512
-    trunk_embedding_size: int = 64
-    trunk_hidden_sizes: tuple[int, ...] | list[int] = (256, 512, 1024)
-    trunk_depths: tuple[int, ...] | list[int] = (3, 4, 23)
-    activation_function: str = "gelu"
-    layer_norm_eps: float = 1e-5
-    dropout: float = 0.1
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.0
-    encoder_drop_path_rate: float = 0.1
-    decoder_drop_path_rate: float = 0.1
-    word_noise: float = 0.0
-    attn_scale_factor: float = 2.0
-    init_std: float = 0.02
-    use_cache: bool = True
-    is_encoder_decoder: bool = True
-    pad_token_id: int | None = 1
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 2
-    decoder_start_token_id: int | None = 0
-    tie_word_embeddings: bool = True
-    decoder_positions: str = "segmentation"
+    backbone_config: PreTrainedConfig | dict | None = None
     prompt: str | None = None
     prompt_ids: list[int] | None = None
     category_ids: list[list[int]] | None = None
     word_ids: list[list[int]] | None = None
     word_categories: list[int] | None = None
+    word_noise: float = 0.0
+    is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs):
-        self.trunk_hidden_sizes = tuple(self.trunk_hidden_sizes)
-        self.trunk_depths = tuple(self.trunk_depths)
+        kwargs.pop("custom_pipelines", None)
+        if self.backbone_config is None:
+            self.backbone_config = {"model_type": "ofa"}
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = _backbone_config(self.backbone_config)
         super().__post_init__(**kwargs)
-        self._check()
+        if self.category_ids is not None and self.id2label is not None:
+            self.label2id = {name: i for i, name in self.id2label.items()}
 
-    def __setattr__(self, key, value):
-        """New names are new both ways round, wherever they come from."""
-        if key == "id2label" and value is not None:
-            value = {int(i): name for i, name in value.items()}
-            super().__setattr__("label2id", {name: i for i, name in value.items()})
-        super().__setattr__(key, value)
+    @classmethod
+    def from_backbone_config(cls, backbone_config: PreTrainedConfig, **kwargs) -> "IFSegConfig":
+        """A configuration without words around the configuration of a backbone, of the same `dtype`."""
+        return cls(backbone_config=backbone_config, dtype=backbone_config.dtype, **kwargs)
 
-    def _check(self):
-        for stack in ("encoder", "decoder"):
-            heads = getattr(self, f"{stack}_attention_heads")
-            if self.d_model % heads:
-                raise ValueError(f"d_model={self.d_model} is not a multiple of {stack}_attention_heads={heads}.")
-        if len(self.trunk_hidden_sizes) != len(self.trunk_depths):
-            raise ValueError(
-                f"trunk_hidden_sizes={self.trunk_hidden_sizes} and trunk_depths={self.trunk_depths} differ in length."
-            )
-        if any(size % 4 for size in self.trunk_hidden_sizes):
-            raise ValueError(f"trunk_hidden_sizes={self.trunk_hidden_sizes}: every size must be a multiple of 4.")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} is not a multiple of {self.patch_size}.")
-        if self.grid_size > self.image_bucket_size:
-            raise ValueError(
-                f"image_size={self.image_size} makes {self.grid_size} patches a side, more than "
-                f"image_bucket_size={self.image_bucket_size} has positions for."
-            )
-        if self.decoder_positions not in ("segmentation", "image"):
-            raise ValueError(f'decoder_positions="{self.decoder_positions}": choose "segmentation" or "image".')
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """As in every configuration; a folder or Hub id of a backbone, such as a converted OFA, is accepted as well."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            config_dict = cls.from_backbone_config(_backbone_config(config_dict)).to_dict()
+        return config_dict, kwargs
 
     def check_words(self):
-        """Raises `ValueError` where the words that the model carries contradict each other."""
+        """Raises `ValueError` where the words of the configuration contradict each other."""
         if self.category_ids is None:
             return
         categories = len(self.category_ids)
@@ -156,7 +83,9 @@ class IFSegConfig(PreTrainedConfig):
         if sorted(self.id2label) != list(range(categories)):
             raise ValueError(f"id2label numbers the categories {sorted(self.id2label)}: count them from 0.")
         if self.label2id != {name: i for i, name in self.id2label.items()}:
-            raise ValueError("label2id is not id2label the other way round: give id2label alone.")
+            raise ValueError(
+                "label2id and id2label contradict each other: set both, or pass id2label alone to the constructor."
+            )
         if (self.word_ids is None) != (self.word_categories is None) or (
             len(self.word_ids or []) != len(self.word_categories or [])
         ):
@@ -165,50 +94,50 @@ class IFSegConfig(PreTrainedConfig):
             raise ValueError("word_categories must name every category at least once and no other.")
 
     @property
+    def vocab_size(self) -> int:
+        """Number of tokens of the backbone."""
+        return self.backbone_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int):
+        self.backbone_config.vocab_size = value  # by `resize_token_embeddings`
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square image whose patch grid a word map has."""
+        return self.backbone_config.image_size
+
+    @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels: the stem divides by 4, every stage but the first by 2."""
-        return 4 * 2 ** (len(self.trunk_depths) - 1)
+        """Side of a patch in pixels."""
+        return self.backbone_config.patch_size
 
     @property
     def grid_size(self) -> int:
-        """Side of the patch grid of an `image_size` photo, which is also the side of a word map."""
+        """Side of a word map in patches."""
         return self.image_size // self.patch_size
 
     @property
     def custom_pipelines(self) -> dict:
-        """The pipeline class that every saved model names, for places where the package is not installed.
+        """Pipeline classes that `pipeline()` loads from the model's folder, with `trust_remote_code`.
 
-        Empty in the package itself, which registers that class: `pipeline()` then asks nobody to trust any code.
+        The package registers its own class and empties `pipelines`: `pipeline()` then asks nobody to trust any code.
         """
-        return {} if __name__.startswith("ifseg_hf.") else copy.deepcopy(_PIPELINES)
-
-    @custom_pipelines.setter
-    def custom_pipelines(self, value):
-        """The same for every model, whatever its file says; transformers sets what it reads or is about to save."""
+        return copy.deepcopy(self.pipelines)
 
     def to_dict(self) -> dict:
-        return {**super().to_dict(), "custom_pipelines": copy.deepcopy(_PIPELINES)}
+        return {**super().to_dict(), "custom_pipelines": copy.deepcopy(PIPELINES)}
 
-    @classmethod
-    def preset(cls, size: str, **kwargs) -> "IFSegConfig":
-        """The configuration of a published OFA size: "tiny", "medium", "base", "large" or "huge".
 
-        Keyword arguments replace single attributes. Raises `ValueError` for another name.
-        """
-        if size not in _SIZES:
-            raise ValueError(f'There is no OFA of size "{size}"; choose one of {", ".join(_SIZES)}.')
-        d_model, encoder_layers, decoder_layers, heads, ffn_dim, trunk_depths = _SIZES[size]
-        attributes = {
-            "d_model": d_model,
-            "encoder_layers": encoder_layers,
-            "decoder_layers": decoder_layers,
-            "encoder_attention_heads": heads,
-            "decoder_attention_heads": heads,
-            "encoder_ffn_dim": ffn_dim,
-            "decoder_ffn_dim": ffn_dim,
-            "trunk_depths": trunk_depths,
-        }
-        return cls(**{**attributes, **kwargs})
+def _backbone_config(values: dict) -> PreTrainedConfig:
+    """The configuration of a backbone from its dictionary. Raises `ValueError` for an unknown `model_type`."""
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f'The backbone\'s model_type "{model_type}" is unknown: import the module that registers the backbone, or '
+            "pass trust_remote_code=True to run the code saved with the model."
+        )
+    return CONFIG_MAPPING[model_type].from_dict(values)
 
 
 __all__ = ["IFSegConfig"]

@@ -12,20 +12,21 @@ from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 from ifseg_hf.modeling import (
     IFSegConfig,
-    IFSegForConditionalGeneration,
     IFSegForSemanticSegmentation,
-    IFSegModel,
+    OFAConfig,
+    OFAForConditionalGeneration,
+    OFAModel,
 )
 
 BATCH, TOKENS, PIXELS = 3, 7, 32
 PATCHES = (PIXELS // 16) ** 2
 # Wide enough to learn a text by heart, and without what hinders that.
-NO_DROPOUT = {"dropout": 0.0, "encoder_drop_path_rate": 0.0, "decoder_drop_path_rate": 0.0}
+NO_DROPOUT = {"dropout": 0.0, "drop_path_rate": 0.0}
 SETTINGS = {**SMALL, "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, **NO_DROPOUT}
 
 
-class IFSegModelTester:
-    """Sizes and inputs of an OFA model: photo and text go in, text comes out."""
+class OFAModelTester:
+    """Sizes and inputs of an OFA model: image and text go in, text comes out."""
 
     batch_size = BATCH
     seq_length = decoder_seq_length = TOKENS
@@ -34,15 +35,15 @@ class IFSegModelTester:
     hidden_size = SETTINGS["d_model"]
     num_attention_heads = SETTINGS["encoder_attention_heads"]
     is_training = True
-    causal_lm_class = IFSegForConditionalGeneration
+    causal_lm_class = OFAForConditionalGeneration
 
     def __init__(self, parent):
         self.parent = parent
 
-    def get_config(self) -> IFSegConfig:
-        return IFSegConfig(**SETTINGS)
+    def get_config(self) -> OFAConfig | IFSegConfig:
+        return OFAConfig(**SETTINGS)
 
-    def prepare_config_and_inputs_for_common(self) -> tuple[IFSegConfig, dict[str, torch.Tensor]]:
+    def prepare_config_and_inputs_for_common(self) -> tuple[OFAConfig | IFSegConfig, dict[str, torch.Tensor]]:
         return self.get_config(), {
             "input_ids": self.text(),
             "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long, device=torch_device),
@@ -56,12 +57,15 @@ class IFSegModelTester:
         return ids_tensor([BATCH, TOKENS], SETTINGS["vocab_size"] - 3) + 3
 
 
-class IFSegForSemanticSegmentationTester(IFSegModelTester):
-    """The same with the words of three categories, and the photo's patches after `<s>` as the decoder's input."""
+class IFSegForSemanticSegmentationTester(OFAModelTester):
+    """The same with the words of three categories, and the image's patches after `<s>` as the decoder's input."""
 
     decoder_seq_length = PATCHES + 1
     num_hidden_states_types = 2
     num_labels = 3
+
+    def get_config(self) -> IFSegConfig:
+        return IFSegConfig(backbone_config=OFAConfig(**SETTINGS))
 
     def prepare_config_and_inputs_for_common(self):
         config, inputs = super().prepare_config_and_inputs_for_common()
@@ -75,23 +79,23 @@ class IFSegForSemanticSegmentationTester(IFSegModelTester):
         }
 
 
-class IFSegModelTest(ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
-    all_model_classes = (IFSegModel, IFSegForConditionalGeneration)
+class OFAModelTest(ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
+    all_model_classes = (OFAModel, OFAForConditionalGeneration)
     is_encoder_decoder = True
     model_tester = None
     additional_model_inputs = ["pixel_values"]
     test_can_init_all_missing_weights_before_2023 = True  # or it looks for a year of copyright in our files
-    # OFA's decoder has positions and a layer norm for the image codes that it can generate; no text or photo uses them.
+    # OFA's decoder has positions and a layer norm for the image codes that it can generate; no text or image uses them.
     test_all_params_have_gradient = False
 
     def setUp(self):
-        self.model_tester = IFSegModelTester(self)
+        self.model_tester = OFAModelTester(self)
         as_in_json = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
-        self.config_tester = ConfigTester(self, config_class=IFSegConfig, **as_in_json)
+        self.config_tester = ConfigTester(self, config_class=OFAConfig, **as_in_json)
 
     def _get_trainable_model_class(self):
         # Without generate(): after training the mixin continues a text, which an encoder-decoder starts anew.
-        return type("IFSegForTraining", (IFSegForConditionalGeneration,), {"generate": property()})
+        return type("OFAForTraining", (OFAForConditionalGeneration,), {"generate": property()})
 
     def test_config(self):
         self.config_tester.run_common_tests()
@@ -107,7 +111,7 @@ class IFSegForSemanticSegmentationTest(ModelTesterMixin, unittest.TestCase):
         self.model_tester = IFSegForSemanticSegmentationTester(self)
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
-        # some tests add a text for the decoder, which reads the photo's patches here
+        # some tests add a text for the decoder, which reads the image's patches here
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
         return {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
 

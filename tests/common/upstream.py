@@ -70,8 +70,8 @@ def load(source: Path, files: Path):
     _stand_in("fetch_hub_objects_for_ci", url_to_local_path=lambda url: _local_photo(url, files))
 
     # What a model of transformers' own is listed in; `_prepare_for_class` and others look at the names of the classes.
-    modeling_auto.MODEL_MAPPING_NAMES["ifseg"] = "IFSegModel"
-    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["ifseg"] = "IFSegForConditionalGeneration"
+    modeling_auto.MODEL_MAPPING_NAMES["ofa"] = "OFAModel"
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["ofa"] = "OFAForConditionalGeneration"
     modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["ifseg"] = "IFSegForSemanticSegmentation"
     # They would execute a second copy of transformers, from the source.
     with mock.patch("transformers.utils.direct_transformers_import", return_value=transformers):
@@ -86,7 +86,7 @@ _COMMON_SETTINGS = {
     "output_attentions": True,
     "dtype": "float16",
     "chunk_size_feed_forward": 3,
-    "architectures": ["IFSegModel"],
+    "architectures": ["OFAModel"],
     "id2label": {0: "grass"},
     "label2id": {"grass": 0},
     "problem_type": "regression",

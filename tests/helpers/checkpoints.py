@@ -3,7 +3,7 @@
 import torch
 from reference_outputs import fixture
 
-from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation
+from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConfig
 
 SMALL = {
     "vocab_size": 120,
@@ -30,7 +30,7 @@ WORDS = {
 }
 
 
-PHOTOS = [(64, 80), (32, 48), (64, 80), (48, 33)]
+IMAGE_SIZES = [(64, 80), (32, 48), (64, 80), (48, 33)]
 
 
 def our_name(row: dict) -> str | None:
@@ -39,12 +39,12 @@ def our_name(row: dict) -> str | None:
     if "output_projection" in name or "seg_embed_tokens" in name or "seg_projection" in name or "_bag" in name:
         return None
     if name.startswith("decoder.embed_seg_positions"):
-        return "segmentation_positions.embed_positions.weight"
+        return "backbone.segmentation_positions.embed_positions.weight"
     if name.startswith("decoder.seg_pos_ln"):
-        return "segmentation_positions.layer_norm." + name.rsplit(".", 1)[1]
+        return "backbone.segmentation_positions.layer_norm." + name.rsplit(".", 1)[1]
     if name.startswith("decoder.seg_rel_pos_table_list"):
-        return f"segmentation_positions.rel_pos_tables.{name.split('.')[2]}.weight"
-    return "model." + row["hf"]
+        return f"backbone.segmentation_positions.rel_pos_tables.{name.split('.')[2]}.weight"
+    return "backbone.model." + row["hf"]
 
 
 def reference_weights(size: str) -> dict[str, torch.Tensor]:
@@ -54,25 +54,30 @@ def reference_weights(size: str) -> dict[str, torch.Tensor]:
 
 
 def reference_model(size: str, **kwargs) -> IFSegForSemanticSegmentation:
-    model = IFSegForSemanticSegmentation(IFSegConfig.preset(size, **kwargs))
+    model = IFSegForSemanticSegmentation(IFSegConfig(backbone_config=OFAConfig.preset(size, **kwargs)))
     model.load_state_dict(reference_weights(size))
     return model.eval()
+
+
+def small_config(word_noise: float = 0.0, **kwargs) -> IFSegConfig:
+    """The configuration of [`small_model`]; keyword arguments replace attributes of the backbone's."""
+    return IFSegConfig(backbone_config=OFAConfig(**{**SMALL, **kwargs}), word_noise=word_noise)
 
 
 def small_model(**kwargs) -> IFSegForSemanticSegmentation:
     """A random model of some 24,000 parameters that carries three words."""
     torch.manual_seed(0)
-    model = IFSegForSemanticSegmentation(IFSegConfig(**{**SMALL, **kwargs}))
+    model = IFSegForSemanticSegmentation(small_config(**kwargs))
     model.set_words(**WORDS)
     return model.eval()
 
 
-def padded_photos() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Random photos of the sizes PHOTOS, and the same as a padded batch: pixel_values and pixel_mask."""
+def padded_images() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Random images of the sizes IMAGE_SIZES, and the same as a padded batch: pixel_values and pixel_mask."""
     generator = torch.Generator().manual_seed(0)
-    photos = [torch.randn(3, *size, generator=generator) for size in PHOTOS]
+    images = [torch.randn(3, *size, generator=generator) for size in IMAGE_SIZES]
     pixel_values, pixel_mask = torch.zeros(4, 3, 64, 80), torch.zeros(4, 64, 80, dtype=torch.long)
-    for i, (height, width) in enumerate(PHOTOS):
-        pixel_values[i, :, :height, :width] = photos[i]
+    for i, (height, width) in enumerate(IMAGE_SIZES):
+        pixel_values[i, :, :height, :width] = images[i]
         pixel_mask[i, :height, :width] = 1
-    return photos, pixel_values, pixel_mask
+    return images, pixel_values, pixel_mask

@@ -7,7 +7,7 @@ from checkpoints import SMALL
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation
+from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConfig
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
 
 
@@ -20,7 +20,9 @@ def save_tiny_model(folder: Path, model_class=IFSegForSemanticSegmentation) -> s
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=120, **special)
     IFSegProcessor(IFSegImageProcessor(), tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
-    config = IFSegConfig(**{**SMALL, "vocab_size": len(alphabet), "max_position_embeddings": 120, "init_std": 0.2})
+    config = OFAConfig(**{**SMALL, "vocab_size": len(alphabet), "max_position_embeddings": 120, "init_std": 0.2})
+    if model_class is IFSegForSemanticSegmentation:
+        config = IFSegConfig(backbone_config=config)
     model_class(config).save_pretrained(folder)
     return str(folder)
 

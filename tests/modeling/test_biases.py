@@ -8,7 +8,7 @@ import torch
 from checkpoints import small_model
 from torch import nn
 
-from ifseg_hf.modeling.modeling_ofa import grid_relative_bias, resize_grid, resized_grid_relative_bias
+from ifseg_hf.modeling.positions_ofa import grid_relative_bias, resize_grid, resized_grid_relative_bias
 
 PHOTO = torch.randn(1, 3, 48, 80, generator=torch.Generator().manual_seed(0))
 WORD_MAP = torch.arange(16).view(1, 4, 4) % 3
@@ -20,14 +20,14 @@ def segment(model: nn.Module, photo: torch.Tensor = PHOTO, **kwargs) -> torch.Te
 
 
 def forget(model: nn.Module) -> nn.Module:
-    for stack in (model.model.encoder, model.model.decoder):
-        stack.biases.clear()
+    for stack in (model.backbone.model.encoder, model.backbone.model.decoder):
+        stack.bias_cache.clear()
     return model
 
 
 def kept(model: nn.Module) -> list[torch.Tensor]:
-    stacks = (model.model.encoder, model.model.decoder)
-    return [bias for stack in stacks for _, biases in stack.biases.entries.values() for bias in biases.values()]
+    stacks = (model.backbone.model.encoder, model.backbone.model.decoder)
+    return [bias for stack in stacks for _, biases in stack.bias_cache.entries.values() for bias in biases.values()]
 
 
 @pytest.mark.parametrize(("side", "spare", "height", "width"), [(4, 0, 4, 6), (4, 2, 7, 3), (3, 1, 1, 5), (5, 0, 2, 2)])
@@ -47,7 +47,7 @@ def test_a_second_photo_computes_no_bias(positions, monkeypatch):
     before = kept(model)
     assert len(before) == 2 + 2 + 1  # two encoder layers, two decoder layers, cross-attention
     monkeypatch.setattr("ifseg_hf.modeling.modeling_ofa.resized_grid_relative_bias", None)
-    monkeypatch.setattr("ifseg_hf.modeling.modeling_ifseg.resized_grid_relative_bias", None)
+    monkeypatch.setattr("ifseg_hf.modeling.backbone_ofa.resized_grid_relative_bias", None)
     assert torch.equal(segment(model), first)
     assert all(a is b for a, b in zip(kept(model), before, strict=True))
 
@@ -125,17 +125,13 @@ def test_grids_words_and_types_do_not_mix():
 def test_memory_is_bounded():
     model = small_model()
     segment(model)
-    sizes = [
-        sum(bias.nbytes for _, bs in stack.biases.entries.values() for bias in bs.values())
-        for stack in (model.model.encoder, model.model.decoder)
-    ]
-    for stack, size in zip((model.model.encoder, model.model.decoder), sizes, strict=True):
-        stack.biases.limit = int(1.5 * size)
+    for stack in (model.backbone.model.encoder, model.backbone.model.decoder):
+        stack.bias_cache.limit = int(1.5 * stack.bias_cache.nbytes)
     expected = [segment(forget(small_model()), torch.ones(1, 3, *size)) for size in [(48, 80), (80, 48), (160, 160)]]
     for _ in range(2):
         for size, logits in zip([(48, 80), (80, 48), (160, 160)], expected, strict=True):
             assert torch.equal(segment(model, torch.ones(1, 3, *size)), logits)
-            assert len(model.model.encoder.biases.entries) == 1  # the one before is gone; the large one is never kept
+            assert len(model.backbone.model.encoder.bias_cache.entries) == 1  # one fits, the large one never
 
 
 def test_biases_are_shared_by_a_batch_and_stay_with_their_model():
@@ -146,4 +142,4 @@ def test_biases_are_shared_by_a_batch_and_stay_with_their_model():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not kept(other)
         assert torch.equal(segment(other), segment(model))
-    assert not any("biases" in name for name in model.state_dict())
+    assert not any("bias_cache" in name for name in model.state_dict())

@@ -2,7 +2,7 @@ import pytest
 from checkpoints import SMALL
 from reference_outputs import fixture
 
-from ifseg_hf.modeling import IFSegConfig, IFSegModel
+from ifseg_hf.modeling import IFSegConfig, OFAConfig, OFAModel
 
 
 @pytest.mark.parametrize("size", ["tiny", "medium", "base", "large", "huge"])
@@ -10,7 +10,7 @@ def test_presets_have_the_published_parameters(size):
     import torch
 
     with torch.device("meta"):
-        model = IFSegModel(IFSegConfig.preset(size))
+        model = OFAModel(OFAConfig.preset(size))
     published = {
         row["hf"]: row["shape"]
         for row in fixture.inventory(size)
@@ -20,14 +20,19 @@ def test_presets_have_the_published_parameters(size):
 
 
 def test_round_trip(tmp_path):
-    config = IFSegConfig(**SMALL, id2label={0: "cat", 1: "sky"}, category_ids=[[5], [6, 7]], prompt_ids=[0, 5, 6, 7, 2])
+    config = IFSegConfig(
+        backbone_config=OFAConfig(**SMALL),
+        id2label={0: "cat", 1: "sky"},
+        category_ids=[[5], [6, 7]],
+        prompt_ids=[0, 5, 6, 7, 2],
+    )
     config.save_pretrained(tmp_path)
     loaded = IFSegConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert loaded.label2id == {"cat": 0, "sky": 1}
     assert loaded.num_labels == 2
     assert loaded.grid_size == 4
-    assert loaded.trunk_depths == (1, 1, 1)
+    assert loaded.backbone_config.trunk_depths == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +48,9 @@ def test_round_trip(tmp_path):
 )
 def test_contradictions_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        IFSegConfig(**{**SMALL, **change})
+        OFAConfig(**{**SMALL, **change})
 
 
 def test_unknown_preset():
     with pytest.raises(ValueError, match="tiny, medium, base, large, huge"):
-        IFSegConfig.preset("giant")
+        OFAConfig.preset("giant")

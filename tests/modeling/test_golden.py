@@ -5,7 +5,7 @@ import torch
 from checkpoints import our_name, reference_model
 from reference_outputs import fixture, golden, golden_metadata, relative_error, token_ids
 
-from ifseg_hf.modeling import IFSegConfig, IFSegForConditionalGeneration
+from ifseg_hf.modeling import OFAConfig, OFAForConditionalGeneration
 
 TOLERANCE = {"eager": 5e-6, "sdpa": 2e-5}
 CASES = ["tiny_512x512", "tiny_512x683", "tiny_384x640", "tiny_512x512_171", "base_512x512"]
@@ -49,7 +49,7 @@ def test_segmentation(models, name, attention):
     hooks = [
         layer.register_forward_hook(lambda _, __, output, key=f"{stack}.layer{i}": layers.__setitem__(key, output))
         for stack in ("encoder", "decoder")
-        for i, layer in enumerate(getattr(model.model, stack).layers)
+        for i, layer in enumerate(getattr(model.backbone.model, stack).layers)
     ]
     with torch.no_grad():
         output = model(
@@ -76,7 +76,7 @@ def test_segmentation(models, name, attention):
 @pytest.mark.parametrize(("attention", "tolerance"), [("eager", 5e-6), ("sdpa", 2e-5)])
 def test_word_map_loss_and_gradients(attention, tolerance):
     expected, metadata = golden("tiny_word_map"), golden_metadata("tiny_word_map")
-    model = reference_model("tiny", dropout=0.0, encoder_drop_path_rate=0.0, decoder_drop_path_rate=0.0).train()
+    model = reference_model("tiny", dropout=0.0, drop_path_rate=0.0).train()
     model.set_attn_implementation(attention)
     model.freeze_for_word_maps()
     output = model(
@@ -113,7 +113,7 @@ def test_word_map_loss_and_gradients(attention, tolerance):
 @pytest.mark.parametrize("name", ["ofa_tiny_256x256", "ofa_tiny_text"])
 def test_generation(name, attention):
     expected, metadata = golden(name), golden_metadata(name)
-    model = IFSegForConditionalGeneration(IFSegConfig.preset("tiny")).eval()
+    model = OFAForConditionalGeneration(OFAConfig.preset("tiny")).eval()
     tensors = fixture.checkpoint("tiny", "hf")
     tensors["lm_head.weight"] = tensors.pop("decoder.output_projection.weight")
     model.load_state_dict({k if k.startswith("lm_head") else f"model.{k}": v for k, v in tensors.items()})

@@ -2,20 +2,23 @@
 
 import pytest
 import torch
-from checkpoints import SMALL, WORDS, padded_photos, small_model
+from checkpoints import SMALL, WORDS, padded_images, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AutoModelForSemanticSegmentation
 
 from ifseg_hf.modeling import (
     IFSegConfig,
-    IFSegForConditionalGeneration,
     IFSegForSemanticSegmentation,
-    IFSegModel,
-    modeling_ofa,
+    OFAConfig,
+    OFAForConditionalGeneration,
+    OFAModel,
+    attention_ofa,
 )
-from ifseg_hf.modeling.modeling_ifseg import segmentation_loss, word_distance
-from ifseg_hf.modeling.modeling_ofa import add_blocks, grid_relative_bias, resize_grid
+from ifseg_hf.modeling.loss_ifseg import segmentation_loss
+from ifseg_hf.modeling.modeling_ifseg import word_distance
+from ifseg_hf.modeling.positions_ofa import add_blocks, grid_relative_bias, resize_grid
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def test_photos_of_any_size(model, size):
 def test_photos_of_several_sizes_are_as_alone(attention):
     model = small_model()
     model.set_attn_implementation(attention)
-    photos, pixel_values, pixel_mask = padded_photos()
+    photos, pixel_values, pixel_mask = padded_images()
     labels = torch.where(pixel_mask.bool(), 1, -100)
     together = model(pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels, output_hidden_states=True)
     losses, pixels = 0, 0
@@ -102,7 +105,7 @@ def test_words_at_call_time(model):
 @torch.no_grad()
 def test_logits_are_products_with_mean_sub_words(model):
     embedding = model.get_input_embeddings().weight
-    words = model.embed_words(torch.tensor([[[6, 7], [8, 1]]]), torch.tensor([[[1, 1], [1, 0]]]))
+    words = model.backbone.embed_words(torch.tensor([[[6, 7], [8, 1]]]), torch.tensor([[[1, 1], [1, 0]]]))
     torch.testing.assert_close(words[0], torch.stack([(embedding[6] + embedding[7]) / 2, embedding[8]]))
 
 
@@ -110,14 +113,14 @@ def test_logits_are_products_with_mean_sub_words(model):
 def test_a_word_map_is_an_image_of_embeddings(model):
     """The word map's tokens take the place of image_proj(features), and of nothing else."""
     seen = {}
-    hook = model.model.encoder.patch_layernorm_embedding.register_forward_pre_hook(
+    hook = model.backbone.model.encoder.patch_layernorm_embedding.register_forward_pre_hook(
         lambda _, inputs: seen.__setitem__("tokens", inputs[0])
     )
     word_map = word_maps()["word_map"]
     output = model(word_map=word_map)
     hook.remove()
-    words = model.embed_words(*model._padded(WORDS["category_ids"], torch.device("cpu")))[0]
-    expected = words[word_map].flatten(1, 2) + model.model.encoder.type_embedding.weight[1]
+    words = model.backbone.embed_words(*model.pad_words(WORDS["category_ids"], torch.device("cpu")))[0]
+    expected = words[word_map].flatten(1, 2) + model.backbone.model.encoder.type_embedding.weight[1]
     torch.testing.assert_close(seen["tokens"], expected)
     assert output.image_features is None
     assert output.logits.shape == (2, 3, 4, 4)
@@ -150,7 +153,7 @@ def test_inputs_are_checked(model):
         model(pixel_values=photo, word_map=word_map)
     with pytest.raises(ValueError, match="either pixel_values"):
         model()
-    wordless = IFSegForSemanticSegmentation(IFSegConfig(**SMALL))
+    wordless = IFSegForSemanticSegmentation(small_config())
     with pytest.raises(ValueError, match="carries no words"):
         wordless(pixel_values=photo)
     with pytest.raises(ValueError, match="category_ids"):
@@ -178,28 +181,28 @@ def test_loss_is_the_plain_formula(shape, seed):
 def test_paper_positions_add_no_parameters():
     published, paper = small_model(), small_model(decoder_positions="image")
     assert {n for n, _ in published.named_parameters()} - {n for n, _ in paper.named_parameters()} == {
-        name for name, _ in published.named_parameters() if name.startswith("segmentation_positions.")
+        name for name, _ in published.named_parameters() if name.startswith("backbone.segmentation_positions.")
     }
-    base = {name for name, _ in IFSegModel(IFSegConfig(**SMALL)).named_parameters()}
-    assert {name.removeprefix("model.") for name, _ in paper.named_parameters()} == base
+    base = {name for name, _ in OFAModel(OFAConfig(**SMALL)).named_parameters()}
+    assert {name.removeprefix("backbone.model.") for name, _ in paper.named_parameters()} == base
 
     photo = torch.randn(1, 3, 64, 80)
     assert paper(pixel_values=photo).logits.shape == published(pixel_values=photo).logits.shape
     paper.freeze_for_word_maps()
     paper.train()
     paper(**word_maps()).loss.backward()
-    assert paper.model.decoder.image_rel_pos_table_list[0].weight.grad is not None
+    assert paper.backbone.model.decoder.image_rel_pos_table_list[0].weight.grad is not None
     assert all(p.grad is not None for p in paper.parameters() if p.requires_grad)
 
 
 def test_paper_positions_are_the_encoders(model):
     paper = small_model(decoder_positions="image")
-    encoder = paper.model.encoder
-    positions = paper._decoder_positions(4, 4)
+    encoder = paper.backbone.model.encoder
+    positions = paper.backbone.patch_positions(4, 4).embeddings
     expected = encoder.image_pos_ln(encoder.embed_image_positions.weight[[0, 1, 2, 3, 4, 9]])
     torch.testing.assert_close(positions[0, :6], expected)  # <s>, then row by row of an 8 x 8 table
-    table = paper.model.decoder.image_rel_pos_table_list[1].weight
-    bias = add_blocks(torch.zeros(1, table.shape[1], 17, 17), paper._decoder_relative_bias(1, 4, 4))[0]
+    table = paper.backbone.model.decoder.image_rel_pos_table_list[1].weight
+    bias = add_blocks(torch.zeros(1, table.shape[1], 17, 17), paper.backbone.patch_positions(4, 4).relative_bias(1))[0]
     torch.testing.assert_close(bias[:, 1:, 1:], grid_relative_bias(table[:-3], 4, 4))
     torch.testing.assert_close(bias[:, 0, 0], table[-1])
     torch.testing.assert_close(bias[:, 0, 5], table[-3])
@@ -218,7 +221,7 @@ def test_every_trained_parameter_gets_a_gradient(model):
 def artificial_image(model, word_map):
     """What a model puts in place of a photo's projected patches."""
     seen = []
-    hook = model.model.encoder.register_forward_pre_hook(
+    hook = model.backbone.model.encoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["image_embeds"]), with_kwargs=True
     )
     model(word_map=word_map)
@@ -230,7 +233,7 @@ def artificial_image(model, word_map):
 def test_noise_of_word_maps_is_measured_in_distances_between_words():
     model, quiet = small_model(word_noise=0.5), small_model()
     model.load_state_dict(quiet.state_dict())
-    words = quiet.embed_words(*quiet._padded(quiet.config.category_ids, "cpu"))[0]
+    words = quiet.backbone.embed_words(*quiet.pad_words(quiet.config.category_ids, "cpu"))[0]
     distance = torch.pdist(words).square().mean().sqrt()
     torch.testing.assert_close(word_distance(words[None])[0], distance)
     word_map = torch.randint(len(words), (16, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -250,7 +253,7 @@ def test_a_single_word_has_no_distance():
 
 
 def test_word_maps_can_be_learnt():
-    model = small_model(dropout=0.0, encoder_drop_path_rate=0.0, decoder_drop_path_rate=0.0)
+    model = small_model(dropout=0.0, drop_path_rate=0.0)
     nn.init.normal_(model.get_input_embeddings().weight)
     model.freeze_for_word_maps()
     model.train()
@@ -281,12 +284,12 @@ def test_attention_implementations_agree(model, size):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_attention_in_blocks_trains_alike(checkpointing, monkeypatch):
     """Steps on grids that are large for the cache take another way through attention, to the same gradients."""
-    gradients, calls, blocks = [], [], modeling_ofa.BlockwiseAttention.blocks
+    gradients, calls, blocks = [], [], attention_ofa.BlockwiseAttention.blocks
     monkeypatch.setattr(
-        modeling_ofa.BlockwiseAttention, "blocks", staticmethod(lambda *inputs: calls.append(1) or blocks(*inputs))
+        attention_ofa.BlockwiseAttention, "blocks", staticmethod(lambda *inputs: calls.append(1) or blocks(*inputs))
     )
     for cached in (2**18, 60):
-        monkeypatch.setattr(modeling_ofa, "LOGITS_IN_BLOCK", cached)
+        monkeypatch.setattr(attention_ofa, "LOGITS_IN_BLOCK", cached)
         model = small_model().train()
         if checkpointing:
             model.gradient_checkpointing_enable()
@@ -301,10 +304,10 @@ def test_attention_in_blocks_trains_alike(checkpointing, monkeypatch):
 
 def test_attention_in_blocks_under_autocast(monkeypatch):
     """It computes in float32, with what bfloat16 leaves of its inputs."""
-    monkeypatch.setattr(modeling_ofa, "LOGITS_IN_BLOCK", 60)
-    calls, blocks = [], modeling_ofa.BlockwiseAttention.blocks
+    monkeypatch.setattr(attention_ofa, "LOGITS_IN_BLOCK", 60)
+    calls, blocks = [], attention_ofa.BlockwiseAttention.blocks
     monkeypatch.setattr(
-        modeling_ofa.BlockwiseAttention,
+        attention_ofa.BlockwiseAttention,
         "blocks",
         staticmethod(lambda query, *inputs: calls.append(query.dtype) or blocks(query, *inputs)),
     )
@@ -362,7 +365,7 @@ def test_compiled_training_has_the_same_gradients():
     """The compiler takes another way through biases and attention."""
     gradients = []
     for compiled in (False, True):
-        model = small_model(dropout=0.0, encoder_drop_path_rate=0.0, decoder_drop_path_rate=0.0).train()
+        model = small_model(dropout=0.0, drop_path_rate=0.0).train()
         forward = torch.compile(model, backend="aot_eager") if compiled else model
         forward(**word_maps()).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -381,23 +384,25 @@ def test_save_and_load(model, tmp_path):
     assert loaded.config.prompt_ids == WORDS["prompt_ids"]
 
 
-def test_the_three_models_load_into_each_other(model, tmp_path):
-    """Exactly the segmentation positions are missing from, or unexpected in, the others."""
-    positions = {name for name, _ in model.named_parameters() if name.startswith("segmentation_positions.")}
-    model.save_pretrained(tmp_path / "tuned")
-    _, report = IFSegModel.from_pretrained(tmp_path / "tuned", output_loading_info=True)
-    assert (report["missing_keys"], report["unexpected_keys"]) == (set(), positions)
-    ofa, report = IFSegForConditionalGeneration.from_pretrained(tmp_path / "tuned", output_loading_info=True)
-    assert (report["missing_keys"], report["unexpected_keys"]) == (set(), positions)
-    ofa.save_pretrained(tmp_path / "ofa")
-    _, report = IFSegForSemanticSegmentation.from_pretrained(tmp_path / "ofa", output_loading_info=True)
+def test_checkpoint_of_ofa_lacks_only_segmentation_positions(model, tmp_path):
+    positions = {name for name, _ in model.named_parameters() if "segmentation_positions." in name}
+    torch.manual_seed(0)
+    ofa = OFAForConditionalGeneration(OFAConfig(**SMALL))
+    ofa.save_pretrained(tmp_path)
+    _, report = OFAModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert (report["missing_keys"], report["unexpected_keys"]) == (set(), set())
+    loaded, report = IFSegForSemanticSegmentation.from_pretrained(tmp_path, output_loading_info=True)
     assert (report["missing_keys"], report["unexpected_keys"]) == (positions, set())
+    assert torch.equal(loaded.get_input_embeddings().weight, ofa.get_input_embeddings().weight)
+    automatic = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
+    assert type(automatic) is IFSegForSemanticSegmentation
+    assert type(automatic.config) is IFSegConfig
 
 
 def test_new_positions_are_small_and_normal():
     torch.manual_seed(0)
-    model = IFSegForSemanticSegmentation(IFSegConfig(**{**SMALL, "d_model": 64}))
-    positions = model.segmentation_positions
+    model = IFSegForSemanticSegmentation(small_config(d_model=64))
+    positions = model.backbone.segmentation_positions
     for weight in [positions.embed_positions.weight, *(table.weight for table in positions.rel_pos_tables)]:
         assert weight.std().item() == pytest.approx(0.02, rel=0.15)
         assert abs(weight.mean().item()) < 0.005
@@ -424,10 +429,10 @@ def test_a_patch_is_not_told_its_own_encoding_or_later_ones():
     """Section 2.2: output i has the encodings of patches before i as inputs (cross-attention aside)."""
     model = small_model()
     seen = {}
-    model.model.decoder.layernorm_embedding.register_forward_pre_hook(
+    model.backbone.model.decoder.layernorm_embedding.register_forward_pre_hook(
         lambda _, inputs: seen.__setitem__("inputs", inputs[0])
     )
     output = model(pixel_values=torch.randn(1, 3, 48, 80))
-    start = model.get_input_embeddings().weight[model.config.decoder_start_token_id]
+    start = model.get_input_embeddings().weight[model.config.backbone_config.decoder_start_token_id]
     assert torch.equal(seen["inputs"][0, 0], start)
     assert torch.equal(seen["inputs"][0, 1:], output.encoder_last_hidden_state[0, :15])

@@ -4,25 +4,21 @@ import math
 
 import pytest
 import torch
-from checkpoints import PHOTOS, SMALL, padded_photos
+from checkpoints import IMAGE_SIZES, SMALL, padded_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifseg_hf.modeling import IFSegConfig, IFSegForConditionalGeneration, IFSegModel, modeling_ofa
-from ifseg_hf.modeling.modeling_ofa import (
-    BlockwiseAttention,
-    add_blocks,
-    drop_path,
-    grid_relative_bias,
-    photo_sizes,
-    text_relative_bias,
-)
+from ifseg_hf.modeling import OFAConfig, OFAForConditionalGeneration, OFAModel, attention_ofa
+from ifseg_hf.modeling.attention_ofa import BlockwiseAttention
+from ifseg_hf.modeling.image_batches import image_sizes
+from ifseg_hf.modeling.modeling_ofa import drop_path
+from ifseg_hf.modeling.positions_ofa import add_blocks, grid_relative_bias, text_relative_bias
 
 
 @pytest.fixture(scope="module")
 def generator_model():
     torch.manual_seed(0)
-    return IFSegForConditionalGeneration(IFSegConfig(**SMALL)).eval()
+    return OFAForConditionalGeneration(OFAConfig(**SMALL)).eval()
 
 
 @settings(max_examples=20, deadline=None)
@@ -82,7 +78,7 @@ def test_blockwise_attention_is_the_plain_formula(batch, heads, shared, queries,
 
     expected = gradients((0.3 * query @ key.transpose(2, 3) + masked()).softmax(3) @ value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_ofa, "LOGITS_IN_BLOCK", limit)
+        patch.setattr(attention_ofa, "LOGITS_IN_BLOCK", limit)
         actual = gradients(BlockwiseAttention.apply(query, key, value, masked(), 0.3, causal))
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
@@ -113,8 +109,8 @@ def test_add_blocks(batch):
 
 
 def test_photo_sizes():
-    _, _, pixel_mask = padded_photos()
-    assert photo_sizes(pixel_mask) == PHOTOS
+    _, _, pixel_mask = padded_images()
+    assert image_sizes(pixel_mask) == IMAGE_SIZES
 
 
 def test_drop_path_keeps_the_mean_and_drops_whole_samples():
@@ -126,7 +122,7 @@ def test_drop_path_keeps_the_mean_and_drops_whole_samples():
 
 
 def test_stochastic_depth_rises_linearly():
-    model = IFSegModel(IFSegConfig(**{**SMALL, "encoder_layers": 3, "encoder_drop_path_rate": 0.2}))
+    model = OFAModel(OFAConfig(**{**SMALL, "encoder_layers": 3, "drop_path_rate": 0.2}))
     assert [layer.drop_path_rate for layer in model.encoder.layers] == pytest.approx([0, 0.1, 0.2])
 
 
@@ -158,7 +154,7 @@ def test_embeddings_are_shared(generator_model):
 
 @torch.no_grad()
 def test_photos_of_several_sizes_are_as_alone(generator_model):
-    photos, pixel_values, pixel_mask = padded_photos()
+    photos, pixel_values, pixel_mask = padded_images()
     ids = torch.tensor([[0, 5, 6, 2]])
     together = generator_model(
         input_ids=ids.expand(4, -1),
@@ -185,7 +181,7 @@ def test_padded_text_is_as_alone(generator_model):
 
 @torch.no_grad()
 def test_cached_generation_is_the_argmax_of_full_passes(generator_model):
-    _, pixel_values, pixel_mask = padded_photos()
+    _, pixel_values, pixel_mask = padded_images()
     inputs = {"input_ids": torch.tensor([[0, 5, 6, 2]] * 4), "pixel_values": pixel_values, "pixel_mask": pixel_mask}
     written = generator_model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
     for step in range(1, 7):
@@ -195,7 +191,7 @@ def test_cached_generation_is_the_argmax_of_full_passes(generator_model):
 
 @torch.no_grad()
 def test_beam_search_finds_a_likelier_text_than_greedy(generator_model):
-    inputs = {"input_ids": torch.tensor([[0, 5, 6, 2]]), "pixel_values": padded_photos()[0][0][None]}
+    inputs = {"input_ids": torch.tensor([[0, 5, 6, 2]]), "pixel_values": padded_images()[0][0][None]}
 
     def likelihood(sequence):
         logits = generator_model(**inputs, decoder_input_ids=sequence[:, :-1]).logits.log_softmax(-1)
@@ -211,8 +207,8 @@ def test_beam_search_finds_a_likelier_text_than_greedy(generator_model):
 def test_captions_can_be_learnt(generator_model):
     """Loss from labels alone: shifted into the decoder's input, -100 ignored."""
     torch.manual_seed(0)
-    model = IFSegForConditionalGeneration(
-        IFSegConfig(**SMALL, dropout=0.0, encoder_drop_path_rate=0.0, decoder_drop_path_rate=0.0)
+    model = OFAForConditionalGeneration(
+        OFAConfig(**SMALL, dropout=0.0, encoder_drop_path_rate=0.0, decoder_drop_path_rate=0.0)
     )
     inputs = {"input_ids": torch.tensor([[0, 5, 2]] * 2), "pixel_values": torch.randn(2, 3, 32, 32)}
     labels = torch.tensor([[10, 11, 2], [12, 2, -100]])

@@ -1,0 +1,218 @@
+"""Attention of OFA: kernels for logits with an additive bias, and the multi-head attention module."""
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .configuration_ofa import OFAConfig
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention in float32 over (batch, heads, length, head_dim); `attention_mask` is added to the logits."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask.to(weights.dtype)
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+# Queries of a causal self-attention that run together, with the keys up to the last of them.
+CAUSAL_BLOCK = 256
+# Heads of an image that run together in [`BlockwiseAttention`], one product per thread, and the number of their logits:
+# the part of each thread fits into its cache.
+HEADS_IN_BLOCK = 4
+LOGITS_IN_BLOCK = 2**19
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """
+    Softmax attention with a trained bias on a CPU: the logits of a few queries at a time.
+
+    A block stays in the cache for all operations on it, and the backward pass computes the block again. torch's fused
+    kernel for CPUs has no gradient for a bias; without it, every step of the softmax passes over all logits in main
+    memory. Under autocast the computation is in float32: without AMX bfloat16 is slower, with AMX it is not measured.
+
+    Args:
+        query, key, value: (batch, heads, length, head_dim); bias: (1 or batch, heads, queries, keys).
+        causal: the bias lets no query see a later key; there are as many queries as keys.
+
+    Returns (batch, heads, queries, head_dim).
+    """
+
+    @staticmethod
+    def blocks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, causal: bool):
+        """Yields for each block the indices of its queries, its keys and values, and its bias."""
+        (batch, heads, queries, _), keys = query.shape, key.shape[2]
+        size = max(1, LOGITS_IN_BLOCK // (HEADS_IN_BLOCK * keys))
+        for first in range(0, heads, HEADS_IN_BLOCK):
+            some = slice(first, first + HEADS_IN_BLOCK)
+            for start in range(0, queries, size):
+                rows, columns = slice(start, start + size), slice(start + size if causal else keys)
+                for image in range(batch):  # innermost, while a bias that the images share is in the cache
+                    shared = 0 if len(bias) == 1 else image
+                    yield (image, some, rows), (image, some, columns), (shared, some, rows, columns)
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, query, key, value, bias, scaling: float, causal: bool) -> torch.Tensor:
+        query = query * scaling
+        output = torch.empty_like(query)
+        for rows, columns, b in BlockwiseAttention.blocks(query, key, bias, causal):
+            weights = torch.baddbmm(bias[b], query[rows], key[columns].mT).softmax(-1)
+            output[rows] = torch.bmm(weights, value[columns])
+        ctx.save_for_backward(query, key, value, bias)
+        ctx.scaling, ctx.causal = scaling, causal
+        return output
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: torch.Tensor):
+        query, key, value, bias = ctx.saved_tensors
+        grad_query, grad_bias = torch.empty_like(query), torch.zeros_like(bias)
+        grad_key, grad_value = key.new_zeros(2, *key.shape)  # contiguous, or products are added head by head
+        for rows, columns, b in BlockwiseAttention.blocks(query, key, bias, ctx.causal):
+            q, k, grad = query[rows], key[columns], grad_output[rows]
+            weights = torch.baddbmm(bias[b], q, k.mT).softmax(-1)
+            grad_value[columns].baddbmm_(weights.mT, grad)
+            grad_weights = torch.bmm(grad, value[columns].mT)
+            grad_logits = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_bias[b].add_(grad_logits)
+            grad_query[rows] = torch.bmm(grad_logits, k)
+            grad_key[columns].baddbmm_(grad_logits.mT, q)
+        return grad_query.mul_(ctx.scaling), grad_key, grad_value, grad_bias, None, None
+
+
+def _trains_large_bias_on_cpu(query: torch.Tensor, bias: torch.Tensor) -> bool:
+    """Whether [`BlockwiseAttention`] is faster: logits that fit into one block are in the cache anyway."""
+    trained = torch.is_grad_enabled() and bias.requires_grad and not torch.compiler.is_compiling()
+    exact = query.dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
+    large = bias.shape[2] * bias.shape[3] * HEADS_IN_BLOCK > LOGITS_IN_BLOCK
+    return trained and query.device.type == "cpu" and exact and large
+
+
+def biased_sdpa_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    causal: bool = False,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    transformers' `sdpa` attention for logits with an additive bias (`attention_mask`).
+
+    A bias that is trained on a CPU goes through [`BlockwiseAttention`]. With `causal` the bias lets no query see a
+    later key: the queries run in blocks, each with the keys up to its last query.
+    """
+    if dropout == 0 and _trains_large_bias_on_cpu(query, attention_mask):
+        output = BlockwiseAttention.apply(query, key, value, attention_mask, scaling, causal)
+        return output.transpose(1, 2), None
+    bias = attention_mask.to(query.dtype)
+    if not causal:
+        return sdpa_attention_forward(module, query, key, value, bias, dropout=dropout, scaling=scaling, **kwargs)
+    outputs = []
+    for start in range(0, query.shape[2], CAUSAL_BLOCK):
+        rows, seen = slice(start, start + CAUSAL_BLOCK), slice(start + CAUSAL_BLOCK)
+        output, _ = sdpa_attention_forward(
+            module,
+            query[:, :, rows],
+            key[:, :, seen],
+            value[:, :, seen],
+            bias[:, :, rows, seen],
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,
+        )
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), None
+
+
+# transformers' attention functions, with `sdpa` replaced for OFA alone.
+ATTENTION_FUNCTIONS = AttentionInterface()
+ATTENTION_FUNCTIONS["sdpa"] = biased_sdpa_attention_forward
+
+
+class OFAAttention(nn.Module):
+    """Multi-head attention whose heads are scaled by a learnt factor (`c_attn`) before the output projection."""
+
+    is_causal = False  # the bias carries the causal mask
+
+    def __init__(self, config: OFAConfig, heads: int, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.d_model // heads
+        self.scaling = (config.attn_scale_factor * self.head_dim) ** -0.5
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, config.d_model)
+        self.v_proj = nn.Linear(config.d_model, config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_model)
+        self.c_attn = nn.Parameter(torch.ones(heads))
+
+    def _heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _keys_and_values(self, hidden_states, key_value_states, past_key_values):
+        """Keys and values, (batch, heads, length, head_dim), from and into the cache where there is one."""
+        is_cross_attention = key_value_states is not None
+        source = key_value_states if is_cross_attention else hidden_states
+        if past_key_values is None:
+            return self._heads(self.k_proj(source)), self._heads(self.v_proj(source))
+        if not is_cross_attention:
+            cache = past_key_values.self_attention_cache
+            return cache.update(self._heads(self.k_proj(source)), self._heads(self.v_proj(source)), self.layer_idx)
+        cache = past_key_values.cross_attention_cache
+        if not past_key_values.is_updated.get(self.layer_idx):
+            past_key_values.is_updated[self.layer_idx] = True
+            return cache.update(self._heads(self.k_proj(source)), self._heads(self.v_proj(source)), self.layer_idx)
+        return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_bias: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        causal: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            attention_bias: (1 or batch, heads, queries, keys), added to the logits.
+            causal: the bias lets no query see a later key, so those logits need not be computed.
+        """
+        query = self._heads(self.q_proj(hidden_states))
+        key, value = self._keys_and_values(hidden_states, key_value_states, past_key_values)
+        attention = ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_bias,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            causal=causal,
+            **kwargs,
+        )
+        output = output * self.c_attn[:, None]
+        return self.out_proj(output.flatten(2)), weights
+
+
+__all__ = ["ATTENTION_FUNCTIONS", "BlockwiseAttention", "OFAAttention", "eager_attention_forward"]

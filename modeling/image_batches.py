@@ -1,0 +1,108 @@
+"""Padded batches of images of several sizes, run size by size so that padding changes no result."""
+
+import inspect
+from functools import wraps
+
+import torch
+from torch import nn
+
+# Inputs with one row for each image; a single row is shared by all images.
+PER_IMAGE_INPUTS = (
+    "pixel_values",
+    "pixel_mask",
+    "labels",
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "category_ids",
+    "category_mask",
+)
+
+
+def image_sizes(pixel_mask: torch.Tensor) -> list[tuple[int, int]]:
+    """The (height, width) of each image of a padded batch. pixel_mask: (batch, H, W), non-zero inside the image."""
+    inside = pixel_mask.bool()
+    return list(zip(inside.any(2).sum(1).tolist(), inside.any(1).sum(1).tolist(), strict=True))
+
+
+def group_by_image_size(forward):
+    """
+    Decorator for a forward pass that takes images of one size: lets it take a padded batch of several sizes.
+
+    Images of equal size run together, cropped to their size, so that each image gets the result that it gets alone.
+    The outputs are padded with zeros at the right and bottom. A batch without `pixel_mask`, or of one size, costs one
+    pass. The inputs in `PER_IMAGE_INPUTS` are split; all others are passed on unchanged.
+
+    Raises `ValueError` for a `pixel_mask` of another shape than `pixel_values`.
+    """
+    names = tuple(inspect.signature(forward).parameters)[1:]
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        kwargs.update(zip(names, args, strict=False))
+        pixel_mask = kwargs.pop("pixel_mask", None)
+        pixel_values = kwargs.get("pixel_values")
+        if pixel_mask is None or pixel_values is None:
+            return forward(self, **kwargs)
+        expected = (len(pixel_values), *pixel_values.shape[2:])
+        if pixel_mask.shape != expected:
+            raise ValueError(
+                f"pixel_mask has shape {tuple(pixel_mask.shape)} where pixel_values, {tuple(pixel_values.shape)}, "
+                f"needs {expected}."
+            )
+        sizes = image_sizes(pixel_mask)
+        if len(set(sizes)) == 1:
+            return forward(self, **_select(kwargs, slice(None), sizes[0]))
+
+        return_dict = kwargs.pop("return_dict", None)
+        groups = {size: [i for i, other in enumerate(sizes) if other == size] for size in sorted(set(sizes))}
+        outputs = [
+            forward(self, **_select({**kwargs, "pixel_mask": pixel_mask}, rows, size), return_dict=True)
+            for size, rows in groups.items()
+        ]
+        order = [row for rows in groups.values() for row in rows]
+        joined = {name: _join([output[name] for output in outputs], order) for name in outputs[0] if name != "loss"}
+        if outputs[0].get("loss") is not None:
+            # the mean over all labelled pixels, whichever group they are in
+            counts = [(kwargs["labels"][rows] != -100).sum() for rows in groups.values()]
+            total = sum(output["loss"] * count for output, count in zip(outputs, counts, strict=True))
+            joined["loss"] = total / sum(counts)
+        output = type(outputs[0])(**joined)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    return wrapper
+
+
+def _select(inputs: dict, rows, size: tuple[int, int]) -> dict:
+    """The inputs of the images `rows` of a batch, cropped to `size` (height, width)."""
+    height, width = size
+    selected = dict(inputs)
+    for name in PER_IMAGE_INPUTS:
+        value = inputs.get(name)
+        if value is not None and len(value) > 1:
+            selected[name] = value[rows]
+    selected["pixel_values"] = selected["pixel_values"][:, :, :height, :width]
+    if selected.get("labels") is not None:
+        selected["labels"] = selected["labels"][:, :height, :width]
+    return selected
+
+
+def _join(parts: list, rows: list[int]):
+    """
+    Outputs of several groups of images as one output: zero-padded to the largest, images back in their order.
+
+    Each part is `None`, a tensor whose first dimension is the group, or a tuple of such tensors.
+    """
+    if any(part is None for part in parts):
+        return None
+    if isinstance(parts[0], tuple):
+        return tuple(_join(list(column), rows) for column in zip(*parts, strict=True))
+    shape = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].ndim)]
+    padded = []
+    for part in parts:
+        missing = [(0, size - n) for size, n in zip(shape, part.shape[1:], strict=True)]
+        padded.append(nn.functional.pad(part, [n for pair in reversed(missing) for n in pair]))
+    return torch.cat(padded)[torch.tensor(rows, device=parts[0].device).argsort()]
+
+
+__all__ = ["PER_IMAGE_INPUTS", "group_by_image_size", "image_sizes"]

@@ -1,0 +1,180 @@
+"""Positions of OFA as attention biases.
+
+Positions are never added to tokens: they enter as biases of the attention logits, an absolute bias shared by all layers
+and a relative one per layer.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+class OFATable(nn.Embedding):
+    """An embedding that also returns its whole table, when called without indices.
+
+    Read by a call, not by `.weight`: accelerate brings offloaded weights to the device when a module is called.
+    """
+
+    def forward(self, input: torch.Tensor | None = None) -> torch.Tensor:
+        return self.weight if input is None else super().forward(input)
+
+
+def resize_grid(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bilinear resizing (align_corners false) of the last two dimensions of `grid` (..., h, w)."""
+    if grid.shape[-2:] == (height, width):
+        return grid
+    planes = grid.reshape(-1, 1, *grid.shape[-2:])
+    planes = nn.functional.interpolate(planes, size=(height, width), mode="bilinear", align_corners=False)
+    return planes.view(*grid.shape[:-2], height, width)
+
+
+def grid_relative_bias(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Biases between the patches of a grid, (heads, height * width, height * width), from a relative table.
+
+    Args:
+        table: ((2g - 1)^2, heads); the row of query (y, x) and key (y', x') is
+            (y - y' + g - 1) * (2g - 1) + (x - x' + g - 1), for grids of at most g x g.
+    """
+    side = math.isqrt(len(table))
+    centre = side // 2
+    window = table.view(side, side, -1).permute(2, 0, 1)
+    window = window[:, centre - height + 1 : centre + height, centre - width + 1 : centre + width]
+    # (heads, x, y' - y, x'), where the rows' distance y' - y rises; one query row's keys are then a slice of it
+    lines = window.unfold(2, width, 1).transpose(1, 2).flip(2, 3)
+    bias = torch.stack([lines[:, :, height - 1 - y : 2 * height - 1 - y] for y in range(height)], dim=1)
+    return bias.view(-1, height * width, height * width)
+
+
+def resized_grid_relative_bias(table: torch.Tensor, side: int, height: int, width: int) -> torch.Tensor:
+    """Biases of the side x side grid resized bilinearly to height x width, over keys and over queries.
+
+    Returns (heads, height * width, height * width); `table` is as for [`grid_relative_bias`].
+    """
+    if (height, width) == (side, side):
+        return grid_relative_bias(table, side, side)
+    window = table if table.dtype == torch.float64 else table.float()
+    diagonals = math.isqrt(len(window))
+    window = window.view(diagonals, diagonals, -1).permute(2, 0, 1)
+    crop = slice(diagonals // 2 - side + 1, diagonals // 2 + side)
+    one_hot = torch.eye(2 * side - 1, dtype=window.dtype, device=window.device)
+    # Bilinear resizing is separable. Rows first: (heads, x - x', y, y'), still small. Then one product distributes the
+    # 2 * side - 1 distances x - x' over the columns.
+    rows = _resized_differences(window[:, crop, crop].transpose(1, 2), side, height)
+    columns = _resized_differences(one_hot, side, width)
+    bias = rows.permute(0, 2, 3, 1) @ columns.flatten(1)
+    bias = bias.unflatten(3, (width, width)).transpose(2, 3)
+    return bias.reshape(-1, height * width, height * width).to(table.dtype)
+
+
+def _resized_differences(values: torch.Tensor, side: int, size: int) -> torch.Tensor:
+    """Values that depend on the difference i - j of two axes of length `side`, with both axes resized linearly.
+
+    values: (..., 2 * side - 1), the value of difference 0 in the middle. Returns (..., size, size).
+    """
+    basis = torch.eye(side, dtype=values.dtype, device=values.device)
+    resize = nn.functional.interpolate(basis[None], size=size, mode="linear", align_corners=False)[0]
+    return resize.T @ values.unfold(-1, side, 1).flip(-1) @ resize
+
+
+def text_relative_bias(table: torch.Tensor, query_start: int, key_length: int) -> torch.Tensor:
+    """Biases between text tokens, (heads, key_length - query_start, key_length).
+
+    Queries are the positions from `query_start` on, keys all `key_length`. Distances r = i - j of at most
+    mid = bucket_size / 2 have a row of their own, longer ones share logarithmic buckets up to 1023.
+
+    Args:
+        table: (2 * bucket_size - 1, heads); distance 0 is the middle row.
+    """
+    bucket_size = (len(table) + 1) // 2
+    mid = bucket_size // 2
+    positions = torch.arange(key_length, device=table.device)
+    distance = positions[query_start:, None] - positions
+    far = torch.log(distance.abs().clamp(min=mid) / mid) / math.log(1023 / mid) * (mid - 1)
+    bucket = torch.where(distance.abs() <= mid, distance, distance.sign() * (far.ceil().long() + mid))
+    return table[bucket + bucket_size - 1].permute(2, 0, 1)
+
+
+class _AddBlocks(torch.autograd.Function):
+    """[`add_blocks`] with gradients that are views; additions in place would copy the whole gradient for each block."""
+
+    @staticmethod
+    def forward(bias: torch.Tensor, places: list[tuple[slice, slice]], *blocks: torch.Tensor) -> torch.Tensor:
+        bias = bias.clone()
+        for place, block in zip(places, blocks, strict=True):
+            bias[(..., *place)] += block
+        return bias
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.places, *blocks = inputs
+        ctx.shapes = [block.shape for block in blocks]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        shared = grad[0] if len(grad) == 1 else grad.sum(0)
+        parts = zip(ctx.places, ctx.shapes, strict=True)
+        return grad, None, *(shared[(slice(None), *place)].sum_to_size(shape) for place, shape in parts)
+
+
+# A part of a bias: its rows (queries), its columns (keys), and the values to add, (heads, rows, columns) or of size 1.
+BiasBlock = tuple[slice, slice, torch.Tensor]
+
+
+def add_blocks(bias: torch.Tensor, blocks: list[BiasBlock]) -> torch.Tensor:
+    """The sum of `bias` (1 or batch, heads, queries, keys) and blocks that do not overlap."""
+    places = [(rows, columns) for rows, columns, _ in blocks]
+    # torch.compile derives the gradients, and cannot trace a function of a variable number of tensors
+    add = _AddBlocks.forward if torch.compiler.is_compiling() else _AddBlocks.apply
+    return add(bias, places, *(block.to(bias.device) for _, _, block in blocks))
+
+
+def prepend_start_token(bias: torch.Tensor, rows: torch.Tensor) -> list[BiasBlock]:
+    """
+    Relative biases of `<s>` and the patches, blocks of (heads, L + 1, L + 1), from those of the patches.
+
+    Args:
+        bias: (heads, L, L); rows: (3, heads), the last rows of a relative table: `<s>` as query, as key, as both.
+    """
+    start, patches = slice(0, 1), slice(1, None)
+    query, key, both = rows[:, :, None, None].unbind()
+    return [(patches, patches, bias), (start, patches, query), (patches, start, key), (start, start, both)]
+
+
+def project_positions(
+    query_linear: nn.Linear, key_linear: nn.Linear, queries: torch.Tensor, keys: torch.Tensor, heads: int, factor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_q p_i * s and W_k p_j per head, each (batch, heads, length, head_dim), s = (factor * head_dim)^-0.5.
+
+    queries, keys: normalised positions, (batch, length, d_model); a batch of 1 is shared by all images. The absolute
+    bias is the product of the two over head_dim.
+    """
+    scale = (factor * query_linear.out_features / heads) ** -0.5
+    q = (query_linear(queries) * scale).unflatten(-1, (heads, -1)).transpose(1, 2)
+    k = key_linear(keys).unflatten(-1, (heads, -1)).transpose(1, 2)
+    return q, k.to(q.device)
+
+
+def cat_sequences(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Concatenation of (batch, length, ...) tensors along their lengths, on the device of the first."""
+    return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
+
+
+def masked_bias(bias: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """`bias` (batch, heads, queries, keys) with the dtype's minimum where `allowed` (broadcastable) is false."""
+    return bias if allowed is None else bias.masked_fill(~allowed.to(bias.device), torch.finfo(bias.dtype).min)
+
+
+__all__ = [
+    "BiasBlock",
+    "OFATable",
+    "add_blocks",
+    "cat_sequences",
+    "grid_relative_bias",
+    "masked_bias",
+    "prepend_start_token",
+    "project_positions",
+    "resize_grid",
+    "resized_grid_relative_bias",
+    "text_relative_bias",
+]
