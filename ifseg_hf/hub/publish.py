@@ -44,7 +44,7 @@ _FILES = (
     RESULTS_FILE,
 )
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "push_to_hub.py"  # in a checkout of the repository
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "push_to_hub.py"  # in a checkout of the repository
 
 
 class HubError(RuntimeError):
@@ -117,7 +117,7 @@ def push_to_hub(
     except Exception as error:  # huggingface_hub, its HTTP library and its transfer library raise different classes
         raise HubError(
             f"The upload to {repo_id} failed: {_one_line(error)} The model is still in {folder}. "
-            f"To try again: {_retry_command(folder, repo_id, private, revision, commit_message, base_model)}"
+            f"To try again: {retry_command(folder, repo_id, private, revision, commit_message, base_model)}"
         ) from error
 
 
@@ -253,7 +253,7 @@ def _published_settings(folder: Path, api: HfApi) -> dict[str, Any]:
     return published
 
 
-def _retry_command(
+def retry_command(
     folder: Path,
     repo_id: str,
     private: bool | None,
@@ -264,7 +264,7 @@ def _retry_command(
     """The shell command that repeats an upload, to be run in the current directory."""
     settings = {"revision": revision, "commit_message": commit_message, "base_model": base_model}
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    if not _SCRIPT.is_file():  # the package was installed without the repository's scripts
+    if not SCRIPT.is_file():  # the package was installed without the repository's scripts
         given |= {} if private is None else {"private": private}
         arguments = "".join(f", {name}={value!r}" for name, value in given.items())
         call = f"push_to_hub({str(folder)!r}, {repo_id!r}{arguments})"
@@ -272,7 +272,7 @@ def _retry_command(
     flags = [] if private is None else ["--private" if private else "--no-private"]
     for name, value in given.items():
         flags += [f"--{name.replace('_', '-')}", value]
-    return shlex.join(["python", os.path.relpath(_SCRIPT), str(folder), repo_id, *flags])
+    return shlex.join(["python", os.path.relpath(SCRIPT), str(folder), repo_id, *flags])
 
 
 def _one_line(error: BaseException) -> str:
@@ -283,4 +283,12 @@ def _one_line(error: BaseException) -> str:
     return " ".join(" ".join(messages).split())[:600].rstrip(".") + "."
 
 
-__all__ = ["HubError", "add_results", "check_access", "check_repo_id", "files_to_publish", "push_to_hub"]
+__all__ = [
+    "HubError",
+    "add_results",
+    "check_access",
+    "check_repo_id",
+    "files_to_publish",
+    "push_to_hub",
+    "retry_command",
+]

@@ -1,4 +1,4 @@
-"""Tuned models to publish, and processes that use a Hub of `hub_server`."""
+"""Trained models to publish, and processes that use a Hub of `hub_server`."""
 
 import json
 import os

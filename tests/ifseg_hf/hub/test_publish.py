@@ -377,9 +377,9 @@ def test_results_are_added_to_a_card_or_replaced(hub, published, tmp_path):
 @pytest.mark.parametrize("checkout", [True, False])
 def test_retry_command_repeats_the_upload(tmp_path, monkeypatch, checkout):
     if not checkout:
-        monkeypatch.setattr(publish, "_SCRIPT", tmp_path / "push_to_hub.py")
+        monkeypatch.setattr(publish, "SCRIPT", tmp_path / "push_to_hub.py")
     monkeypatch.chdir(ROOT)
-    command = publish._retry_command(Path("my words"), "alice/new", True, "v1", "It's new", None)
+    command = publish.retry_command(Path("my words"), "alice/new", True, "v1", "It's new", None)
     if checkout:
         options = ["--private", "--revision", "v1", "--commit-message", "It's new"]
         assert shlex.split(command) == ["python", "scripts/push_to_hub.py", "my words", "alice/new", *options]
