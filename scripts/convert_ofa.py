@@ -7,8 +7,10 @@ python scripts/convert_ofa.py ifseg.pt ifseg --tokenizer OFA/utils/BPE --categor
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from ifseg_hf.hub.conversion import ConversionError, ConversionReport, convert_ofa_checkpoint
+if TYPE_CHECKING:
+    from ifseg_hf.hub.conversion import ConversionReport
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -18,24 +20,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
-        help="folder with dict.txt, encoder.json, vocab.bpe or vocab.json, merges.txt; default: the source's folder",
+        help="folder with dict.txt, encoder.json, vocab.bpe or vocab.json, merges.txt (default: folder of the source)",
     )
     parser.add_argument(
         "--categories",
-        help="the words a released IFSeg checkpoint was trained for, in their order, with commas between",
+        help="the words that a released IFSeg checkpoint was trained on, in their order, with commas between them",
     )
-    parser.add_argument("--prompt", help="in place of the prompt that is made of the categories")
+    parser.add_argument("--prompt", help="replaces the prompt made of the categories")
     parser.add_argument("--max-shard-size", default="1GB", help="largest weight file (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.categories is not None:
         options.categories = [word.strip() for word in options.categories.split(",")]
     elif options.prompt is not None:
-        parser.error("--prompt goes with --categories")
+        parser.error("--prompt needs --categories")
     return options
 
 
-def summary(report: ConversionReport) -> str:
-    """What was read, what was left out and why, and how to go on."""
+def summary(report: "ConversionReport") -> str:
+    """The report as text: tensors used and left out with the reason, and the commands to run next."""
     names: dict[str, list[str]] = {}
     for name, reason in report.accounted.items():
         names.setdefault(reason, []).append(name)
@@ -47,21 +49,26 @@ def summary(report: ConversionReport) -> str:
         shown = ", ".join(group[:3]) + (f" and {len(group) - 3} more" if len(group) > 3 else "")
         lines.append(f"  {len(group)} x {reason}: {shown}")
     if report.ignored:
-        lines.append(f"  beside the weights, not read: {', '.join(report.ignored)}")
+        lines.append(f"  other entries, not used: {', '.join(report.ignored)}")
     lines += [f"Note: {note}." for note in report.notes]
     lines += [f"Written to {report.output_dir}. Next:", *_next_steps(report)]
     return "\n".join(lines)
 
 
-def _next_steps(report: ConversionReport) -> list[str]:
+def _next_steps(report: "ConversionReport") -> list[str]:
+    """The commands that use the converted model."""
     if report.architecture == "IFSegForConditionalGeneration":
         return [f'  accelerate launch scripts/train.py --model {report.output_dir} --categories "..." --output-dir OUT']
     words = "" if report.has_words else ' --categories "..."'
-    return [f"  python scripts/segment.py PHOTO --model {report.output_dir}{words} --output-dir OUT"]
+    return [f"  python scripts/segment.py IMAGE --model {report.output_dir}{words} --output-dir OUT"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
+
+    # Imported after the arguments are parsed, so that mistakes in them are reported at once.
+    from ifseg_hf.hub.conversion import ConversionError, convert_ofa_checkpoint
+
     try:
         report = convert_ofa_checkpoint(
             options.source,

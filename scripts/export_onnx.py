@@ -1,4 +1,4 @@
-"""Writes a tuned model as an ONNX file for photos of one size: python scripts/export_onnx.py tuned model.onnx"""
+"""Export a trained model to ONNX for images of one size: python scripts/export_onnx.py tuned model.onnx"""
 
 import argparse
 import sys
@@ -6,13 +6,15 @@ from pathlib import Path
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Writes a model as an ONNX file for photos of one size.")
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a model")
+    parser = argparse.ArgumentParser(description="Export a model to ONNX for images of one size.")
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a model")
     parser.add_argument("output", metavar="OUT.onnx", type=Path, help="file to write")
-    parser.add_argument("--height", type=int, default=512, metavar="PIXELS", help="of the photos (512)")
-    parser.add_argument("--width", type=int, default=512, metavar="PIXELS", help="of the photos (512)")
     parser.add_argument(
-        "--categories", help="words with commas between them, or a file of them; default: the model's own"
+        "--height", type=int, default=512, metavar="PIXELS", help="of the images (default: %(default)s)"
+    )
+    parser.add_argument("--width", type=int, default=512, metavar="PIXELS", help="of the images (default: %(default)s)")
+    parser.add_argument(
+        "--categories", help="words with commas between them, or a file of them (default: the model's categories)"
     )
     options = parser.parse_args(arguments)
     if min(options.height, options.width) < 1:
@@ -23,7 +25,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
-    # The heavy imports come after the arguments, whose mistakes so show at once.
+    # Imported after the arguments are parsed, so that mistakes in them are reported at once.
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -39,14 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
             processor = IFSegProcessor.from_pretrained(folder)
             model.set_words(**processor.encode_categories(read_categories(options.categories)))
         elif model.config.category_ids is None:
-            raise ValueError(f'{options.model} was not tuned for any words: name some, --categories "cat, grass".')
+            raise ValueError(f'{options.model} has no categories: give some, as in --categories "cat, grass".')
         options.output.parent.mkdir(parents=True, exist_ok=True)
         export_onnx(model, options.output, options.height, options.width)
     except (ImportError, OSError, ValueError) as error:
         print(f"export_onnx.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     names = ", ".join(model.config.id2label.values())
-    print(f"{options.output}: photos of {options.height} x {options.width} -> {names}")
+    print(f"{options.output}: images of {options.height} x {options.width} -> {names}")
     return 0
 
 

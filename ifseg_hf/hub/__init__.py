@@ -1,1 +1,1 @@
-"""Publishing, model cards, conversion, export."""
+"""Hugging Face Hub: publishing, model cards, conversion of published checkpoints, ONNX export."""

@@ -1,50 +1,46 @@
-"""Published checkpoints, as they are downloaded, to a folder that `from_pretrained` loads.
+"""Conversion of published OFA and IFSeg checkpoints to folders that `from_pretrained` loads.
 
-Three kinds of source are understood. Which one it is, and how large the model is, the tensors themselves say:
+There are three kinds of sources; the kind and the size of the model follow from the names and shapes of the tensors:
 
 - OFA in the transformers format: a folder or Hub id with `pytorch_model.bin` or safetensors, vocab.json, merges.txt;
-- OFA as fairseq saved it: a `.pt` file, whose vocabulary (dict.txt, encoder.json, vocab.bpe) is kept elsewhere;
-- a released IFSeg checkpoint: a fairseq `.pt` with segmentation positions besides.
+- OFA as saved by fairseq: a `.pt` file, whose vocabulary (dict.txt, encoder.json, vocab.bpe) is stored separately;
+- a released IFSeg checkpoint: a fairseq `.pt` file that also has segmentation positions.
 
 Every tensor of the source is either used or accounted for with a reason, and no code in a source is ever run.
 """
 
 import json
-import pickle
 import re
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from transformers import BartTokenizer, PreTrainedModel
 
+from ifseg_hf.hub.checkpoint_reader import (
+    ConversionError,
+    first_sentence,
+    listing,
+    locate_checkpoint,
+    read_json,
+    read_weights,
+)
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 
-# Weight files of a folder, in order of preference.
-_WEIGHT_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
 _TRANSFORMERS_VOCABULARY = ("vocab.json", "merges.txt")
 _FAIRSEQ_VOCABULARY = ("dict.txt", "encoder.json", "vocab.bpe")
-# OFA's tokens after BART's: codes of image patches and bins of coordinates.
+# The tokens that OFA adds to BART's: codes of image patches and bins of coordinates.
 _EXTRA_TOKENS = [f"<code_{i}>" for i in range(8192)] + [f"<bin_{i}>" for i in range(1000)]
 
-# Parts of a fairseq name and what they are called in the transformers format, or here (segmentation positions).
+# Parts of fairseq names -> their names in the transformers format or, for segmentation positions, in this package.
 _RENAMES = {
     ".encoder_attn.": ".cross_attn.",
     ".encoder_attn_layer_norm.": ".cross_attn_layer_norm.",
@@ -68,35 +64,31 @@ _CATEGORY_MEANS = (
     "decoder.seg_embed_tokens.weight",
     "decoder.seg_projection.weight",
 )
-# Names that hold nothing the converted model would not compute by itself, and why.
+# Names of tensors that the converted model does not need, and why.
 _DERIVED = (
     (r"(encoder|decoder)\.version", "fairseq's format number"),
     (r"encoder\.embed_images\..*\.num_batches_tracked", "step counter of a batch norm, which is frozen here"),
     (r"(encoder|decoder)\.(token|image|seg)_rp_bucket", "relative positions, which the model computes"),
     (r"(encoder|decoder)\.(image|seg)_position_idx", "positions, which the model computes"),
-    (r"decoder\.(bin_id_offset|seg_id_offset|region_prefix)", "token ids, which the tokenizer holds"),
+    (r"decoder\.(bin_id_offset|seg_id_offset|region_prefix)", "token ids, which the tokenizer has"),
     ("|".join(map(re.escape, _CATEGORY_MEANS)), f"category means, rebuilt from {_EMBEDDING}"),
 )
 
 
-class ConversionError(ValueError):
-    """A source that cannot be converted, or an output that cannot be written. Nothing has been left behind."""
-
-
 @dataclass
 class ConversionReport:
-    """What `convert_ofa_checkpoint` wrote and what became of every tensor of the source.
+    """Summary of a conversion: the model that was written, and the use of every tensor of the source.
 
     Args:
         output_dir: the folder to load with `from_pretrained`.
         architecture: name of the model's class.
-        size: "tiny", "medium", "base", "large" or "huge"; "custom" where no published size has these shapes.
+        size: "tiny", "medium", "base", "large" or "huge"; "custom" if no published size has these shapes.
         parameters: number of parameters, tied ones counted once.
-        has_words: whether the model carries the words that it was trained for.
-        used: name in the source -> name in the result.
-        accounted: name in the source -> why it is not in the result.
-        ignored: what the source holds beside the weights (training state, arguments), by name.
-        notes: remarks for a person to read.
+        has_words: whether the model has categories.
+        used: name in the source -> name in the model.
+        accounted: name in the source -> why the tensor is not in the model.
+        ignored: names of other entries in the source (training state, arguments).
+        notes: remarks to show to the user.
     """
 
     output_dir: Path
@@ -118,55 +110,47 @@ def convert_ofa_checkpoint(
     prompt: str | None = None,
     max_shard_size: str | int = "1GB",
 ) -> ConversionReport:
-    """Returns a report on the folder written at `output_dir`: weights in float32, configuration and processor.
+    """Writes a checkpoint to a folder that `from_pretrained` loads, with its processor, and returns a report.
 
-    OFA becomes an `IFSegForConditionalGeneration`, which is also what training on words starts from; a released IFSeg
-    checkpoint becomes an `IFSegForSemanticSegmentation`.
+    OFA becomes the model for text generation, from which training on category words starts; a released IFSeg
+    checkpoint becomes an `IFSegForSemanticSegmentation`. Weights are saved in float32.
 
     Args:
         source: a folder or Hub id in the transformers format, or a fairseq `.pt` file (OFA's or IFSeg's).
         output_dir: a folder that does not exist yet or is empty. It appears only when it is complete.
-        tokenizer: folder of the vocabulary (`vocab.json`, `merges.txt`, or `dict.txt`, `encoder.json`, `vocab.bpe`);
-            by default where the source is.
-        categories: the words that a released IFSeg checkpoint was trained for, in their order. Its file does not name
-            them; without them the model must be given words before its first photo.
-        prompt: replaces the prompt of these categories.
+        tokenizer: folder of the vocabulary (`vocab.json`, `merges.txt`, or `dict.txt`, `encoder.json`, `vocab.bpe`).
+            Default: the folder of the source.
+        categories: the words that a released IFSeg checkpoint was trained on, in their order. Its file does not
+            contain them; without them, categories must be set before the model segments an image.
+        prompt: replaces the prompt made of these categories.
         max_shard_size: largest weight file.
 
     Raises:
-        ConversionError: the source is not one of these, is damaged, would run code, or has a tensor too few or too
-            many; the output is not empty or cannot be written.
+        ConversionError: the source is of another kind, is damaged, would run code, or has missing or extra tensors;
+            the output is not empty or cannot be written.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ConversionError(f"{output_dir} exists and is not an empty folder. Give a new folder for the result.")
 
-    path = _locate(source)
+    path = locate_checkpoint(source, other_files=_TRANSFORMERS_VOCABULARY)
+    _check_not_converted(path)
     tokenizer_dir = Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent
-    _vocabulary_files(tokenizer_dir)  # before minutes are spent on the weights
+    _vocabulary_files(tokenizer_dir)  # fails early: reading the weights can take minutes
     weights, ignored = read_weights(path)
     used, accounted = match_names(weights)
     state_dict = {target: weights[name] for name, target in used.items()}
-    notes = []
 
-    config = config_from_shapes({name: tuple(tensor.shape) for name, tensor in state_dict.items()})
+    config = config_from_shapes(_shapes(state_dict))
     text_tokenizer = load_tokenizer(tokenizer_dir, model_max_length=config.max_position_embeddings)
-    if config.vocab_size == len(text_tokenizer) + 1:
-        state_dict[_EMBEDDING] = state_dict[_EMBEDDING][:-1]
-        config.vocab_size -= 1
-        notes.append(f"row {config.vocab_size} of {_EMBEDDING} belongs to no token and was left out")
-    if config.vocab_size != len(text_tokenizer):
-        raise ConversionError(
-            f"The vocabulary in {tokenizer_dir} has {len(text_tokenizer)} tokens, but the checkpoint embeds "
-            f"{config.vocab_size}: they do not belong together."
-        )
+    notes = _fit_to_vocabulary(config, state_dict, len(text_tokenizer), tokenizer_dir)
     _check_copies(weights, state_dict[_EMBEDDING])
 
     size = _size_name(config)
-    model = empty_model(config, {name: tuple(tensor.shape) for name, tensor in state_dict.items()})
+    model = empty_model(config, _shapes(state_dict))
     if categories and not isinstance(model, IFSegForSemanticSegmentation):
         raise ConversionError(
-            "Categories are for a released IFSeg checkpoint. OFA gets its words when it is trained on them."
+            "Categories are for a released IFSeg checkpoint only. OFA gets its categories when it is trained on them."
         )
     _fill(model, state_dict)
     image_processor = IFSegImageProcessor(
@@ -194,147 +178,16 @@ def convert_ofa_checkpoint(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
+def _shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
 
 
-def _locate(source: str | Path) -> Path:
-    """The local file or folder of a source; a Hub id is downloaded, weights and vocabulary only."""
-    path = Path(source)
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        raise ConversionError(f"There is no file or folder {source}.")
-    patterns = [*_WEIGHT_FILES, "model-*.safetensors", "pytorch_model-*.bin", *_TRANSFORMERS_VOCABULARY, "config.json"]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:  # network, authorisation, a name the Hub does not know: all the same to the caller
-        raise ConversionError(
-            f"There is no folder {source} here, and it could not be downloaded from the Hub ({_first_sentence(error)})."
-        ) from error
-
-
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Returns the tensors of a checkpoint by name, and the names of what its file holds besides.
-
-    Args:
-        path: a folder in the transformers format, or one weight file.
-
-    Raises:
-        ConversionError: no weights there, a damaged file, or one that would run code.
-    """
-    if path.is_file():
-        return _read_file(path)
+def _check_not_converted(path: Path) -> None:
+    """Raises for a folder that this package has saved."""
     config_file = path / "config.json"
-    if config_file.is_file() and _read_json(config_file).get("model_type") == IFSegConfig.model_type:
-        raise ConversionError(f"{path} is converted already: load it with from_pretrained.")
-    file = next((path / name for name in _WEIGHT_FILES if (path / name).is_file()), None)
-    if file is None:
-        raise ConversionError(
-            f"{path} has no weights: none of {', '.join(_WEIGHT_FILES)} is there. "
-            "Of a fairseq checkpoint, name the .pt file itself."
-        )
-    if file.suffix != ".json":
-        return _read_file(file)
-    shard_of = _read_json(file).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise ConversionError(f"{file} is no list of weight files: it has no weight_map.")
-    weights: dict[str, torch.Tensor] = {}
-    for shard in sorted({Path(str(shard)).name for shard in shard_of.values()}):
-        if not (path / shard).is_file():
-            raise ConversionError(f"{file} names {shard}, which is missing. Download the folder again.")
-        weights.update(_read_file(path / shard)[0])
-    if weights.keys() != shard_of.keys():
-        difference = _listing(weights.keys() ^ shard_of.keys())
-        raise ConversionError(f"{file} and the weight files beside it name different tensors: {difference}.")
-    return weights, []
-
-
-def _read_file(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors of one weight file, and the names of what it holds besides."""
-    try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    except ConversionError:
-        raise
-    except Exception as error:  # whatever a damaged file does to its reader
-        raise ConversionError(
-            f"{path} cannot be read as a checkpoint ({_first_sentence(error)}). It may be cut short, damaged, or a "
-            "different kind of file (a Git LFS pointer, a web page): download it again."
-        ) from error
-    ignored = []
-    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):  # fairseq: weights beside training state
-        ignored = sorted(str(name) for name in loaded if name != "model")
-        loaded = loaded["model"]
-    if not isinstance(loaded, dict) or not loaded:
-        raise ConversionError(f"{path} holds no weights: expected names with tensors, or fairseq's `model` entry.")
-    if strange := [name for name, value in loaded.items() if not isinstance(name, str) or not _is_plain_tensor(value)]:
-        raise ConversionError(
-            f"{path} holds entries that are no plain tensors, so it is no OFA checkpoint: {_listing(strange)}."
-        )
-    return dict(loaded), ignored
-
-
-def _is_plain_tensor(value) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and not (value.is_meta or value.is_nested or value.is_quantized)
-    )
-
-
-class _Inert:
-    """Stands for every class and function that a file names and torch does not trust. It does nothing."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def _read_pickle(path: Path):
-    """The content of a file written by `torch.save`, read by torch's restricted unpickler.
-
-    It makes tensors and containers only, and refuses all else: also the Namespace that fairseq saves beside the
-    weights. So every name that it would refuse is bound to a class that does nothing. What stays refused (the modules
-    that torch blocks, and all but tensors in the format before PyTorch 1.6) is refused before it is called.
-    """
-    arguments = {}
-    inert = []
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            # Mapping the file instead of reading it spares the memory of an optimizer's state.
-            arguments["mmap"] = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
-        if damaged is not None:
-            raise ConversionError(f"{path} is damaged: the checksum of {damaged} is wrong. Download it again.")
-        inert = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
-    try:
-        with safe_globals(inert):
-            return torch.load(path, map_location="cpu", weights_only=True, **arguments)
-    except pickle.UnpicklingError as error:
-        if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ConversionError(
-                f"{path} was refused: it calls for {name[1]}, and a checkpoint must not run code. Nothing of it was "
-                "run. If you know where the file comes from, save its weights alone there, and convert that."
-            ) from error
-        # The message of torch advises to read the file without this protection; only its last part is the reason.
-        reason = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
-        raise pickle.UnpicklingError(reason[1] if reason else "not written by torch.save") from None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} is no JSON file ({_first_sentence(error)}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__} where names with values are expected.")
-    return content
+    if config_file.is_file() and read_json(config_file).get("model_type") == IFSegConfig.model_type:
+        raise ConversionError(f"{path} is already converted: load it with from_pretrained.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,8 +198,8 @@ def _read_json(path: Path) -> dict:
 def match_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Returns the use of every tensor: name -> name in the model, and name -> why it is not in the model.
 
-    Names of the model are those of `IFSegModel`, and `segmentation_positions.*`. A name that means nothing here is
-    passed on unchanged, and found to be left over by the model.
+    Names in the model are those of the OFA backbone, and `segmentation_positions.*`. Unknown names are returned
+    unchanged; [`empty_model`] refuses them.
     """
     used, accounted = {}, {}
     for name in names:
@@ -362,25 +215,32 @@ def match_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
             used[name] = target
     twice = [name for name, count in Counter(used.values()).items() if count > 1]
     if twice:
-        raise ConversionError(f"The checkpoint holds tensors under two names each: {_listing(twice)}.")
+        raise ConversionError(f"The checkpoint has two tensors for each of these names: {listing(twice)}.")
     return used, accounted
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> IFSegConfig:
-    """The configuration of a model with these tensors: names as `match_names` gives them -> shapes."""
+    """The configuration of the model with these tensors.
+
+    Args:
+        shapes: names as returned by [`match_names`] -> shapes.
+    """
 
     def size(name: str, axis: int = 0) -> int:
+        """A dimension of a tensor."""
         if len(shapes.get(name, ())) <= axis:
             raise ConversionError(
                 f"This is no OFA checkpoint: {name} is missing or has too few dimensions. "
-                f"It begins with {_listing(list(shapes)[:3])}."
+                f"Its first tensors are {listing(list(shapes)[:3])}."
             )
         return shapes[name][axis]
 
     def count(prefix: str) -> int:
+        """The number of modules of a list whose name is `prefix`."""
         return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
 
-    def side(rows: int) -> int:  # of a grid with that many positions
+    def side(rows: int) -> int:
+        """The side of the square grid with this number of positions."""
         return round(rows**0.5)
 
     trunk = "encoder.embed_images"
@@ -404,18 +264,18 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> IFSegConfig:
         "trunk_hidden_sizes": tuple(size(f"{trunk}.layer{i + 1}.0.conv3.weight") for i in range(max(1, len(depths)))),
         "trunk_depths": tuple(depths),
     }
-    grid_size = min(32, image_bucket_size)  # of the photos that segmentation positions are made for
+    grid_size = min(32, image_bucket_size)  # patches along a side of the images that the model segments
     if "segmentation_positions.embed_positions.weight" in shapes:
         grid_size = side(size("segmentation_positions.embed_positions.weight") - 1)
     try:
         patch_size = IFSegConfig(**sizes, image_size=0).patch_size
         return IFSegConfig(**sizes, image_size=grid_size * patch_size)
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ConversionError(f"No model has the shapes of this checkpoint: {_first_sentence(error)}") from error
+        raise ConversionError(f"No OFA model has the shapes of this checkpoint: {first_sentence(error)}") from error
 
 
 def _size_name(config: IFSegConfig) -> str:
-    """Name of the published size that a configuration without words has, or "custom"."""
+    """The name of the published OFA size with this configuration, or "custom"."""
     for name in ("tiny", "medium", "base", "large", "huge"):
         if IFSegConfig.preset(name, image_size=config.image_size).to_dict() == config.to_dict():
             return name
@@ -428,43 +288,65 @@ def _size_name(config: IFSegConfig) -> str:
 
 
 def _vocabulary_files(folder: Path) -> list[Path]:
-    """The files of the vocabulary in a folder, of the transformers format where both are there."""
+    """The vocabulary files in a folder; those of the transformers format if both formats are there."""
     for names in (_TRANSFORMERS_VOCABULARY, _FAIRSEQ_VOCABULARY):
         if all((folder / name).is_file() for name in names):
             return [folder / name for name in names]
     raise ConversionError(
-        f"{folder} has no vocabulary: neither {' and '.join(_TRANSFORMERS_VOCABULARY)} nor "
-        f"{', '.join(_FAIRSEQ_VOCABULARY)} are there. Name the folder that has them with --tokenizer (tokenizer=)."
+        f"{folder} has no vocabulary: it contains neither {' and '.join(_TRANSFORMERS_VOCABULARY)} nor "
+        f"{', '.join(_FAIRSEQ_VOCABULARY)}. Give the folder with these files as --tokenizer (tokenizer=)."
     )
 
 
 def load_tokenizer(folder: Path, **kwargs) -> BartTokenizer:
-    """OFA's tokenizer from the vocabulary of either format: BART's tokens, then `<code_N>` and `<bin_N>`."""
+    """OFA's tokenizer from a vocabulary in either format: BART's tokens, then `<code_N>` and `<bin_N>`.
+
+    Args:
+        folder: of the vocabulary files.
+        **kwargs: for [`BartTokenizer`].
+    """
     files = _vocabulary_files(folder)
     try:
         if files[0].name == "vocab.json":
             vocab = json.loads(files[0].read_text(encoding="utf-8"))
         else:
-            vocab = _fairseq_vocabulary(files[0], files[1])
-        # Every line but the first, which is a version, is a pair. The last may be empty.
+            vocab = read_fairseq_vocabulary(files[0], files[1])
+        # The first line is a version, every other line a pair of tokens; the last line may be empty.
         merges = [tuple(line.split(" ")) for line in files[-1].read_text(encoding="utf-8").split("\n")[1:] if line]
         tokenizer = BartTokenizer(vocab=vocab, merges=merges, **kwargs)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ConversionError(f"The vocabulary in {folder} cannot be read: {_first_sentence(error)}") from error
+        raise ConversionError(f"The vocabulary in {folder} cannot be read: {first_sentence(error)}") from error
     tokenizer.add_tokens(_EXTRA_TOKENS)
     return tokenizer
 
 
-def _fairseq_vocabulary(dictionary: Path, encoder: Path) -> dict[str, int]:
-    """The content of `vocab.json` from fairseq's files.
+def read_fairseq_vocabulary(dictionary: Path, encoder: Path) -> dict[str, int]:
+    """Token -> row of the embedding, from fairseq's files; the same as the content of `vocab.json`.
 
-    The order of `dict.txt` gives the rows of the embedding. Its entries are numbers, which `encoder.json` translates to
-    tokens, and a few words that fill up.
+    The entries of `dict.txt` are in the order of the rows: numbers, which `encoder.json` maps to tokens, and a few
+    padding words.
     """
     token_of = {str(number): token for token, number in json.loads(encoder.read_text(encoding="utf-8")).items()}
     entries = [line.rsplit(" ", 1)[0] for line in dictionary.read_text(encoding="utf-8").splitlines()]
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *(token_of.get(entry, entry) for entry in entries), "<mask>"]
     return {token: row for row, token in enumerate(tokens)}
+
+
+def _fit_to_vocabulary(
+    config: IFSegConfig, state_dict: dict[str, torch.Tensor], tokens: int, tokenizer_dir: Path
+) -> list[str]:
+    """Drops a row of the embedding beyond the vocabulary; returns a note if there was one. Raises on other sizes."""
+    notes = []
+    if config.vocab_size == tokens + 1:
+        state_dict[_EMBEDDING] = state_dict[_EMBEDDING][:-1]
+        config.vocab_size -= 1
+        notes.append(f"row {config.vocab_size} of {_EMBEDDING} belongs to no token and was left out")
+    if config.vocab_size != tokens:
+        raise ConversionError(
+            f"The vocabulary in {tokenizer_dir} has {tokens} tokens, but the checkpoint has embeddings of "
+            f"{config.vocab_size}: they do not belong together."
+        )
+    return notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,7 +355,7 @@ def _fairseq_vocabulary(dictionary: Path, encoder: Path) -> dict[str, int]:
 
 
 def _check_copies(weights: Mapping[str, torch.Tensor], embedding: torch.Tensor) -> None:
-    """Raises where a tensor that is tied to the embedding differs from it, rows past the vocabulary aside."""
+    """Raises if a tensor that is tied to the embedding differs from it in the rows of the vocabulary."""
     rows, width = embedding.shape
     for name in _COPIES_OF_EMBEDDING:
         copy = weights.get(name)
@@ -481,16 +363,17 @@ def _check_copies(weights: Mapping[str, torch.Tensor], embedding: torch.Tensor) 
             continue
         if copy.dtype != embedding.dtype or copy.shape[1:] != (width,) or not torch.equal(copy[:rows], embedding):
             raise ConversionError(
-                f"{name} {tuple(copy.shape)} should repeat {_EMBEDDING} ({rows}, {width}), but its values differ: a "
+                f"{name} {tuple(copy.shape)} should equal {_EMBEDDING} ({rows}, {width}), but differs: a "
                 "checkpoint whose embeddings are not tied cannot be converted without loss."
             )
 
 
 def empty_model(config: IFSegConfig, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedModel:
-    """Returns the model of a configuration on the meta device; raises unless these are exactly its tensors.
+    """The model of a configuration, on the meta device. Raises unless it has exactly these tensors.
 
     Args:
-        shapes: names as `match_names` gives them -> shapes. Segmentation positions among them decide on the class.
+        shapes: names as returned by [`match_names`] -> shapes. With segmentation positions, the model is an
+            `IFSegForSemanticSegmentation`.
     """
     segmentation = any(name.startswith(_SEGMENTATION) for name in shapes)
     with torch.device("meta"):
@@ -505,53 +388,55 @@ def empty_model(config: IFSegConfig, shapes: Mapping[str, tuple[int, ...]]) -> P
 
 
 def _fill(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Puts these tensors in the place of the model's, as float32. Raises where one holds no finite numbers."""
+    """Sets the weights of the model to these tensors, in float32. Raises if one has values that are not finite."""
     unusable = [
         name
         for name, tensor in state_dict.items()
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all()
     ]
     if unusable:
-        raise ConversionError(f"The checkpoint is damaged: values that are not finite numbers in {_listing(unusable)}.")
+        raise ConversionError(f"The checkpoint is damaged: values that are not finite numbers in {listing(unusable)}.")
     tensors = {
         name if name.startswith(_SEGMENTATION) else f"{model.base_model_prefix}.{name}": tensor.float().contiguous()
         for name, tensor in state_dict.items()
     }
-    model.load_state_dict(tensors, strict=False, assign=True)  # tied names are missing, and follow
+    model.load_state_dict(tensors, strict=False, assign=True)  # tied weights are not in `tensors`
     model.tie_weights()
     model.eval()
 
 
 def _compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises unless both have the same names with the same shapes; the message lists every difference."""
+    """Raises unless names and shapes are the same; the message lists every difference."""
     parts = []
     if missing := [name for name in expected if name not in found]:
-        parts.append(f"Missing: {_listing(missing)}.")
+        parts.append(f"Missing: {listing(missing)}.")
     if left_over := [name for name in found if name not in expected]:
-        parts.append(f"Left over: {_listing(left_over)}.")
+        parts.append(f"Left over: {listing(left_over)}.")
     common = [name for name in expected if name in found]
     if wrong := [f"{name} {found[name]} not {expected[name]}" for name in common if found[name] != expected[name]]:
-        parts.append(f"Of another shape than the rest asks for: {_listing(wrong)}.")
+        parts.append(f"Wrong shape: {listing(wrong)}.")
     if parts:
-        raise ConversionError(f"The checkpoint is not exactly an OFA or IFSeg model. {' '.join(parts)}")
+        raise ConversionError(
+            f"The tensors of the checkpoint are not those of an OFA or IFSeg model. {' '.join(parts)}"
+        )
 
 
 def _compare_category_means(weights: Mapping[str, torch.Tensor], category_ids: list[list[int]]) -> list[str]:
-    """A remark where the category means in a released checkpoint are not those of the words that it was given."""
+    """A note if the category means in a released checkpoint are not the means of these categories' embeddings."""
     embedding = weights[_EMBEDDING]
     means = torch.stack([embedding[ids].float().mean(0) for ids in category_ids])
     for name in _CATEGORY_MEANS:
         stored = weights.get(name)
         if stored is not None and (stored.shape != means.shape or not torch.allclose(stored.float(), means, atol=1e-3)):
             return [
-                f"{name} {tuple(stored.shape)} holds other category means than those of these {len(means)} words: "
-                "were others trained, or in another order?"
+                f"{name} {tuple(stored.shape)} does not hold the category means of these {len(means)} words: was the "
+                "checkpoint trained on other words, or on these in another order?"
             ]
     return []
 
 
 def _write(model: PreTrainedModel, processor: IFSegProcessor, output_dir: Path, max_shard_size: str | int) -> None:
-    """Saves both into a folder beside the output, which takes its place when everything is written."""
+    """Saves model and processor into a temporary folder, which is renamed to `output_dir` when it is complete."""
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as beside:
@@ -559,18 +444,22 @@ def _write(model: PreTrainedModel, processor: IFSegProcessor, output_dir: Path, 
             model.save_pretrained(folder, max_shard_size=max_shard_size)
             processor.save_pretrained(folder)
             if output_dir.exists():
-                output_dir.rmdir()  # empty, as was checked; renaming onto it is not portable
+                output_dir.rmdir()  # it is empty; renaming a folder to an existing one is not portable
             folder.rename(output_dir)
     except (OSError, SafetensorError) as error:
         raise ConversionError(
-            f"{output_dir} could not be written ({_first_sentence(error)}). Nothing was left there; is the disk full?"
+            f"{output_dir} could not be written ({first_sentence(error)}). It was not created; is the disk full?"
         ) from error
 
 
-def _first_sentence(error: BaseException) -> str:
-    """The first sentence of an error's message, for a message of one line."""
-    return re.split(r"\.?\n|\. |\.$", str(error).strip())[0] or type(error).__name__
-
-
-def _listing(names: Iterable[str]) -> str:
-    return ", ".join(sorted(map(str, names)))
+__all__ = [
+    "ConversionError",
+    "ConversionReport",
+    "config_from_shapes",
+    "convert_ofa_checkpoint",
+    "empty_model",
+    "load_tokenizer",
+    "match_names",
+    "read_fairseq_vocabulary",
+    "read_weights",
+]

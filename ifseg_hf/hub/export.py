@@ -1,4 +1,4 @@
-"""A tuned model as an ONNX file for photos of one size, to be run without torch and transformers."""
+"""Export of a trained model to ONNX for images of one size, to run it without torch and transformers."""
 
 import json
 import logging
@@ -9,8 +9,8 @@ import torch
 from ifseg_hf.modeling import IFSegForSemanticSegmentation
 
 
-class PhotoPath(torch.nn.Module):
-    """A model with its own words, photos in, and what post-processing needs out."""
+class ImageToLogits(torch.nn.Module):
+    """Wraps a model with categories: from `pixel_values` to the two outputs that post-processing needs."""
 
     def __init__(self, model: IFSegForSemanticSegmentation):
         super().__init__()
@@ -22,32 +22,33 @@ class PhotoPath(torch.nn.Module):
 
 
 def export_onnx(model: IFSegForSemanticSegmentation, path: str | Path, height: int = 512, width: int = 512) -> None:
-    """Writes an ONNX file of `model` with its own words, for one photo of `height` x `width` at a time.
+    """Writes an ONNX file of `model` with its categories, for one image of `height` x `width` pixels at a time.
 
-    Its input is `pixel_values` (1, 3, height, width), as the processor returns it; its outputs are `logits` (1, N, h,
-    w) and `image_features` (1, channels, h, w), one column a patch. The names of the N categories are in its metadata,
-    as `id2label` in JSON. Weights of more than 2 GB lie beside it in `<path>.data`.
+    The input is `pixel_values` of shape `(1, 3, height, width)`, as the processor returns it. The outputs are `logits`
+    of shape `(1, categories, h, w)` and `image_features` of shape `(1, channels, h, w)`, where `h` and `w` count
+    patches. The file's metadata has the names of the categories as `id2label`, in JSON. Weights of more than 2 GB are
+    written to `<path>.data`.
 
     Raises:
-        `ValueError`: the model carries no words, or the size is less than a pixel.
+        `ValueError`: the model has no categories, or height or width is less than 1.
         `ImportError`: onnxscript is not installed (`pip install "ifseg-hf[onnx]"`).
     """
     if model.config.category_ids is None:
-        raise ValueError("The model carries no words: tune it on some, or model.set_words(...) first.")
+        raise ValueError("The model has no categories: train it on some, or call model.set_words(...) first.")
     if min(height, width) < 1:
-        raise ValueError(f"A photo of {height} x {width} has no pixels.")
+        raise ValueError(f"height={height}, width={width}: both must be at least 1.")
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError('Writing ONNX files needs another package: pip install "ifseg-hf[onnx]"') from error
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells that torchvision is not installed
-    photo = torch.zeros(1, 3, height, width, dtype=model.dtype, device=model.device)
+        raise ImportError('Writing ONNX files needs the package onnxscript: pip install "ifseg-hf[onnx]"') from error
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
+    image = torch.zeros(1, 3, height, width, dtype=model.dtype, device=model.device)
     training, kernel = model.training, model.config._attn_implementation
-    model.set_attn_implementation("eager")  # ONNX has no sdpa, and torch's decomposition of it fails on what follows
+    model.set_attn_implementation("eager")  # ONNX has no sdpa, and torch's decomposition of it cannot be exported
     try:
         program = torch.onnx.export(
-            PhotoPath(model).eval(),
-            (photo,),
+            ImageToLogits(model).eval(),
+            (image,),
             dynamo=True,
             verbose=False,
             input_names=["pixel_values"],
@@ -60,4 +61,4 @@ def export_onnx(model: IFSegForSemanticSegmentation, path: str | Path, height: i
     program.save(str(path))
 
 
-__all__ = ["export_onnx"]
+__all__ = ["ImageToLogits", "export_onnx"]

@@ -377,3 +377,13 @@ def _convert(setting: Field, value: Any, path: str) -> Any:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: ""}
     expected = next(names[kind] for kind in kinds if kind in names)
     raise ValueError(f'In "{path}": {setting.name} is {value!r}, but must be {expected}.')
+
+
+# lead: take the training branch's version
+def private_settings() -> set[str]:
+    """The names of the settings that describe the machine or the person and not the model."""
+    return {
+        *("output_dir", "model", "data_dir", "cpu", "dataloader_workers", "report_to"),
+        *("eval_steps", "eval_dataset", "checkpointing_steps", "checkpoints_total_limit", "resume"),
+        *("push_to_hub", "hub_private", "hub_revision", "hub_commit_message"),
+    }

@@ -1,4 +1,4 @@
-"""What the tests of publishing share: a tuned model, and processes that speak to a Hub of `hub_server`."""
+"""Trained models to publish, and processes that use a Hub of `hub_server`."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from ifseg_hf.training.config import SETTINGS_FILE, TrainingConfig
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "push_to_hub.py")
-# A finder before all others, so that no kind of installation can bring the package back.
+# The first finder, so that the package cannot be imported, however it is installed.
 BLOCKED = """
 import sys
 
@@ -30,7 +30,7 @@ sys.meta_path.insert(0, Blocker())
 
 
 def save_small_processor(folder: Path) -> IFSegProcessor:
-    """The processor in a folder, from now on with photos of 64 pixels."""
+    """Changes the processor in a folder to images of 64 pixels, and returns it."""
     processor = IFSegProcessor.from_pretrained(folder)
     processor.image_processor.size = {"shortest_edge": 64, "longest_edge": 256}
     processor.save_pretrained(folder)
@@ -38,7 +38,7 @@ def save_small_processor(folder: Path) -> IFSegProcessor:
 
 
 def save_tuned_model(folder: Path, categories, model: str = "ifseg-ofa-nano") -> Path:
-    """A folder as training leaves it, with a model of random weights, and things in it that are nobody's business."""
+    """Writes a folder as training does, with a model of random weights and files that must not be published."""
     save_tiny_model(folder)
     processor = save_small_processor(folder)
     tuned = IFSegForSemanticSegmentation.from_pretrained(folder)
@@ -47,13 +47,25 @@ def save_tuned_model(folder: Path, categories, model: str = "ifseg-ofa-nano") ->
     settings = TrainingConfig(categories, str(folder), model=model, cpu=True, steps=7)
     (folder / SETTINGS_FILE).write_text(json.dumps(settings.to_dict()))
     (folder / "checkpoint-1").mkdir()
-    (folder / "checkpoint-1" / "model.safetensors").write_bytes(b"a state to resume from")
-    (folder / "events.log").write_text("of a tracker")
+    (folder / "checkpoint-1" / "model.safetensors").write_bytes(b"a checkpoint")
+    (folder / "events.log").write_text("log of a tracker")
+    return folder
+
+
+def save_supervised_model(folder: Path) -> Path:
+    """Writes a folder as training on crops of images does."""
+    save_tuned_model(folder, ["cat", "wet grass", "sky"])
+    processor = IFSegProcessor.from_pretrained(folder)
+    processor.image_processor.sliding_window, processor.image_processor.smoothing_iterations = 32, 0
+    processor.save_pretrained(folder)
+    settings = json.loads((folder / SETTINGS_FILE).read_text())
+    settings |= {"stage": "supervised", "dataset": "streets"}
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings))
     return folder
 
 
 def environment(hub: HubServer, home: Path, token: str | None = "hf_alice", package: bool = True, **variables) -> dict:
-    """Of a process with its own cache, for which `hub` is the Hub, and which can import the package or can't."""
+    """Environment variables of a process whose Hub is `hub`, with its own cache, with or without this package."""
     kept = {k: x for k, x in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
     path = ROOT
     if not package:
@@ -61,9 +73,9 @@ def environment(hub: HubServer, home: Path, token: str | None = "hf_alice", pack
         path.mkdir(parents=True, exist_ok=True)
         (path / "sitecustomize.py").write_text(BLOCKED)
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(path)}
-    patience = {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}  # of a machine with other things to do
+    timeouts = {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}  # long enough for a busy machine
     threads = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {**kept, **own, **patience, **threads, **({"HF_TOKEN": token} if token else {}), **variables}
+    return {**kept, **own, **timeouts, **threads, **({"HF_TOKEN": token} if token else {}), **variables}
 
 
 def run(*command, cwd: Path, env: dict, **kwargs) -> subprocess.CompletedProcess:
@@ -72,5 +84,5 @@ def run(*command, cwd: Path, env: dict, **kwargs) -> subprocess.CompletedProcess
 
 
 def code_blocks(card: str) -> list[str]:
-    """The Python in a model card, as printed."""
+    """The Python code blocks of a model card, unchanged."""
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)

@@ -1,13 +1,13 @@
-"""A small Hub on loopback, for the real huggingface_hub client: what publishing and loading a model ask for, no more.
+"""A small Hub on loopback for the real huggingface_hub client, with the requests of publishing and loading a model.
 
     with HubServer({"hf_alice": "alice"}) as hub:
         ...  # a process with HF_ENDPOINT=hub.url and HF_TOKEN=hf_alice
     assert hub.unknown == []
 
-Repositories of models with branches, private ones, tokens that may write or only read, regular files, large ones by
-git LFS or, with `xet_folder`, by Xet: the Hub's part is a token, and the client's own Xet library keeps the store in
-that folder. A request that the server does not know is answered with 404 and kept in `unknown`; one that a test wants
-to fail, by `refuse`.
+It has public and private model repositories with branches, tokens with write or read permission, and regular and large
+files. Large files are transferred by Git LFS or, with `xet_folder`, by Xet: the server issues Xet tokens, and the
+client's own Xet library stores the content in that folder. Unknown requests are answered with 404 and listed in
+`unknown`; `refuse` makes chosen requests fail.
 """
 
 import base64
@@ -28,7 +28,7 @@ REVISION = r"(?P<revision>[^/]+)"  # refs/pr/1 comes quoted
 
 
 def route(method: str, path: str):
-    """Registers a function of the handler for a path, a regular expression; its groups are the arguments."""
+    """Registers a method of the handler for a path, a regular expression whose groups become the arguments."""
 
     def register(function):
         ROUTES.append((method, re.compile(path), function.__name__))
@@ -39,15 +39,15 @@ def route(method: str, path: str):
 
 @dataclass
 class Blob:
-    """A file of a commit: its content, or, of a large file, where that is."""
+    """A file of a commit: its content or, for a large file, the hash that its content is stored under."""
 
     content: bytes | None = None
-    sha256: str | None = None  # of a large file
+    sha256: str | None = None  # large files only
     size: int = 0
 
     @property
     def oid(self) -> str:
-        """Git's name of what is in the repository, which of a large file is a pointer."""
+        """Git's object id of the file or, for a large file, of its LFS pointer."""
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
         data = pointer.encode() if self.content is None else self.content
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -69,14 +69,14 @@ class Repository:
 
 
 class Refused(Exception):
-    """An answer that is no success: its status, the Hub's name of the error, and a sentence."""
+    """An error response: HTTP status, the Hub's error code and a message."""
 
     def __init__(self, status: int, code: str, message: str):
         self.status, self.code, self.message = status, code, message
 
 
 class HubServer:
-    """The state of the Hub, and its thread. `port` 0 takes a free one; closed, it can be opened again where it was."""
+    """The state of the Hub and its thread. Port 0 means any free port; a closed server reopens at the same port."""
 
     def __init__(self, writers: dict[str, str], readers: dict[str, str] | None = None, port: int = 0):
         self.users = {**writers, **(readers or {})}  # token -> name
@@ -86,7 +86,7 @@ class HubServer:
         self.large: dict[str, bytes] = {}  # sha256 -> content
         self.requests: list[str] = []
         self.unknown: list[str] = []
-        self.refuse = None  # function of "METHOD path" -> None, the Refused to answer with, or "die"
+        self.refuse = None  # function of "METHOD path": None, the Refused to answer with, or "die"
         self.xet_folder: Path | None = None
         self._lock = threading.RLock()
 
@@ -108,18 +108,18 @@ class HubServer:
 
     @property
     def storage(self) -> str:
-        """Where large files are: another host than the Hub, which must not be shown a token."""
+        """The address of large files, on another host, which must not receive a token."""
         return f"http://localhost:{self.port}/large"
 
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
-        """The contents of a branch, as a clone of it would have them."""
+        """The contents of a branch by path, as a clone would have them."""
         repository = self.repositories[repo]
         blobs = repository.commits[repository.branches[branch]]
         return {path: self.large[x.sha256] if x.content is None else x.content for path, x in blobs.items()}
 
 
 def xet_hashes(folder: Path) -> dict[str, str]:
-    """sha256 -> Xet's hash of the files in a store, whose shards hold both."""
+    """sha256 -> Xet hash of the files in a Xet store; its shards contain both."""
     hashes = {}
     for file in folder.rglob("shards/*.mdb"):
         shard, at = file.read_bytes(), 48
@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(url.query)
         self.hub.requests.append(request)
         refusal = self.hub.refuse and self.hub.refuse(request)
-        if refusal == "die":  # as a server that is switched off: half of the body is read, nothing is answered
+        if refusal == "die":  # as when a server is switched off: half of the body is read, no response
             self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
             self.close_connection = True
             self.connection.close()
@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
                         getattr(self, name)(**arguments)
                     return
             self.hub.unknown.append(request)
-            raise Refused(404, "", f"This Hub does not know {request}.")
+            raise Refused(404, "", f"Unknown request: {request}.")
         except Refused as error:
             headers = {"X-Error-Code": error.code, "X-Error-Message": error.message}
             self.answer({"error": error.message}, error.status, {name: x for name, x in headers.items() if x})
@@ -211,12 +211,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_storage(self):
         if "Authorization" in self.headers or self.headers["Host"] != f"localhost:{self.hub.port}":
-            raise Refused(400, "", "The storage is another host, which takes no token")
+            raise Refused(400, "", "The storage is another host and must not receive a token")
 
     # Users and repositories ------------------------------------------------------------------------------------------
 
     @route("GET", "/api/agent-harnesses")
-    def agents(self):  # huggingface_hub asks once for each cache
+    def agents(self):  # requested by huggingface_hub once per cache
         self.answer({"standardEnvVars": [], "harnesses": {}})
 
     @route("GET", "/api/whoami-v2")
@@ -231,16 +231,16 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/repos/create")
     def create(self):
-        user, asked = self.user(write=True), json.loads(self.body)
-        owner = asked.get("organization") or user
+        user, body = self.user(write=True), json.loads(self.body)
+        owner = body.get("organization") or user
         if owner != user:
             raise Refused(403, "", f"You don't have the rights to create a model under the namespace {owner}")
-        repo = f"{owner}/{asked['name']}"
+        repo = f"{owner}/{body['name']}"
         answer = {"url": f"{self.hub.url}/{repo}", "name": repo}
         if repo in self.hub.repositories:
             answer["error"] = "You already created this model repo"
             return self.answer(answer, 409)
-        repository = Repository(private=asked.get("visibility") == "private" or bool(asked.get("private")))
+        repository = Repository(private=body.get("visibility") == "private" or bool(body.get("private")))
         repository.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n")}, "initial commit")
         self.hub.repositories[repo] = repository
         return self.answer(answer)
@@ -263,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
     @route("GET", f"/api/models/{REPO}/tree/{REVISION}(/(?P<folder>.+))?")
     def tree(self, repo: str, revision: str, folder: str | None = None):
         _, files = self.commit_of(repo, revision)
-        if folder:  # no repository here has any
+        if folder:  # repositories here have no folders
             raise Refused(404, "EntryNotFound", f"{folder} does not exist on {revision}")
         rows = [{"type": "file", "path": path, "size": x.size, "oid": x.oid} for path, x in files.items()]
         self.answer(rows)
@@ -301,7 +301,7 @@ class Handler(BaseHTTPRequestHandler):
     def put_large(self, sha256: str):
         self.check_storage()
         if hashlib.sha256(self.body).hexdigest() != sha256:
-            raise Refused(400, "", "The content is not what its name says")
+            raise Refused(400, "", "The content does not match its hash")
         self.hub.large[sha256] = self.body
         self.answer(b"")
 
@@ -340,7 +340,7 @@ class Handler(BaseHTTPRequestHandler):
             elif key == "deletedFile":
                 del files[value["path"]]
             else:
-                raise Refused(400, "", f"This Hub does not know {key} in a commit")
+                raise Refused(400, "", f"Unknown key in a commit: {key}")
         sha = repository.commit(revision, files, message)
         self.answer({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"})
 

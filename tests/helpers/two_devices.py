@@ -1,7 +1,8 @@
-"""Runs a model on two devices that do not exist: torch's fake tensors know their device and refuse to mix two.
+"""Runs a model split over two fake devices: torch's fake tensors have a device and refuse to be mixed across two.
 
-The modules are placed as `device_map="auto"` would on machines with less and less memory on the first device, and a
-hook brings each module its inputs, as accelerate's do. A program of its own, because torch keeps a device once made.
+Modules are placed as `device_map="auto"` would place them with different amounts of memory on the first device, and
+hooks move the inputs of each module to its device, as accelerate's hooks do. This is a separate program because a
+device type registered with torch stays registered.
 """
 
 import torch
@@ -22,11 +23,11 @@ class SendTo(ModelHook):
 
 
 def spread(model: torch.nn.Module, share: float) -> set[int]:
-    """Places at most `share` of the model on device 0, the rest on device 1. Returns the devices in use."""
+    """Places at most `share` of the model on device 0 and the rest on device 1; returns the devices used."""
     size = sum(parameter.nbytes for parameter in model.parameters())
     memory = {0: int(size * share), 1: 2 * size}
     places = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=model._no_split_modules)
-    fake: dict[torch.Tensor, torch.Tensor] = {}  # a tied weight stays one
+    fake: dict[torch.Tensor, torch.Tensor] = {}  # keeps tied weights tied
     for name, module in model.named_modules():
         place = next((x for x in places if f"{name}.".startswith(f"{x}.") or not x), None)
         for tensors in (module._parameters, module._buffers):
@@ -41,18 +42,18 @@ def spread(model: torch.nn.Module, share: float) -> set[int]:
 
 
 def run(model: torch.nn.Module):
-    """Photos and word maps, with the model's own words and with others, all coming from device 0."""
-    photos, maps = torch.randn(2, 3, 64, 80, device="fake:0"), torch.ones(2, 4, 4, dtype=torch.long, device="fake:0")
+    """Runs images and word maps, with the categories of the model and with others; all inputs are on device 0."""
+    images, maps = torch.randn(2, 3, 64, 80, device="fake:0"), torch.ones(2, 4, 4, dtype=torch.long, device="fake:0")
     ids, names = torch.ones(2, 5, dtype=torch.long, device="fake:0"), torch.ones(2, 3, 2, device="fake:0").long()
     words = {"input_ids": ids, "attention_mask": ids, "category_ids": names, "category_mask": names}
-    for image in ({"pixel_values": photos}, {"word_map": maps}):
-        assert model(**image).logits.shape == (2, 3, 4, 5 if "pixel_values" in image else 4)
-        model(**image, **words)
-    model.model(pixel_values=photos, input_ids=ids, attention_mask=ids, decoder_input_ids=ids, use_cache=False)
+    for inputs in ({"pixel_values": images}, {"word_map": maps}):
+        assert model(**inputs).logits.shape == (2, 3, 4, 5 if "pixel_values" in inputs else 4)
+        model(**inputs, **words)
+    model.model(pixel_values=images, input_ids=ids, attention_mask=ids, decoder_input_ids=ids, use_cache=False)
 
 
 _setup_privateuseone_for_python_backend("fake")
-make_tensor = torch.tensor  # the only operation that does not reach the fake tensors
+make_tensor = torch.tensor  # the only operation that bypasses the fake tensors
 torch.tensor = lambda *args, device=None, **kwargs: make_tensor(*args, **kwargs).to(device)
 for decoder_positions in ("segmentation", "image"):
     for share in (0.3, 0.5, 0.7, 0.9):

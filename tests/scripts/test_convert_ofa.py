@@ -1,19 +1,17 @@
-import importlib.util
+"""Arguments, summary and errors of `scripts/convert_ofa.py`."""
+
 from pathlib import Path
 
 import pytest
 
+from ifseg_hf.hub import conversion
 from ifseg_hf.hub.conversion import ConversionError, ConversionReport
+from scripts import load_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_ofa.py"
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("convert_ofa", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("convert_ofa")
 
 
 def report(**changes):
@@ -31,14 +29,14 @@ def report(**changes):
     return ConversionReport(**(fields | changes))
 
 
-def test_arguments_reach_the_conversion_and_the_summary_says_what_became_of_every_tensor(script, monkeypatch, capsys):
+def test_arguments_are_passed_on_and_summary_lists_all_tensors(script, monkeypatch, capsys):
     calls = []
 
     def convert(*args, **kwargs):
         calls.append((args, kwargs))
         return report()
 
-    monkeypatch.setattr(script, "convert_ofa_checkpoint", convert)
+    monkeypatch.setattr(conversion, "convert_ofa_checkpoint", convert)
     arguments = ["ifseg.pt", "out", "--tokenizer", "bpe", "--categories", "cat, dining table", "--prompt", "what?"]
     assert script.main(arguments) == 0
     expected = {"tokenizer": "bpe", "categories": ["cat", "dining table"], "prompt": "what?", "max_shard_size": "1GB"}
@@ -49,7 +47,7 @@ def test_arguments_reach_the_conversion_and_the_summary_says_what_became_of_ever
         "1 tensors used, 6 accounted for",
         "5 x a copy: decoder.copy0, decoder.copy1, decoder.copy2 and 2 more",
         "1 x a number: encoder.version",
-        "not read: args",
+        "not used: args",
         "Note: one row was left out.",
         "scripts/train.py --model out",
     ):
@@ -58,15 +56,15 @@ def test_arguments_reach_the_conversion_and_the_summary_says_what_became_of_ever
 
 def test_next_step_of_a_released_checkpoint(script):
     segmentation = {"architecture": "IFSegForSemanticSegmentation"}
-    assert "segment.py PHOTO --model out --categories" in script.summary(report(**segmentation))
-    assert "segment.py PHOTO --model out --output-dir" in script.summary(report(**segmentation, has_words=True))
+    assert "segment.py IMAGE --model out --categories" in script.summary(report(**segmentation))
+    assert "segment.py IMAGE --model out --output-dir" in script.summary(report(**segmentation, has_words=True))
 
 
 def test_errors_are_one_line_without_traceback(script, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise ConversionError("The checkpoint is damaged.")
 
-    monkeypatch.setattr(script, "convert_ofa_checkpoint", fail)
+    monkeypatch.setattr(conversion, "convert_ofa_checkpoint", fail)
     assert script.main(["ofa.pt", "out"]) == 1
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "error: The checkpoint is damaged.\n")

@@ -1,14 +1,15 @@
-"""`scripts/push_to_hub.py` as a person runs it, against a Hub on loopback."""
+"""`scripts/push_to_hub.py` as a command, with a Hub on loopback."""
 
-import runpy
 import shlex
 
 import pytest
 from hub_client import SCRIPT, environment, run, save_tuned_model
 from hub_server import HubServer, Refused
 
+from scripts import load_script
+
 WORDS = ["cat", "wet grass", "sky"]
-# A client that has nothing of the repository, and that would notice a wrong byte.
+# A client with an empty cache, which verifies what it downloads.
 DOWNLOAD = """
 import sys
 from huggingface_hub import snapshot_download
@@ -29,8 +30,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("xet", [False, True])
-def test_large_files_go_by_git_lfs_and_by_xet(hub, folder, tmp_path, xet):
-    """Both ways that huggingface_hub has: Xet where its library is installed, as it is by default, and LFS."""
+def test_large_files_are_uploaded_by_lfs_and_by_xet(hub, folder, tmp_path, xet):
+    """Both protocols of huggingface_hub: Xet if its library is installed, which is the default, and Git LFS."""
     if xet:
         pytest.importorskip("hf_xet")
         hub.xet_folder = tmp_path / "xet"
@@ -57,7 +58,7 @@ def test_large_files_go_by_git_lfs_and_by_xet(hub, folder, tmp_path, xet):
 
 
 @pytest.mark.slow
-def test_a_hub_that_dies_leaves_the_folder_whole_and_the_command_it_tells_works(folder, tmp_path):
+def test_retry_command_works_after_a_failed_upload(folder, tmp_path):
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     with HubServer({"hf_alice": "alice"}) as hub:
         hub.refuse = lambda request: "die" if request.startswith("PUT /large/") else None
@@ -65,16 +66,16 @@ def test_a_hub_that_dies_leaves_the_folder_whole_and_the_command_it_tells_works(
         done = run(*command, cwd=tmp_path, env=environment(hub, tmp_path / "home"))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    (told,) = (line for line in done.stderr.splitlines() if line.startswith("push_to_hub.py: "))
-    assert told.startswith("push_to_hub.py: The upload to alice/ifseg-test failed: ")
-    assert f"Nothing is lost: the model is in {folder}. To try again: python " in told
+    (message,) = (line for line in done.stderr.splitlines() if line.startswith("push_to_hub.py: "))
+    assert message.startswith("push_to_hub.py: The upload to alice/ifseg-test failed: ")
+    assert f"The model is still in {folder}. To try again: python " in message
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     repository = hub.repositories["alice/ifseg-test"]
-    assert repository.messages == ["initial commit"]  # nothing half-way
+    assert repository.messages == ["initial commit"]  # no partial upload
 
     hub.refuse = None
-    with hub:  # the same Hub, at the same address, is there again
-        python, *command = shlex.split(told.split("To try again: ")[1])
+    with hub:  # the same Hub reopens at the same address
+        python, *command = shlex.split(message.split("To try again: ")[1])
         assert python == "python"
         done = run(*command, cwd=tmp_path, env=environment(hub, tmp_path / "home"))
     assert done.returncode == 0, done.stderr
@@ -84,17 +85,16 @@ def test_a_hub_that_dies_leaves_the_folder_whole_and_the_command_it_tells_works(
     assert set(hub.files("alice/ifseg-test")) == {".gitattributes"}
 
 
-def test_a_commit_that_the_hub_refuses(hub, folder, tmp_path):
+def test_refused_commit(hub, folder, tmp_path):
     hub.refuse = lambda request: Refused(403, "", "Storage quota exceeded") if "/commit/" in request else None
     done = run(SCRIPT, folder, "alice/ifseg-test", cwd=tmp_path, env=environment(hub, tmp_path / "home"))
     assert done.returncode == 1
-    (told,) = (line for line in done.stderr.splitlines() if line.startswith("push_to_hub.py: "))
-    assert "Storage quota exceeded" in told
-    assert told.endswith("alice/ifseg-test")
+    (message,) = (line for line in done.stderr.splitlines() if line.startswith("push_to_hub.py: "))
+    assert "Storage quota exceeded" in message
+    assert message.endswith("alice/ifseg-test")
 
 
-def test_a_wrong_folder(tmp_path, capsys):
-    main = runpy.run_path(SCRIPT)["main"]
-    assert main([str(tmp_path), "alice/ifseg-test"]) == 2
-    told = "config.json can't be read (No such file or directory)."
-    assert capsys.readouterr().err == f'push_to_hub.py: "{tmp_path}" holds no model: {told}\n'
+def test_wrong_folder(tmp_path, capsys):
+    assert load_script("push_to_hub").main([str(tmp_path), "alice/ifseg-test"]) == 2
+    message = "config.json cannot be read (No such file or directory)."
+    assert capsys.readouterr().err == f'push_to_hub.py: "{tmp_path}" is not a model folder: {message}\n'

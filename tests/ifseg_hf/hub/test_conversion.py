@@ -1,3 +1,5 @@
+"""Conversion of OFA and IFSeg checkpoints: names, golden outputs, vocabulary, malicious and damaged sources."""
+
 import argparse
 import builtins
 import datetime
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForSemanticSegmentation, AutoTokenizer
 
-from ifseg_hf.hub import conversion
+from ifseg_hf.hub import checkpoint_reader, conversion
 from ifseg_hf.hub.conversion import ConversionError, convert_ofa_checkpoint
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
@@ -31,7 +33,7 @@ EXTRA_TOKENS = 8192 + 1000
 
 
 def write_vocabulary(folder, layout, bart_tokens=None):
-    """A small vocabulary with every byte and two words, filled up to `bart_tokens`, as either layout stores it."""
+    """Writes a small vocabulary with every byte and two words, padded to `bart_tokens`, in either layout."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
     missing = (bart_tokens or len(tokens) + 8) - 5 - len(tokens)
@@ -41,7 +43,7 @@ def write_vocabulary(folder, layout, bart_tokens=None):
         (folder / "vocab.json").write_text(json.dumps({token: row for row, token in enumerate(rows)}))
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
     else:
-        # numbers in another order than the rows, as in the published files
+        # numbers and rows are in different orders, as in the published files
         numbers = {token: 7 * i % 100003 for i, token in enumerate(tokens) if not token.startswith("madeup")}
         (folder / "encoder.json").write_text(json.dumps(numbers))
         (folder / "dict.txt").write_text(
@@ -72,7 +74,7 @@ def small_config():
 
 
 def fairseq_name(name):
-    """The fairseq name of a parameter of ours."""
+    """The fairseq name of a parameter of this package."""
     name = name.replace("segmentation_positions.embed_positions", "decoder.embed_seg_positions")
     name = name.replace("segmentation_positions.layer_norm", "decoder.seg_pos_ln")
     name = name.replace("segmentation_positions.rel_pos_tables", "decoder.seg_rel_pos_table_list")
@@ -82,7 +84,7 @@ def fairseq_name(name):
 
 
 def small_weights(layout, segmentation=False):
-    """Random weights of a small model as a published checkpoint names them, copies and buffers included."""
+    """Random weights of a small model with the names of a published checkpoint, including copies and buffers."""
     torch.manual_seed(0)
     model = (IFSegForSemanticSegmentation if segmentation else IFSegForConditionalGeneration)(small_config())
     weights = {}
@@ -117,7 +119,7 @@ def fairseq_file(tmp_path):
 
 
 def save_fairseq(weights, path, **options):
-    """As fairseq does it, with arguments and training state beside the weights."""
+    """Saves weights as fairseq does, with arguments and training state beside them."""
     state = {"args": argparse.Namespace(arch="ofa"), "cfg": None, "model": weights, "extra_state": {"epoch": 3}}
     torch.save(state, path, **options)
     return path
@@ -134,7 +136,7 @@ def assert_nothing_written(tmp_path):
 
 @pytest.mark.parametrize("kind", ["hf", "fairseq", "released"])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_tensor_of_every_published_size_finds_its_place(size, kind):
+def test_every_tensor_of_published_sizes_is_used_or_accounted(size, kind):
     layout = "hf" if kind == "hf" else "fairseq"
     rows = [row for row in fixture.inventory(size) if kind == "released" or not row["segmentation"]]
     shapes = {row[layout]: tuple(row["shape"]) for row in rows}
@@ -152,13 +154,13 @@ def test_every_tensor_of_every_published_size_finds_its_place(size, kind):
         if row["tied_to"] or row["fairseq"].endswith(("seg_embed_tokens.weight", "seg_projection.weight"))
     }
     assert accounted.keys() == left_out
-    for row in rows:  # the names of IFSegModel are those of the transformers format
+    for row in rows:  # names in the model are those of the transformers format
         if row["hf"] and row[layout] in used:
             assert used[row[layout]] == row["hf"]
 
 
 @pytest.mark.parametrize("segmentation", [False, True], ids=["ofa", "released"])
-def test_a_fairseq_file_becomes_a_folder_that_from_pretrained_loads(tmp_path, fairseq_file, segmentation):
+def test_converted_fairseq_file_loads_with_from_pretrained(tmp_path, fairseq_file, segmentation):
     weights = small_weights("fairseq", segmentation)
     save_fairseq(weights, fairseq_file)
     report = convert_ofa_checkpoint(fairseq_file, tmp_path / "out")
@@ -168,7 +170,9 @@ def test_a_fairseq_file_becomes_a_folder_that_from_pretrained_loads(tmp_path, fa
     assert not any(info.values())
     config = small_config()
     if not segmentation:
-        config.image_size = 6 * 16  # no positions say what it is: the largest that the image positions allow, up to 512
+        config.image_size = (
+            6 * 16
+        )  # without segmentation positions: the largest that the image positions allow, up to 512
     saved = {"architectures", "auto_map", "dtype", "_name_or_path"}
     sizes = {name: value for name, value in model.config.to_dict().items() if name not in saved}
     assert sizes == {name: value for name, value in config.to_dict().items() if name not in saved}
@@ -196,7 +200,7 @@ def test_both_layouts_give_the_same_folder(tmp_path, hf_folder, fairseq_file):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "fairseq" / name).read_bytes(), name
 
 
-def test_an_ofa_checkpoint_starts_a_segmentation_model(tmp_path, hf_folder):
+def test_converted_ofa_loads_as_segmentation_model(tmp_path, hf_folder):
     convert_ofa_checkpoint(hf_folder, tmp_path / "out")
     model, info = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert isinstance(model, IFSegForSemanticSegmentation)
@@ -206,7 +210,7 @@ def test_an_ofa_checkpoint_starts_a_segmentation_model(tmp_path, hf_folder):
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_weights_without_training_state_and_in_half_precision(tmp_path, fairseq_file, zipped):
+def test_half_precision_weights_without_training_state(tmp_path, fairseq_file, zipped):
     weights = {name: tensor.half() for name, tensor in small_weights("fairseq").items()}
     torch.save(weights, fairseq_file, _use_new_zipfile_serialization=zipped)
     report = convert_ofa_checkpoint(fairseq_file, tmp_path / "out")
@@ -238,7 +242,7 @@ def test_sharded_sources(tmp_path, hf_folder, kind):
         convert_ofa_checkpoint(hf_folder, tmp_path / "again")
 
 
-def test_a_row_after_the_vocabulary_is_left_out(tmp_path, fairseq_file):
+def test_embedding_row_beyond_the_vocabulary_is_dropped(tmp_path, fairseq_file):
     weights = small_weights("fairseq", segmentation=True)
     embedding = weights["encoder.embed_tokens.weight"]
     longer = torch.cat([embedding, torch.ones(1, 16)])
@@ -263,12 +267,12 @@ def test_a_row_after_the_vocabulary_is_left_out(tmp_path, fairseq_file):
 
 
 def full_vocabulary(folder, layout):
-    """As long as the published one, which is not part of the project; ids of golden inputs need no tokenizer."""
+    """Writes a vocabulary of the published length; golden inputs are ids, so its tokens do not matter."""
     return write_vocabulary(folder, layout, bart_tokens=50265)
 
 
 def segmentation_error(folder, name):
-    """Relative error of the logits of a converted folder."""
+    """Relative error of the logits of a converted model."""
     expected = golden(name)
     model = IFSegForSemanticSegmentation.from_pretrained(folder)
     known = {
@@ -289,7 +293,7 @@ def segmentation_error(folder, name):
     return relative_error(logits.flatten(2).transpose(1, 2), expected["logits"])
 
 
-def test_tiny_released_checkpoint_gives_the_golden_logits(tmp_path):
+def test_tiny_released_checkpoint_gives_golden_logits(tmp_path):
     folder = full_vocabulary(tmp_path / "source", "fairseq")
     save_fairseq(fixture.checkpoint("tiny", "fairseq", segmentation=True), folder / "ifseg.pt")
     report = convert_ofa_checkpoint(folder / "ifseg.pt", tmp_path / "out")
@@ -297,7 +301,7 @@ def test_tiny_released_checkpoint_gives_the_golden_logits(tmp_path):
     assert segmentation_error(tmp_path / "out", "tiny_512x512") < 5e-6
 
 
-def test_tiny_transformers_checkpoint_gives_the_golden_text(tmp_path):
+def test_tiny_transformers_checkpoint_gives_golden_text_logits(tmp_path):
     folder = full_vocabulary(tmp_path / "source", "hf")
     torch.save(fixture.checkpoint("tiny", "hf"), folder / "pytorch_model.bin")
     convert_ofa_checkpoint(folder, tmp_path / "out")
@@ -344,7 +348,7 @@ def test_base_in_both_layouts(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_both_layouts_of_a_vocabulary_give_the_same_tokenizer(tmp_path):
+def test_both_vocabulary_layouts_give_the_same_tokenizer(tmp_path):
     tokenizers = [conversion.load_tokenizer(write_vocabulary(tmp_path / name, name)) for name in ("hf", "fairseq")]
     assert tokenizers[0].backend_tokenizer.to_str() == tokenizers[1].backend_tokenizer.to_str()
     bart = len(tokenizers[0]) - EXTRA_TOKENS
@@ -359,10 +363,10 @@ def test_both_layouts_of_a_vocabulary_give_the_same_tokenizer(tmp_path):
 
 
 @pytest.mark.skipif(BPE is None, reason="the published vocabulary is not part of the project")
-def test_the_published_vocabulary(tmp_path):
+def test_published_vocabulary(tmp_path):
     for name in ("dict.txt", "encoder.json", "vocab.bpe"):
         shutil.copy(BPE / name, tmp_path)
-    vocab = conversion._fairseq_vocabulary(tmp_path / "dict.txt", tmp_path / "encoder.json")
+    vocab = conversion.read_fairseq_vocabulary(tmp_path / "dict.txt", tmp_path / "encoder.json")
     assert vocab == json.loads((BPE / "vocab.json").read_text())
     assert list(vocab.values()) == list(range(50265))
     ours, theirs = conversion.load_tokenizer(tmp_path), conversion.load_tokenizer(BPE)
@@ -374,7 +378,7 @@ def test_the_published_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["hf", "fairseq"])
-def test_a_damaged_vocabulary(tmp_path, layout):
+def test_damaged_vocabulary(tmp_path, layout):
     folder = write_vocabulary(tmp_path / "source", layout)
     (folder / ("vocab.json" if layout == "hf" else "encoder.json")).write_text("{")
     with pytest.raises(ConversionError, match=r"vocabulary in .* cannot be read"):
@@ -386,7 +390,7 @@ def test_a_damaged_vocabulary(tmp_path, layout):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_released_checkpoint_carries_the_words_it_is_given(tmp_path, fairseq_file):
+def test_released_checkpoint_keeps_given_categories(tmp_path, fairseq_file):
     weights = small_weights("fairseq", segmentation=True)
     save_fairseq(weights, fairseq_file)
     assert not convert_ofa_checkpoint(fairseq_file, tmp_path / "without").has_words
@@ -394,7 +398,7 @@ def test_a_released_checkpoint_carries_the_words_it_is_given(tmp_path, fairseq_f
 
     report = convert_ofa_checkpoint(fairseq_file, tmp_path / "out", categories=["cat", "dog"])
     assert report.has_words
-    assert "were others trained" in report.notes[0]  # the category means are random
+    assert "trained on other words" in report.notes[0]  # the category means are random
     model = IFSegForSemanticSegmentation.from_pretrained(tmp_path / "out")
     processor = IFSegProcessor.from_pretrained(tmp_path / "out")
     words = processor(categories=["cat", "dog"], return_tensors="pt")
@@ -409,8 +413,8 @@ def test_a_released_checkpoint_carries_the_words_it_is_given(tmp_path, fairseq_f
     assert convert_ofa_checkpoint(fairseq_file, tmp_path / "swapped", categories=["dog", "cat"]).notes
 
 
-def test_bad_words(tmp_path, fairseq_file):
-    with pytest.raises(ConversionError, match="gets its words when it is trained"):
+def test_wrong_categories_are_refused(tmp_path, fairseq_file):
+    with pytest.raises(ConversionError, match="gets its categories when it is trained"):
         convert_ofa_checkpoint(fairseq_file, tmp_path / "out", categories=["cat"])
     save_fairseq(small_weights("fairseq", segmentation=True), fairseq_file)
     with pytest.raises(ConversionError, match="cat"):
@@ -434,7 +438,7 @@ class Calls:
 
 
 class Fills:
-    """Pickles as a dict that is filled with the result of a call."""
+    """Pickles as a dict with the result of a call as a value."""
 
     def __init__(self, function, *arguments):
         self.item = ("key", Calls(function, *arguments))
@@ -446,7 +450,7 @@ class Fills:
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("nested", [False, True], ids=["alone", "beside-weights"])
 @pytest.mark.parametrize("kind", ["os", "subprocess", "eval", "torch", "items"])
-def test_no_code_in_a_pickle_is_run(tmp_path, fairseq_file, kind, nested, zipped):
+def test_no_code_in_pickles_is_run(tmp_path, fairseq_file, kind, nested, zipped):
     marker = tmp_path / "source" / "marker"
     evil = {
         "os": Calls(os.system, f"touch {marker}"),
@@ -461,18 +465,18 @@ def test_no_code_in_a_pickle_is_run(tmp_path, fairseq_file, kind, nested, zipped
         report = convert_ofa_checkpoint(fairseq_file, tmp_path / "out")
     except ConversionError:
         assert_nothing_written(tmp_path)
-    else:  # read inertly: the weights beside it are still good
+    else:  # read inertly; the weights beside it are used
         assert nested
         assert report.ignored == ["args"]
     assert not marker.exists()
 
-    torch.load(fairseq_file, weights_only=False)  # the trap works
+    torch.load(fairseq_file, weights_only=False)  # unrestricted loading does run the code
     assert marker.exists()
 
 
-def test_a_refusal_says_what_was_called_for(tmp_path, fairseq_file):
+def test_refusal_names_the_function_called(tmp_path, fairseq_file):
     torch.save(Calls(os.system, "true"), fairseq_file)
-    with pytest.raises(ConversionError, match=r"calls for posix\.system|calls for nt\.system"):
+    with pytest.raises(ConversionError, match=r"calls posix\.system|calls nt\.system"):
         convert_ofa_checkpoint(fairseq_file, tmp_path / "out")
 
 
@@ -480,7 +484,7 @@ class Option(enum.Enum):
     YES = "yes"
 
 
-def test_unknown_classes_are_read_inertly_and_trusted_no_longer(tmp_path, fairseq_file):
+def test_unknown_classes_are_read_inertly_and_stay_untrusted(tmp_path, fairseq_file):
     state = {
         "model": small_weights("fairseq"),
         "cfg": argparse.Namespace(
@@ -518,7 +522,7 @@ def truncate(path):
     ],
     ids=["truncated", "empty", "lfs", "html"],
 )
-def test_a_damaged_file(tmp_path, fairseq_file, damage, message, zipped):
+def test_damaged_file(tmp_path, fairseq_file, damage, message, zipped):
     torch.save(small_weights("fairseq"), fairseq_file, _use_new_zipfile_serialization=zipped)
     damage(fairseq_file)
     with pytest.raises(ConversionError, match=message):
@@ -526,7 +530,7 @@ def test_a_damaged_file(tmp_path, fairseq_file, damage, message, zipped):
     assert_nothing_written(tmp_path)
 
 
-def test_a_flipped_bit(tmp_path, fairseq_file):
+def test_flipped_bit(tmp_path, fairseq_file):
     content = bytearray(fairseq_file.read_bytes())
     content[len(content) // 2] ^= 1
     fairseq_file.write_bytes(content)
@@ -571,16 +575,16 @@ def put(name, tensor):
         (put("decoder.layers.0.fc1.bias", torch.ones(40, device="meta")), "no plain tensors"),
         (put("decoder.output_projection.weight", torch.ones(9462, 16)), "not tied"),
         (put("encoder.layers.0.self_attn.c_attn", torch.ones(3)), "not a multiple"),
-        (put("encoder.layers.0.self_attn_mid_layer_norm.bias", torch.ones(16)), "two names"),
+        (put("encoder.layers.0.self_attn_mid_layer_norm.bias", torch.ones(16)), "two tensors for each"),
         (put("encoder.embed_tokens.weight", torch.ones(77, 16)), "do not belong together"),
         (put("step", 3), "no plain tensors"),
         (put(5, torch.ones(3)), "no plain tensors"),
         (put("decoder.output_projection.weight", torch.ones(9462, 16).half()), "not tied"),
-        (put("encoder.layers.0.self_attn.c_attn", torch.ones(0)), "No model has the shapes"),
+        (put("encoder.layers.0.self_attn.c_attn", torch.ones(0)), "No OFA model has the shapes"),
         (drop_all("encoder.embed_images.layer"), r"no OFA checkpoint: encoder\.embed_images\.layer1\.0\.conv3"),
     ],
 )
-def test_a_tensor_too_few_too_many_or_wrong(tmp_path, fairseq_file, change, message):
+def test_missing_extra_or_wrong_tensors_are_refused(tmp_path, fairseq_file, change, message):
     weights = small_weights("fairseq")
     change(weights)
     save_fairseq(weights, fairseq_file)
@@ -600,14 +604,14 @@ def test_a_tensor_too_few_too_many_or_wrong(tmp_path, fairseq_file, change, mess
     ],
     ids=["bert", "roberta", "empty", "list", "tensor"],
 )
-def test_another_kind_of_checkpoint(tmp_path, fairseq_file, other):
+def test_other_kinds_of_checkpoints_are_refused(tmp_path, fairseq_file, other):
     torch.save(other, fairseq_file)
     with pytest.raises(ConversionError, match=r"no OFA checkpoint|holds no weights"):
         convert_ofa_checkpoint(fairseq_file, tmp_path / "out")
     assert_nothing_written(tmp_path)
 
 
-def test_a_folder_without_weights_or_vocabulary_or_converted_before(tmp_path, hf_folder):
+def test_unsuitable_folders_are_refused(tmp_path, hf_folder):
     (hf_folder / "pytorch_model.bin").rename(hf_folder / "weights.bin")
     with pytest.raises(ConversionError, match="has no weights"):
         convert_ofa_checkpoint(hf_folder, tmp_path / "out")
@@ -618,7 +622,7 @@ def test_a_folder_without_weights_or_vocabulary_or_converted_before(tmp_path, hf
     assert_nothing_written(tmp_path)
     write_vocabulary(hf_folder, "hf")
     convert_ofa_checkpoint(hf_folder, tmp_path / "out")
-    with pytest.raises(ConversionError, match="converted already"):
+    with pytest.raises(ConversionError, match="already converted"):
         convert_ofa_checkpoint(tmp_path / "out", tmp_path / "again", tokenizer=hf_folder)
 
 
@@ -627,25 +631,25 @@ def test_a_folder_without_weights_or_vocabulary_or_converted_before(tmp_path, hf
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_hub_id_is_downloaded_without_code(tmp_path, hf_folder, monkeypatch):
+def test_hub_id_is_downloaded_without_code(tmp_path, hf_folder, monkeypatch):
     asked = {}
 
     def download(repo_id, allow_patterns):
         asked.update(repo_id=repo_id, patterns=allow_patterns)
         return str(hf_folder)
 
-    monkeypatch.setattr(conversion, "snapshot_download", download)
+    monkeypatch.setattr(checkpoint_reader, "snapshot_download", download)
     convert_ofa_checkpoint("OFA-Sys/ofa-small", tmp_path / "out")
     assert asked["repo_id"] == "OFA-Sys/ofa-small"
     assert {"pytorch_model.bin", "vocab.json", "merges.txt"} <= set(asked["patterns"])
     assert not any(pattern.endswith(".py") or pattern == "*" for pattern in asked["patterns"])
 
 
-def test_a_source_that_is_nowhere(tmp_path, monkeypatch):
+def test_missing_sources(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network\nand a long story")
 
-    monkeypatch.setattr(conversion, "snapshot_download", offline)
+    monkeypatch.setattr(checkpoint_reader, "snapshot_download", offline)
     with pytest.raises(ConversionError, match=r"could not be downloaded from the Hub \(no network\)"):
         convert_ofa_checkpoint("OFA-Sys/ofa-base", tmp_path / "out")
     for source in ("nowhere", "some/where/ofa", "checkpoints/ofa_base.pt", tmp_path / "ofa"):
@@ -653,7 +657,7 @@ def test_a_source_that_is_nowhere(tmp_path, monkeypatch):
             convert_ofa_checkpoint(source, tmp_path / "out")
 
 
-def test_the_output_is_complete_or_not_there(tmp_path, hf_folder, monkeypatch):
+def test_output_is_complete_or_absent(tmp_path, hf_folder, monkeypatch):
     occupied = tmp_path / "source"
     with pytest.raises(ConversionError, match="not an empty folder"):
         convert_ofa_checkpoint(hf_folder, occupied)

@@ -1,8 +1,6 @@
-"""torch.export and ONNX of the path from a photo to logits."""
+"""Export by torch.export and to ONNX, from images to logits."""
 
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -14,9 +12,10 @@ from tiny_model import save_tiny_model
 from ifseg_hf import IFSegForSemanticSegmentation, IFSegProcessor
 from ifseg_hf.hub.export import export_onnx
 from ifseg_hf.modeling.modeling_ifseg import IFSegSegmentationOutput
+from scripts import load_script
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[3] / "scripts" / "export_onnx.py"))
-PHOTO = torch.randn(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
+SCRIPT = load_script("export_onnx")
+IMAGE = torch.randn(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
 
 
 def run_onnx(path, pixel_values: torch.Tensor) -> tuple[list[np.ndarray], dict]:
@@ -25,17 +24,17 @@ def run_onnx(path, pixel_values: torch.Tensor) -> tuple[list[np.ndarray], dict]:
 
 
 @torch.no_grad()
-def assert_same(found: list[np.ndarray], model, pixel_values: torch.Tensor = PHOTO):
+def assert_same(found: list[np.ndarray], model, pixel_values: torch.Tensor = IMAGE):
     expected = model(pixel_values=pixel_values)
     for array, tensor in zip(found, [expected.logits, expected.image_features], strict=True):
         np.testing.assert_allclose(array, tensor.numpy(), rtol=0, atol=1e-3)
 
 
 @torch.no_grad()
-def test_torch_export():
+def test_torch_export_gives_the_same_outputs():
     model = small_model()
-    program = torch.export.export(model, (), {"pixel_values": PHOTO})
-    other = PHOTO.flip(3)  # nothing of the photo itself has become a constant
+    program = torch.export.export(model, (), {"pixel_values": IMAGE})
+    other = IMAGE.flip(3)  # the image must not become a constant of the program
     found = program.module()(pixel_values=other)
     assert isinstance(found, IFSegSegmentationOutput)
     expected = model(pixel_values=other)
@@ -44,18 +43,18 @@ def test_torch_export():
         torch.testing.assert_close(found[name], expected[name])
 
 
-def test_torch_export_is_saved_and_loaded(tmp_path):
+def test_torch_export_survives_saving_and_loading(tmp_path):
     model = small_model(decoder_positions="image")
-    program = torch.export.export(model, (), {"pixel_values": PHOTO})
+    program = torch.export.export(model, (), {"pixel_values": IMAGE})
     torch.export.save(program, tmp_path / "model.pt2")
-    found = torch.export.load(tmp_path / "model.pt2").module()(pixel_values=PHOTO)
-    torch.testing.assert_close(found.logits, model(pixel_values=PHOTO).logits)
+    found = torch.export.load(tmp_path / "model.pt2").module()(pixel_values=IMAGE)
+    torch.testing.assert_close(found.logits, model(pixel_values=IMAGE).logits)
 
 
-def test_onnx(tmp_path):
+def test_onnx_file_gives_the_same_logits(tmp_path):
     model = small_model().train()
     export_onnx(model, tmp_path / "model.onnx", 64, 80)
-    other = PHOTO.flip(3)
+    other = IMAGE.flip(3)
     assert model.training
     assert model.config._attn_implementation == "sdpa"
     found, metadata = run_onnx(tmp_path / "model.onnx", other)
@@ -63,22 +62,22 @@ def test_onnx(tmp_path):
     assert json.loads(metadata["id2label"]) == {"0": "cat", "1": "wet grass", "2": "sky"}
 
 
-def test_script(tmp_path, capsys):
+def test_script_writes_onnx_file(tmp_path, capsys):
     folder = save_tiny_model(tmp_path / "model")
     output = tmp_path / "new" / "model.onnx"
     arguments = [folder, str(output), "--height", "48", "--width", "64", "--categories", "cat, wet grass"]
-    assert SCRIPT["main"](arguments) == 0
-    assert capsys.readouterr().out == f"{output}: photos of 48 x 64 -> cat, wet grass\n"
+    assert SCRIPT.main(arguments) == 0
+    assert capsys.readouterr().out == f"{output}: images of 48 x 64 -> cat, wet grass\n"
 
     model = IFSegForSemanticSegmentation.from_pretrained(folder).eval()
     processor = IFSegProcessor.from_pretrained(folder)
     model.set_words(**processor.encode_categories(["cat", "wet grass"]))
-    photo = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    pixel_values = processor(images=photo, do_resize=False, return_tensors="pt")["pixel_values"]
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    pixel_values = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"]
     found, _ = run_onnx(output, pixel_values)
     assert_same(found, model, pixel_values)
 
-    # what the file gives is what post-processing takes
+    # post-processing takes the outputs of the file
     outputs = IFSegSegmentationOutput(logits=torch.from_numpy(found[0]), image_features=torch.from_numpy(found[1]))
     (labels,) = processor.post_process_semantic_segmentation(outputs, [(48, 64)])
     with torch.no_grad():
@@ -86,21 +85,21 @@ def test_script(tmp_path, capsys):
     assert (labels == expected).float().mean() > 0.99
 
 
-def test_script_errors(tmp_path, capsys):
+def test_script_errors_are_one_line(tmp_path, capsys):
     folder = save_tiny_model(tmp_path / "model")
     capsys.readouterr()  # the progress bar of saving
     for arguments, message in [
-        ([folder, "x.onnx"], "not tuned for any words"),
+        ([folder, "x.onnx"], "has no categories"),
         ([str(tmp_path / "none"), "x.onnx"], "no model folder"),
         ([folder, "x.onnx", "--categories", "cat, cat"], "cat"),
         ([folder, f"{folder}/config.json/x.onnx", "--categories", "cat, dog"], "config.json"),
     ]:
-        assert SCRIPT["main"](arguments) == 1
+        assert SCRIPT.main(arguments) == 1
         error = capsys.readouterr().err
         assert error.startswith("export_onnx.py: ")
         assert message in error
         assert error.count("\n") == 1
     with pytest.raises(SystemExit):
-        SCRIPT["main"]([folder, "x.onnx", "--height", "0"])
-    with pytest.raises(ValueError, match="no words"):
+        SCRIPT.main([folder, "x.onnx", "--height", "0"])
+    with pytest.raises(ValueError, match="no categories"):
         export_onnx(IFSegForSemanticSegmentation.from_pretrained(folder), tmp_path / "x.onnx")

@@ -1,4 +1,4 @@
-"""Every way in which people load, place, adapt and share a transformers model."""
+"""Loading, device placement, attention kernels, adapters and changed categories, as for any transformers model."""
 
 import importlib.util
 import subprocess
@@ -28,12 +28,12 @@ NEW_IN_SEGMENTATION = {
     "segmentation_positions.rel_pos_tables.0.weight",
     "segmentation_positions.rel_pos_tables.1.weight",
 }
-PHOTO = torch.randn(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.randn(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory) -> str:
-    """A folder with a model that carries three words."""
+    """A folder with a model that has three categories."""
     folder = tmp_path_factory.mktemp("tuned")
     small_model().save_pretrained(folder)
     return str(folder)
@@ -41,7 +41,7 @@ def tuned(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def ofa(tmp_path_factory) -> str:
-    """A folder with a backbone as it comes from OFA: no words, no segmentation positions."""
+    """A folder with a converted OFA: no categories, no segmentation positions."""
     folder = tmp_path_factory.mktemp("ofa")
     torch.manual_seed(1)
     IFSegForConditionalGeneration(IFSegConfig(**SMALL, init_std=0.2)).save_pretrained(folder)
@@ -54,8 +54,8 @@ def expected() -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits(model, photo: torch.Tensor = PHOTO, **words) -> torch.Tensor:
-    return model.eval()(pixel_values=photo, **words).logits
+def logits(model, image: torch.Tensor = IMAGE, **words) -> torch.Tensor:
+    return model.eval()(pixel_values=image, **words).logits
 
 
 # Types, devices, kernels ----------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def test_dtype(tuned, expected, dtype):
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.02 if dtype.itemsize == 2 else 1e-5)
 
 
-def test_dtype_by_name_and_of_the_checkpoint(tuned, tmp_path):
+def test_dtype_by_name_and_from_checkpoint(tuned, tmp_path):
     half = IFSegForSemanticSegmentation.from_pretrained(tuned, dtype="bfloat16")
     half.save_pretrained(tmp_path)
     assert IFSegForSemanticSegmentation.from_pretrained(tmp_path).dtype == torch.bfloat16
@@ -89,7 +89,7 @@ def test_dtype_by_name_and_of_the_checkpoint(tuned, tmp_path):
     ],
 )
 def test_device_map(tuned, expected, device_map, tmp_path):
-    """Weights on the disk come when they are needed, the tables that no layer but the model itself reads included."""
+    """Weights on the disk are loaded when needed, including tables that only the model itself reads."""
     model = AutoModelForSemanticSegmentation.from_pretrained(tuned, device_map=device_map, offload_folder=tmp_path)
     if "disk" in str(device_map):
         assert any(parameter.is_meta for parameter in model.parameters())
@@ -97,7 +97,7 @@ def test_device_map(tuned, expected, device_map, tmp_path):
 
 
 @pytest.mark.parametrize("decoder_positions", ["segmentation", "image"])
-def test_device_map_of_what_fits_into_little_memory(decoder_positions, tmp_path):
+def test_device_map_with_little_memory(decoder_positions, tmp_path):
     model = small_model(decoder_positions=decoder_positions)
     model.save_pretrained(tmp_path / "model")
     loaded = IFSegForSemanticSegmentation.from_pretrained(
@@ -108,23 +108,24 @@ def test_device_map_of_what_fits_into_little_memory(decoder_positions, tmp_path)
 
 
 @pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch makes no devices"
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot register a fake device",
 )
-def test_device_map_of_two_devices():
+def test_device_map_over_two_devices():
     script = Path(__file__).parents[2] / "helpers" / "two_devices.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert done.stdout == "done\n", done.stderr
 
 
-def test_generation_from_the_disk(ofa, tmp_path):
-    inputs = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "pixel_values": PHOTO, "max_new_tokens": 4, "do_sample": False}
+def test_generation_with_weights_on_disk(ofa, tmp_path):
+    inputs = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "pixel_values": IMAGE, "max_new_tokens": 4, "do_sample": False}
     whole = IFSegForConditionalGeneration.from_pretrained(ofa)
     spread = IFSegForConditionalGeneration.from_pretrained(ofa, device_map={"": "disk"}, offload_folder=tmp_path)
     assert torch.equal(spread.generate(**inputs), whole.generate(**inputs))
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_attn_implementation(tuned, expected, kernel):
+def test_attention_kernels_give_the_same_logits(tuned, expected, kernel):
     model = IFSegForSemanticSegmentation.from_pretrained(tuned, attn_implementation=kernel)
     assert model.config._attn_implementation == kernel
     torch.testing.assert_close(logits(model), expected)
@@ -133,7 +134,7 @@ def test_attn_implementation(tuned, expected, kernel):
 @pytest.mark.parametrize(
     ("kernel", "message"), [("flash_attention_2", "Flash Attention 2"), ("flex_attention", "flex_attention")]
 )
-def test_kernels_that_take_no_bias_are_refused(tuned, kernel, message):
+def test_kernels_without_bias_are_refused(tuned, kernel, message):
     with pytest.raises(ValueError, match=f"IFSegForSemanticSegmentation does not support.*{message}"):
         IFSegForSemanticSegmentation.from_pretrained(tuned, attn_implementation=kernel)
 
@@ -146,20 +147,20 @@ def test_kernels_that_take_no_bias_are_refused(tuned, kernel, message):
         ("torchao", lambda: TorchAoConfig("int8_weight_only")),
     ],
 )
-def test_quantization_says_which_package_it_needs(tuned, package, settings):
+def test_quantization_error_names_the_missing_package(tuned, package, settings):
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
     with pytest.raises((ImportError, ValueError), match=f"pip install.*{package}"):
         IFSegForSemanticSegmentation.from_pretrained(tuned, quantization_config=settings())
 
 
-# From one class into another ------------------------------------------------------------------------------------------
+# Loading into another class -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("saved", "loaded", "missing", "unexpected"),
     [
-        (IFSegModel, IFSegForConditionalGeneration, set(), set()),  # its head is tied to the word embeddings
+        (IFSegModel, IFSegForConditionalGeneration, set(), set()),  # the head is tied to the word embeddings
         (IFSegModel, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
         (IFSegForConditionalGeneration, IFSegModel, set(), set()),
         (IFSegForConditionalGeneration, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
@@ -168,7 +169,7 @@ def test_quantization_says_which_package_it_needs(tuned, package, settings):
         (IFSegForSemanticSegmentation, IFSegForSemanticSegmentation, set(), set()),
     ],
 )
-def test_keys(saved, loaded, missing, unexpected, tmp_path):
+def test_missing_and_unexpected_keys(saved, loaded, missing, unexpected, tmp_path):
     torch.manual_seed(0)
     model = saved(IFSegConfig(**SMALL))
     model.save_pretrained(tmp_path)
@@ -181,13 +182,13 @@ def test_keys(saved, loaded, missing, unexpected, tmp_path):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_the_papers_positions_need_nothing_new(ofa):
+def test_image_positions_need_no_new_weights(ofa):
     _, report = IFSegForSemanticSegmentation.from_pretrained(ofa, decoder_positions="image", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
 
 
-def test_a_backbone_loads_without_words_and_a_tuned_model_keeps_its_own(ofa, tuned):
+def test_categories_of_backbone_and_trained_model(ofa, tuned):
     model = IFSegForSemanticSegmentation.from_pretrained(ofa)
     with pytest.raises(ValueError, match="no words"):
         logits(model)
@@ -196,7 +197,7 @@ def test_a_backbone_loads_without_words_and_a_tuned_model_keeps_its_own(ofa, tun
     assert IFSegModel.from_pretrained(tuned).config.category_ids == WORDS["category_ids"]
 
 
-# Words on a loaded model ----------------------------------------------------------------------------------------------
+# Categories of a loaded model -----------------------------------------------------------------------------------------
 
 OTHERS = {
     "id2label": {0: "cup", 1: "saucer"},
@@ -206,7 +207,7 @@ OTHERS = {
 }
 
 
-def test_changed_words_are_the_same_everywhere(tuned, tmp_path):
+def test_changed_categories_are_consistent_and_saved(tuned, tmp_path):
     model = IFSegForSemanticSegmentation.from_pretrained(tuned)
     model.set_words(**OTHERS)
     model.save_pretrained(tmp_path)
@@ -226,7 +227,7 @@ def test_changed_words_are_the_same_everywhere(tuned, tmp_path):
 @pytest.mark.parametrize(
     "names", [{0: "a", 1: "b", 2: "c"}, {"0": "a", "1": "b", "2": "c"}], ids=["numbers", "as in JSON"]
 )
-def test_other_names_for_the_same_words(tuned, names):
+def test_categories_can_be_renamed_when_loading(tuned, names):
     config = IFSegForSemanticSegmentation.from_pretrained(tuned, id2label=names, num_labels=3).config
     assert config.id2label == {0: "a", 1: "b", 2: "c"}
     assert config.label2id == {"a": 0, "b": 1, "c": 2}
@@ -244,7 +245,7 @@ def test_other_names_for_the_same_words(tuned, names):
         ({"word_ids": [[5], [6]], "word_categories": [0, 1]}, "every category"),
     ],
 )
-def test_contradictions_are_refused(tuned, contradiction, message):
+def test_inconsistent_categories_are_refused(tuned, contradiction, message):
     with pytest.raises(ValueError, match=message):
         IFSegForSemanticSegmentation.from_pretrained(tuned, **contradiction)
     model = IFSegForSemanticSegmentation.from_pretrained(tuned)
@@ -254,7 +255,7 @@ def test_contradictions_are_refused(tuned, contradiction, message):
         logits(model)
 
 
-def test_a_refused_change_changes_nothing(tuned, expected):
+def test_refused_change_leaves_model_unchanged(tuned, expected):
     model = IFSegForSemanticSegmentation.from_pretrained(tuned)
     before = model.config.to_dict()
     with pytest.raises(ValueError, match="3 names but sub-words for 2"):
@@ -267,7 +268,7 @@ def test_a_refused_change_changes_nothing(tuned, expected):
 
 
 def lora(**kwargs) -> LoraConfig:
-    """On the projections of every attention; the positions that OFA does not have are trained and saved whole."""
+    """LoRA on the projections of every attention; segmentation positions are trained and saved in full."""
     return LoraConfig(
         r=4,
         target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
@@ -283,7 +284,7 @@ def with_words(folder: str) -> IFSegForSemanticSegmentation:
 
 
 def tune(model, steps: int = 5) -> float:
-    """A plain loop over word maps; returns how far the loss fell."""
+    """Trains on word maps in a plain loop; returns by how much the loss fell."""
     optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     word_map = torch.randint(3, (4, 4, 4), generator=generator)
@@ -299,7 +300,7 @@ def tune(model, steps: int = 5) -> float:
     return losses[0] - losses[-1]
 
 
-def test_lora_by_peft(ofa, tmp_path):
+def test_lora_with_peft(ofa, tmp_path):
     model = get_peft_model(with_words(ofa), lora())
     trained = {name for name, x in model.named_parameters() if x.requires_grad}
     assert all("lora_" in name or "segmentation_positions" in name for name in trained)
@@ -312,7 +313,7 @@ def test_lora_by_peft(ofa, tmp_path):
     loaded = PeftModel.from_pretrained(with_words(ofa), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded), after, rtol=0, atol=0)
 
-    # merged it is an ordinary model again, which brings its words along
+    # the merged model is an ordinary model with categories
     loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged, report = IFSegForSemanticSegmentation.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"]
@@ -321,7 +322,7 @@ def test_lora_by_peft(ofa, tmp_path):
     torch.testing.assert_close(logits(merged), after)
 
 
-def test_lora_by_transformers(ofa, tmp_path):
+def test_lora_with_transformers(ofa, tmp_path):
     model = with_words(ofa)
     model.add_adapter(lora())
     assert tune(model) > 0
@@ -333,14 +334,14 @@ def test_lora_by_transformers(ofa, tmp_path):
     loaded.load_adapter(tmp_path)
     torch.testing.assert_close(logits(loaded), after, rtol=0, atol=0)
 
-    # the folder of the adapter names its base model, so it loads like any other; the words are to be set again
+    # the adapter's folder names its base model, so it loads like a model; its categories must be set again
     whole = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
     whole.set_words(**WORDS)
     torch.testing.assert_close(logits(whole), after, rtol=0, atol=0)
 
 
-def test_lora_on_what_the_method_trains(ofa):
-    """The recipe's own choice of frozen weights stands beside the adapter's."""
+def test_lora_beside_frozen_weights_of_word_maps(ofa):
+    """`freeze_for_word_maps` and an adapter freeze their weights independently."""
     model = with_words(ofa)
     model.freeze_for_word_maps()
     model = get_peft_model(model, lora())
@@ -349,16 +350,16 @@ def test_lora_on_what_the_method_trains(ofa):
     assert all(torch.equal(x, frozen[name]) for name, x in model.named_parameters() if name in frozen)
 
 
-def test_an_adapter_with_its_processor_is_a_pipeline(tmp_path):
+def test_adapter_with_processor_loads_as_pipeline(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     processor = IFSegProcessor.from_pretrained(base)
     model = get_peft_model(IFSegForSemanticSegmentation.from_pretrained(base), lora())
     model.set_words(**processor.encode_categories(["cat", "wet grass", "sky"]))
     tune(model)
-    photo = torch.randint(256, (3, 64, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = processor.pipeline(model.eval())(photo)
+    image = torch.randint(256, (3, 64, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = processor.pipeline(model.eval())(image)
 
     model.save_pretrained(tmp_path / "adapter")
     processor.save_pretrained(tmp_path / "adapter")
     pipe = pipeline("image-segmentation", model=str(tmp_path / "adapter"), categories=["cat", "wet grass", "sky"])
-    assert pipe(photo) == expected  # labels, scores and masks
+    assert pipe(image) == expected  # labels, scores and masks
