@@ -57,7 +57,7 @@ def summary(report: "ConversionReport") -> str:
 
 def _next_steps(report: "ConversionReport") -> list[str]:
     """The commands that use the converted model."""
-    if report.architecture == "IFSegForConditionalGeneration":
+    if report.architecture == "OFAForConditionalGeneration":
         return [f'  accelerate launch scripts/train.py --model {report.output_dir} --categories "..." --output-dir OUT']
     words = "" if report.has_words else ' --categories "..."'
     return [f"  python scripts/segment.py IMAGE --model {report.output_dir}{words} --output-dir OUT"]

@@ -29,9 +29,7 @@ from ifseg_hf.hub.checkpoint_reader import (
     read_json,
     read_weights,
 )
-from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
-from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
+from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConfig, OFAForConditionalGeneration
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 
@@ -112,7 +110,7 @@ def convert_ofa_checkpoint(
 ) -> ConversionReport:
     """Writes a checkpoint to a folder that `from_pretrained` loads, with its processor, and returns a report.
 
-    OFA becomes the model for text generation, from which training on category words starts; a released IFSeg
+    OFA becomes an `OFAForConditionalGeneration`, from which training on category words starts; a released IFSeg
     checkpoint becomes an `IFSegForSemanticSegmentation`. Weights are saved in float32.
 
     Args:
@@ -186,7 +184,9 @@ def _shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]
 def _check_not_converted(path: Path) -> None:
     """Raises for a folder that this package has saved."""
     config_file = path / "config.json"
-    if config_file.is_file() and read_json(config_file).get("model_type") == IFSegConfig.model_type:
+    config = read_json(config_file) if config_file.is_file() else {}
+    # A published OFA has the model_type "ofa" too, but no `trunk_type`.
+    if config.get("model_type") == IFSegConfig.model_type or "trunk_type" in config:
         raise ConversionError(f"{path} is already converted: load it with from_pretrained.")
 
 
@@ -219,8 +219,8 @@ def match_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     return used, accounted
 
 
-def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> IFSegConfig:
-    """The configuration of the model with these tensors.
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> OFAConfig:
+    """The configuration of the OFA with these tensors.
 
     Args:
         shapes: names as returned by [`match_names`] -> shapes.
@@ -268,16 +268,16 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> IFSegConfig:
     if "segmentation_positions.embed_positions.weight" in shapes:
         grid_size = side(size("segmentation_positions.embed_positions.weight") - 1)
     try:
-        patch_size = IFSegConfig(**sizes, image_size=0).patch_size
-        return IFSegConfig(**sizes, image_size=grid_size * patch_size)
+        patch_size = OFAConfig(**sizes, image_size=0).patch_size
+        return OFAConfig(**sizes, image_size=grid_size * patch_size)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ConversionError(f"No OFA model has the shapes of this checkpoint: {first_sentence(error)}") from error
 
 
-def _size_name(config: IFSegConfig) -> str:
+def _size_name(config: OFAConfig) -> str:
     """The name of the published OFA size with this configuration, or "custom"."""
     for name in ("tiny", "medium", "base", "large", "huge"):
-        if IFSegConfig.preset(name, image_size=config.image_size).to_dict() == config.to_dict():
+        if OFAConfig.preset(name, image_size=config.image_size).to_dict() == config.to_dict():
             return name
     return "custom"
 
@@ -333,7 +333,7 @@ def read_fairseq_vocabulary(dictionary: Path, encoder: Path) -> dict[str, int]:
 
 
 def _fit_to_vocabulary(
-    config: IFSegConfig, state_dict: dict[str, torch.Tensor], tokens: int, tokenizer_dir: Path
+    config: OFAConfig, state_dict: dict[str, torch.Tensor], tokens: int, tokenizer_dir: Path
 ) -> list[str]:
     """Drops a row of the embedding beyond the vocabulary; returns a note if there was one. Raises on other sizes."""
     notes = []
@@ -368,7 +368,7 @@ def _check_copies(weights: Mapping[str, torch.Tensor], embedding: torch.Tensor) 
             )
 
 
-def empty_model(config: IFSegConfig, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedModel:
+def empty_model(config: OFAConfig, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedModel:
     """The model of a configuration, on the meta device. Raises unless it has exactly these tensors.
 
     Args:
@@ -377,9 +377,12 @@ def empty_model(config: IFSegConfig, shapes: Mapping[str, tuple[int, ...]]) -> P
     """
     segmentation = any(name.startswith(_SEGMENTATION) for name in shapes)
     with torch.device("meta"):
-        model = (IFSegForSemanticSegmentation if segmentation else IFSegForConditionalGeneration)(config)
+        if segmentation:
+            model = IFSegForSemanticSegmentation(IFSegConfig.from_backbone_config(config))
+        else:
+            model = OFAForConditionalGeneration(config)
     expected = {
-        name.removeprefix(f"{model.base_model_prefix}."): tuple(tensor.shape)
+        name.removeprefix("backbone.").removeprefix("model."): tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
         if name not in model.all_tied_weights_keys
     }
@@ -396,8 +399,9 @@ def _fill(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> Non
     ]
     if unusable:
         raise ConversionError(f"The checkpoint is damaged: values that are not finite numbers in {listing(unusable)}.")
+    backbone = "backbone." if isinstance(model, IFSegForSemanticSegmentation) else ""
     tensors = {
-        name if name.startswith(_SEGMENTATION) else f"{model.base_model_prefix}.{name}": tensor.float().contiguous()
+        f"{backbone}{'' if name.startswith(_SEGMENTATION) else 'model.'}{name}": tensor.float().contiguous()
         for name, tensor in state_dict.items()
     }
     model.load_state_dict(tensors, strict=False, assign=True)  # tied weights are not in `tensors`

@@ -210,9 +210,9 @@ def files_to_publish(folder: Path) -> list[Path]:
     results of the folder are malformed.
     """
     config = read_json(folder / "config.json")
-    if config.get("model_type") != "ifseg":
+    if config.get("model_type") not in ("ifseg", "ofa"):
         raise ValueError(
-            f'"{folder}" is not an IFSeg model: its config.json has model_type={config.get("model_type")}.'
+            f'"{folder}" is not an IFSeg or OFA model: its config.json has model_type={config.get("model_type")}.'
         )
     files = [
         file
