@@ -1,7 +1,6 @@
-"""How many word maps a second one core draws, of 32 x 32 patches, in batches as training reads them.
+"""Word maps of 32 x 32 patches per second of processor time, in batches as in training; `make bench` prints them.
 
-`make bench` prints it. Time is the processor's, so that other jobs on the machine do not count. The labels are no part
-of it: they are made of the small grids where the model is.
+The labels are measured separately, because training makes them on the model's device.
 """
 
 import itertools
@@ -18,7 +17,7 @@ SAMPLES = 4096
 
 @pytest.fixture
 def report(benchmark, capsys):
-    """Prints samples a second once the benchmark has run, and returns them; None where benchmarks are switched off."""
+    """Prints and returns samples per second after a benchmark; returns None where benchmarks are disabled."""
 
     def report(what: str, samples: int) -> float | None:
         if benchmark.stats is None:
@@ -34,7 +33,7 @@ def report(benchmark, capsys):
 @pytest.mark.benchmark(group="word maps", timer=time.process_time, min_rounds=5, warmup=True)
 @pytest.mark.parametrize("start", [0, 10_000_000])
 @pytest.mark.parametrize("vocabulary", ["171 words", "27 categories of 171 words"])
-def test_stream(benchmark, report, vocabulary, start):
+def test_word_maps_are_drawn_at_20000_per_second(benchmark, report, vocabulary, start):
     word_categories = [i % 27 for i in range(171)] if "categories" in vocabulary else None
 
     def read():
@@ -49,8 +48,8 @@ def test_stream(benchmark, report, vocabulary, start):
 
 
 @pytest.mark.benchmark(group="labels", timer=time.process_time, min_rounds=5, warmup=True)
-def test_labels(benchmark, report):
-    """On the CPU, where they cost most."""
+def test_labels_are_made(benchmark, report):
+    """On the CPU, where labels are slowest."""
     batch = next(iter(DataLoader(word_map_stream(171), batch_size=16)))
     torch.set_num_threads(1)
     labels = benchmark(word_map_labels, batch["word_map"], batch["grid_size"], 512)
