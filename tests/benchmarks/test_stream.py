@@ -1,6 +1,7 @@
-"""Word maps of 32 x 32 patches per second of processor time, in batches as in training; `make bench` prints them.
+"""How many word maps a second one core draws, of 32 x 32 patches, in batches as training reads them.
 
-The labels are measured separately, because training makes them on the model's device.
+`make bench` prints it. Time is the processor's, so that other jobs on the machine do not count. The labels are no part
+of it: they are made of the small grids where the model is.
 """
 
 import itertools
@@ -17,7 +18,7 @@ SAMPLES = 4096
 
 @pytest.fixture
 def report(benchmark, capsys):
-    """Prints and returns samples per second after a benchmark; returns None where benchmarks are disabled."""
+    """Prints samples a second once the benchmark has run, and returns them; None where benchmarks are switched off."""
 
     def report(what: str, samples: int) -> float | None:
         if benchmark.stats is None:
@@ -33,7 +34,7 @@ def report(benchmark, capsys):
 @pytest.mark.benchmark(group="word maps", timer=time.process_time, min_rounds=5, warmup=True)
 @pytest.mark.parametrize("start", [0, 10_000_000])
 @pytest.mark.parametrize("vocabulary", ["171 words", "27 categories of 171 words"])
-def test_word_maps_are_drawn_at_20000_per_second(benchmark, report, vocabulary, start):
+def test_stream(benchmark, report, vocabulary, start):
     word_categories = [i % 27 for i in range(171)] if "categories" in vocabulary else None
 
     def read():
@@ -48,8 +49,8 @@ def test_word_maps_are_drawn_at_20000_per_second(benchmark, report, vocabulary, 
 
 
 @pytest.mark.benchmark(group="labels", timer=time.process_time, min_rounds=5, warmup=True)
-def test_labels_are_made(benchmark, report):
-    """On the CPU, where labels are slowest."""
+def test_labels(benchmark, report):
+    """On the CPU, where they cost most."""
     batch = next(iter(DataLoader(word_map_stream(171), batch_size=16)))
     torch.set_num_threads(1)
     labels = benchmark(word_map_labels, batch["word_map"], batch["grid_size"], 512)
