@@ -114,9 +114,8 @@ class VisionLanguageTrainer:
         config: VisionLanguageConfig,
         log=print,
     ):
-        self.maker, self.model, self.phases, self.output, self.config, self.log = (
-            maker, model, phases, output, config, log,
-        )  # fmt: skip
+        self.maker, self.model, self.phases = maker, model, phases
+        self.output, self.config, self.log = output, config, log
         self.rank, self.world = processes()
         torch.manual_seed(config.seed + self.rank)
         self.texts = Texts(tokenizer, maker.names)
