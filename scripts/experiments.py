@@ -1,22 +1,20 @@
-"""What photos add to words alone: trains and evaluates every row of the README's table on a data set of one's own.
+"""What images add to words alone: trains and evaluates every row of the table in scripts/README.md on your own dataset.
 
     python scripts/experiments.py DATASET --unseen "tree, car, sign" --output-dir OUT
     python scripts/experiments.py DATASET --unseen "tree, car, sign" --output-dir OUT --only supervised --dry-run
 
-DATASET is a folder with dataset.json, train/ and val/. Stopped and started again, it goes on where it was; started
-twice with different seeds, the two share OUT. At the end it writes experiments.md and curves.png.
+DATASET is a folder with dataset.json, train/ and val/. A run that was stopped resumes when the same command is run
+again. Several runs may share OUT at the same time, each with other seeds. Writes experiments.md and curves.png.
 """
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-NAMES = ("image-free", "self-training", "supervised", "from-scratch", "seen-only", "seen-and-unseen")
-
 SCRIPTS = Path(__file__).resolve().parent
+NAMES = ("image-free", "self-training", "supervised", "from-scratch", "seen-only", "seen-and-unseen")
 
 
 def integers(text: str) -> list[int]:
@@ -25,14 +23,14 @@ def integers(text: str) -> list[int]:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="DATASET", help="photos with masks")
-    parser.add_argument("--unseen", required=True, help="categories that some rows see no mask of, with commas")
+    parser.add_argument("dataset", metavar="DATASET", help="images with masks")
+    parser.add_argument("--unseen", required=True, help="categories whose masks some rows do not use, with commas")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/experiments"), help="default: %(default)s")
     parser.add_argument("--model", default="ifseg-ofa-nano", help="to start from (default: the embedded model)")
     parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="with commas (default: 0,1,2)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--steps", type=int, default=600, help="of each run on photos (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="of each run on photos (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="of each run on images (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="of each run on images (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     options = parser.parse_args(arguments)
     if min(options.steps, options.batch_size) < 1 or min(options.seeds) < 0:
@@ -40,51 +38,35 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def launch(command: list[str]) -> None:
-    """Runs a script of this folder."""
-    done = subprocess.run([sys.executable, str(SCRIPTS / command[0]), *command[1:]])
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} ended with status {done.returncode}")
-
-
-def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] = launch) -> int:
+def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] | None = None) -> int:
+    """`run`: runs a script by its name with arguments; by default in a new process."""
     options = parse_arguments(arguments)
-    from ifseg_hf.experiments.image_experiments import (
-        Experiments,
-        draw,
-        markdown,
-        results,
-        run_experiments,
-        shell,
-        write,
-    )
+    from ifseg_hf.experiments.image_experiments import ImageExperiments, draw_experiments, read_results, seeds_table
+    from ifseg_hf.experiments.plan import run_plan, run_script, write_text
 
+    run = run or (lambda command: run_script(command, SCRIPTS))
     out, configs = options.output_dir, Path(os.path.relpath(SCRIPTS / "configs"))
-    experiments = Experiments(
+    experiments = ImageExperiments(
         options.dataset, options.unseen, out, configs, options.model, options.steps, options.batch_size
     )
-
-    def told(command: list[str]) -> None:
-        print(f"\n{shell(command)}", flush=True)
-        run(command)
-
     try:
         experiments.check()
+        if not options.dry_run:
+            experiments.save_settings()
+        run_plan(experiments.steps_of(options.only, options.seeds), run, dry_run=options.dry_run)
         if options.dry_run:
-            print("\n".join(map(shell, experiments.plan(options.only, options.seeds))))
             return 0
-        experiments.begin()
-        run_experiments(experiments, options.only, options.seeds, told)
-        found = results(out)
-        text = markdown(found)
-        write(out / "experiments.md", text)
-        print(f"\nIn per cent, with the standard deviation over seeds:\n\n{text}\nWritten to {out / 'experiments.md'}.")
-        draw(out, found)
+        results = read_results(out)
+        table = seeds_table(results)
+        write_text(out / "experiments.md", table)
+        print(f"\nIn per cent, with the standard deviation over seeds:\n\n{table}")
+        print(f"Written to {out / 'experiments.md'}.")
+        draw_experiments(out, results)
     except ImportError:
         print('There is no curves.png: it needs matplotlib, pip install "ifseg-hf[plot]".')
     except (OSError, RuntimeError, ValueError) as error:
-        more = ". The same command goes on from here." if isinstance(error, RuntimeError) else ""
-        print(f"experiments.py: {' '.join(str(error).split())}{more}", file=sys.stderr)
+        resume = ". Run the same command again to resume." if isinstance(error, RuntimeError) else ""
+        print(f"experiments.py: {' '.join(str(error).split())}{resume}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,8 +1,8 @@
-"""Loss and mean IoU of runs of train.py over their steps.
+"""Plots loss and mean IoU of training runs over their steps.
 
     python scripts/plot_runs.py RUN [RUN ...] --labels checkpoint checkpoint scratch --level "image-free: 39.8"
 
-Runs of one label, such as several seeds, become one line, their mean, in a band from the lowest to the highest.
+Runs with the same label, such as several seeds, become one line: their mean, in a band from the lowest to the highest.
 """
 
 import argparse
@@ -11,23 +11,24 @@ from pathlib import Path
 
 
 def level(text: str) -> tuple[str, float]:
+    """Name and mean IoU of `name: per cent`."""
     name, _, number = text.rpartition(":")
     if not name.strip():
         raise ValueError
     return name.strip(), float(number)
 
 
-level.__name__ = '"name: per cent"'  # argparse tells it where the text is wrong
+level.__name__ = '"name: per cent"'  # argparse prints this name if the text is wrong
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run of train.py")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="one for each run (default: the folders' names)")
     parser.add_argument(
-        "--level", action="append", type=level, default=[], help='a line to compare with, "name: mean IoU in per cent"'
+        "--level", action="append", type=level, default=[], help='a horizontal line, "name: mean IoU in per cent"'
     )
-    parser.add_argument("--output", default="curves.png", help="the picture (default: %(default)s)")
+    parser.add_argument("--output", default="curves.png", help="image file (default: %(default)s)")
     options = parser.parse_args(arguments)
     options.labels = options.labels or [Path(run).name for run in options.runs]
     if len(options.labels) != len(options.runs):
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         draw_curves(runs, options.output, dict(options.level))
     except ImportError:
-        print('plot_runs.py: it needs matplotlib: pip install "ifseg-hf[plot]"', file=sys.stderr)
+        print('plot_runs.py needs matplotlib: pip install "ifseg-hf[plot]"', file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
         print(f"plot_runs.py: {' '.join(str(error).split())}", file=sys.stderr)

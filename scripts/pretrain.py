@@ -1,9 +1,8 @@
-#!/usr/bin/env python
-"""Pre-train the nano OFA that comes with the package, from photos, names and boxes.
+"""Pre-trains the nano OFA that comes with the package, from images, names and boxes.
 
-    python scripts/pretrain.py --photos ../shared/data/photos --street ../shared/data/camvid --output-dir OUT
+    python scripts/pretrain.py --images ../shared/data/photos --street ../shared/data/camvid --output-dir OUT
 
-Stopped and started again with the same arguments, it goes on where it was.
+A run that was stopped resumes when the same command is run again.
 """
 
 import argparse
@@ -13,19 +12,21 @@ from pathlib import Path
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", required=True, help="folder of parquet files: photos of 64 x 64 with class names")
-    parser.add_argument("--street", default=None, help="folder of street photos with masks, which choose named boxes")
-    parser.add_argument("--output-dir", required=True, help="folder for the checkpoint and the stages before it")
-    parser.add_argument("--scale", type=float, default=1.0, help="steps of every phase, as part of the recipe's")
-    parser.add_argument("--model", default=None, help="an earlier checkpoint of this script, to go on from")
+    parser.add_argument("--images", required=True, help="folder of parquet files: images of 64 x 64 with class names")
+    parser.add_argument("--street", default=None, help="folder of street images; their masks choose named boxes")
+    parser.add_argument(
+        "--output-dir", required=True, help="folder for the checkpoint, and for the state of its stages"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every phase (default: 1)")
+    parser.add_argument("--model", default=None, help="an earlier checkpoint of this script to start from")
     parser.add_argument("--workers", type=int, default=2, help="processes that train together (default: 2)")
     options = parser.parse_args(arguments)
-    if not list(Path(options.photos).glob("*.parquet")):
-        parser.error(f"there are no parquet files in {options.photos}")
+    if not list(Path(options.images).glob("*.parquet")):
+        parser.error(f"--images: there are no parquet files in {options.images}")
     if options.street and not (Path(options.street) / "dataset.json").is_file():
-        parser.error(f"there is no dataset.json in {options.street}")
+        parser.error(f"--street: there is no dataset.json in {options.street}")
     if not options.scale > 0 or options.workers < 1:
-        parser.error("--scale and --workers must be more than 0")
+        parser.error("--scale must be more than 0, and --workers at least 1")
     return options
 
 
@@ -33,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     from ifseg_hf.nano.pretraining import pretrain
 
-    folder = pretrain(options.photos, options.street, options.output_dir, options.scale, options.model, options.workers)
-    print(f"The checkpoint is in {folder}; its stages, no longer needed, in {folder / 'stages'}.")
+    folder = pretrain(options.images, options.street, options.output_dir, options.scale, options.model, options.workers)
+    print(f"The checkpoint is in {folder}. The state of its stages, in {folder / 'stages'}, can be deleted.")
     return 0
 
 

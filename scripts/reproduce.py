@@ -1,29 +1,31 @@
-"""A table of the paper: tunes what it needs, evaluates it, prints the paper's numbers, ours and the difference.
+"""A table of the paper: tunes the models that it needs, evaluates them, and prints the paper's numbers beside ours.
 
     python scripts/reproduce.py --table 1 --model ofa-base --data DATA
     python scripts/reproduce.py --table 12 --model ofa-base --data DATA --dry-run
 
-DATA holds COCO-Stuff and ADE20K as they are distributed. Stopped and started again, it goes on where it was.
+DATA holds COCO-Stuff and ADE20K as they are distributed. A run that was stopped resumes when the same command is run
+again.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parent
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = [*map(str, range(1, 13)), "external-words"]
-    parser.add_argument("--table", required=True, choices=tables, help="of the paper")
-    parser.add_argument("--model", required=True, help="OFA: folder (scripts/convert_ofa.py makes it) or Hub id")
+    parser.add_argument("--table", required=True, choices=tables, help="number of the table in the paper")
+    parser.add_argument("--model", required=True, help="OFA: folder (from scripts/convert_ofa.py) or Hub id")
     parser.add_argument("--data", required=True, type=Path, help="folder with COCO-Stuff, ADE20K, or both")
     parser.add_argument("--clip", default="openai/clip-vit-base-patch16", help="CLIP (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/reproduction"), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, help="of every training, for a trial (default: the paper's)")
-    parser.add_argument("--limit", type=int, help="photos to evaluate on, for a trial (default: all)")
+    parser.add_argument("--steps", type=int, help="steps of every training run, for a trial (default: the paper's)")
+    parser.add_argument("--limit", type=int, help="number of images to evaluate on, for a trial (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     options = parser.parse_args(arguments)
     if min(options.steps or 1, options.limit or 1) < 1:
@@ -31,43 +33,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def launch(command: list[str]) -> None:
-    """Runs a script of this folder as `accelerate launch` does."""
-    script = Path(__file__).resolve().parent / command[0]
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", str(script), *command[1:]])
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} ended with status {done.returncode}")
-
-
-def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] = launch) -> int:
+def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] | None = None) -> int:
+    """`run`: runs a script by its name with arguments; by default in a new process, as `accelerate launch` does."""
     options = parse_arguments(arguments)
-    from ifseg_hf.experiments.paper_tables import Reproduction, markdown, reproduce, shell
+    from ifseg_hf.experiments.paper_tables import TableSettings, comparison_table, table_results, table_steps
+    from ifseg_hf.experiments.plan import ACCELERATE, run_plan, run_script
 
-    reproduction = Reproduction(
+    run = run or (lambda command: run_script(command, SCRIPTS, ACCELERATE))
+    settings = TableSettings(
         options.model, options.data, options.output_dir, options.clip, options.steps, options.limit
     )
-    if options.dry_run:
-        print("\n".join(map(shell, reproduction.plan(options.table))))
-        return 0
-    if not options.data.is_dir():
+    if not options.dry_run and not options.data.is_dir():
         print(f'reproduce.py: there is no folder "{options.data}".', file=sys.stderr)
         return 1
-
-    def told(command: list[str]) -> None:
-        print(f"\n{shell(command)}", flush=True)
-        run(command)
-
     try:
-        results = reproduce(reproduction, options.table, told)
+        run_plan(table_steps(options.table, settings), run, ACCELERATE, options.dry_run)
+        if options.dry_run:
+            return 0
+        rows = table_results(options.table, settings)
     except (OSError, RuntimeError) as error:
-        print(f"reproduce.py: {error}. The same command goes on from here.", file=sys.stderr)
+        print(f"reproduce.py: {error}. Run the same command again to resume.", file=sys.stderr)
         return 1
-    text = markdown(options.table, results)
+    text = comparison_table(options.table, rows)
     if options.steps or options.limit:
-        text += f"\nA trial: steps {options.steps or 'as in the paper'}, photos {options.limit or 'all'}.\n"
+        text += f"\nA trial: steps {options.steps or 'as in the paper'}, images {options.limit or 'all'}.\n"
     file = options.output_dir / f"table-{options.table}"
     file.with_suffix(".md").write_text(text, encoding="utf-8")
-    file.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(f"\n{text}\nWritten to {file}.md and .json.")
     return 0
 

@@ -1,71 +1,65 @@
 """The paper's tables as commands: which models to tune, what to evaluate them on, and what the paper reports.
 
-A step makes a folder with one of the scripts; a row of a table evaluates one of these models, or a baseline. Steps that
-rows and tables share run once, and a table that was stopped goes on where it was.
+A table is a list of rows; a row evaluates a model, which a step makes, or a baseline. Steps that rows and tables share
+run once.
 """
 
 import json
-import re
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ifseg_hf.data.vocabularies import read_categories
+from ifseg_hf.experiments.plan import Plan, Step, in_order, with_flag
+from ifseg_hf.experiments.results import markdown_table
 
-WORD_MAPS = ("train.py", "--model", "{ofa}")
-SELF_TRAINING = ("train.py", "--stage", "self-training", "--steps", "8000")
-PSEUDO_LABELS = ("pseudo_label.py", "--data-dir", "{coco}", "--split", "train2017")
-COARSE = ", ".join(read_categories("coco-stuff-coarse"))
+PSEUDO_LABELS = "pseudo_label.py --data-dir {coco_dir} --split train2017"
+SELF_TRAINING = "train.py --stage self-training --steps 8000"
 
-# Each makes the folder of its name: script and arguments. {ofa}, {coco} and {ade20k} are what a person gives, {out} is
-# the folder of all steps; a step that reads {out}/X follows step X.
-STEPS: dict[str, tuple[str, ...]] = {
-    "unseen": (*WORD_MAPS, "--categories", "coco-stuff-unseen"),
-    "unseen-s8": (*WORD_MAPS, "--categories", "coco-stuff-unseen", "--max-cells", "8"),
-    "unseen-s16": (*WORD_MAPS, "--categories", "coco-stuff-unseen", "--max-cells", "16"),
-    "unseen-fixed": (*WORD_MAPS, "--categories", "coco-stuff-unseen", "--no-random-cells"),
-    "coco": (*WORD_MAPS, "--categories", "coco-stuff"),
-    "ade20k": (*WORD_MAPS, "--categories", "ade20k"),
-    "coarse": (*WORD_MAPS, "--categories", COARSE),
-    "coarse-of-fine": (*WORD_MAPS, "--categories", "coco-stuff-coarse"),
-    # Table 4: photos alone, then with the labels of the seen categories
-    "unseen-labels": (*PSEUDO_LABELS, "--model", "{out}/unseen", "--dataset", "coco-stuff-unseen"),
-    "unseen-images": (*SELF_TRAINING, "--model", "{out}/unseen", "--dataset", "{out}/unseen-labels"),
-    "seen-labels": (
-        *(*PSEUDO_LABELS, "--model", "{out}/coco", "--dataset", "coco-stuff", "--keep-labels", "--unseen", "unseen"),
-    ),
-    "seen-images": (*SELF_TRAINING, "--model", "{out}/coco", "--dataset", "{out}/seen-labels"),
+# How the folder of each step is made; see plan.py. `TableSettings.values` says what the other placeholders stand for.
+COMMANDS = {
+    "unseen": "train.py --model {ofa} --categories coco-stuff-unseen",
+    "unseen-s8": "train.py --model {ofa} --categories coco-stuff-unseen --max-cells 8",
+    "unseen-s16": "train.py --model {ofa} --categories coco-stuff-unseen --max-cells 16",
+    "unseen-fixed": "train.py --model {ofa} --categories coco-stuff-unseen --no-random-cells",
+    "coco": "train.py --model {ofa} --categories coco-stuff",
+    "ade20k": "train.py --model {ofa} --categories ade20k",
+    "coarse": "train.py --model {ofa} --categories {coarse_words}",
+    "coarse-of-fine": "train.py --model {ofa} --categories coco-stuff-coarse",
+    # Table 4: images alone, then images with the labels of the seen categories.
+    "unseen-labels": f"{PSEUDO_LABELS} --model {{unseen}} --dataset coco-stuff-unseen",
+    "unseen-images": f"{SELF_TRAINING} --model {{unseen}} --dataset {{unseen-labels}}",
+    "seen-labels": f"{PSEUDO_LABELS} --model {{coco}} --dataset coco-stuff --keep-labels --unseen unseen",
+    "seen-images": f"{SELF_TRAINING} --model {{coco}} --dataset {{seen-labels}}",
     # Table 5
-    "supervised": (
-        *("train.py", "--stage", "supervised", "--model", "{ofa}", "--dataset", "ade20k", "--data-dir", "{ade20k}"),
-        *("--split", "training", "--steps", "80000", "--batch-size", "32"),
-    ),
+    "supervised": "train.py --stage supervised --model {ofa} --dataset ade20k --data-dir {ade20k_dir} "
+    "--split training --steps 80000 --batch-size 32",
     # Table 7
-    "coco-labels": (*PSEUDO_LABELS, "--model", "{out}/coco", "--dataset", "coco-stuff"),
-    "coco-images": (*SELF_TRAINING, "--model", "{out}/coco", "--dataset", "{out}/coco-labels"),
-    # Table 9: IFSeg+, whose own pseudo-labels take over after 15k steps
-    "plus-labels": (
-        *(*PSEUDO_LABELS, "--model", "{out}/seen-images", "--dataset", "coco-stuff", "--keep-labels"),
-        *("--unseen", "unseen", "--smoothing-iterations", "0"),
-    ),
-    "plus": (
-        *("train.py", "--stage", "self-training", "--model", "{ofa}", "--dataset", "{out}/plus-labels"),
-        *("--steps", "81000", "--refresh-every", "15000"),
-    ),
-}  # fmt: skip
-DATA_DIRS = {"coco-stuff": "{coco}", "coco-stuff-unseen": "{coco}", "coco-stuff-coarse": "{coco}", "ade20k": "{ade20k}"}
-SMOOTHED, PLAIN = (3, 25), (1, 0)
+    "coco-labels": f"{PSEUDO_LABELS} --model {{coco}} --dataset coco-stuff",
+    "coco-images": f"{SELF_TRAINING} --model {{coco}} --dataset {{coco-labels}}",
+    # Table 9: IFSeg+, which makes its own pseudo-labels after 15,000 steps.
+    "plus-labels": f"{PSEUDO_LABELS} --model {{seen-images}} --dataset coco-stuff --keep-labels --unseen unseen "
+    "--smoothing-iterations 0",
+    "plus": "train.py --stage self-training --model {ofa} --dataset {plus-labels} --steps 81000 --refresh-every 15000",
+}
+DATA_DIRS = {
+    "coco-stuff": "{coco_dir}",
+    "coco-stuff-unseen": "{coco_dir}",
+    "coco-stuff-coarse": "{coco_dir}",
+    "ade20k": "{ade20k_dir}",
+}
+BASELINES = ("clip", "maskclip")
+SMOOTHED, PLAIN = (3, 25), (1, 0)  # neighbours and iterations
 
 
 @dataclass(frozen=True)
 class Row:
-    """A number of a table, in per cent.
+    """A row of a table.
 
     Args:
-        name: what it is; paper: what the paper reports.
-        model: "ofa", "clip", "maskclip", or one of [`STEPS`]; dataset: what it is evaluated on.
-        smoothing: neighbours and iterations; metric: of [`ifseg_hf.evaluation.metrics.scores`].
+        name: title of the row; paper: the number that the paper reports, in per cent.
+        model: "ofa", "clip", "maskclip", or a step of [`COMMANDS`]; dataset: what the model is evaluated on.
+        smoothing: neighbours and iterations; metric: a key of [`ifseg_hf.evaluation.metrics.scores`].
     """
 
     name: str
@@ -77,6 +71,7 @@ class Row:
 
 
 def _image_free(dataset: str, tuned: str, ofa: float, clip: float, maskclip: float, ifseg: float) -> list[Row]:
+    """Rows of IFSeg and its baselines; `ofa`, `clip`, `maskclip` and `ifseg` are the paper's numbers."""
     return [
         Row("OFA, untuned", ofa, "ofa", dataset),
         Row("CLIP", clip, "clip", dataset),
@@ -92,8 +87,8 @@ TABLES: dict[str, list[Row]] = {
     "3": _image_free("coco-stuff", "coco", 1.5, 4.6, 12.7, 16.9),
     "4": [
         Row("IFSeg", 55.6, "unseen", UNSEEN),
-        Row("self-training on photos", 56.2, "unseen-images", UNSEEN, PLAIN),
-        Row("self-training on photos and seen labels", 61.6, "seen-images", UNSEEN, PLAIN),
+        Row("self-training on images", 56.2, "unseen-images", UNSEEN, PLAIN),
+        Row("self-training on images and seen labels", 61.6, "seen-images", UNSEEN, PLAIN),
     ],
     "5": [Row("IFSeg, supervised", 47.1, "supervised", "ade20k", PLAIN)],
     "6": [
@@ -102,7 +97,7 @@ TABLES: dict[str, list[Row]] = {
     ],
     "7": [
         Row("IFSeg", 16.9, "coco", "coco-stuff"),
-        Row("self-training on photos", 18.4, "coco-images", "coco-stuff", PLAIN),
+        Row("self-training on images", 18.4, "coco-images", "coco-stuff", PLAIN),
     ],
     "8": [Row("IFSeg", 16.8, "coco", "ade20k")],
     "9": [
@@ -140,26 +135,27 @@ TABLES: dict[str, list[Row]] = {
     "external-words": [Row("tuned on ADE20K's words", 54.1, "ade20k", UNSEEN)],
 }  # fmt: skip
 NOTES = {
-    "1": "The paper's CLIP and MaskCLIP have a ResNet-101, which transformers does not have. With ViT-B/16 it reports "
+    "1": "The paper's CLIP and MaskCLIP have a ResNet-101, which transformers lacks. With ViT-B/16 it reports "
     "12.9 and 37.0 on the 15 unseen categories (Table 13).",
-    "8": "The paper's 20.9 needs class-agnostic masks, and its 17.4 a hierarchy of ADE20K's words: neither is here.",
+    "8": "The paper's 20.9 needs class-agnostic masks, and its 17.4 a hierarchy of ADE20K's words; this project has "
+    "neither.",
     "10": "The text reports 47.0 without smoothing (Table 11), this table 46.8.",
-    "11": "The paper gives 54.6 here for what Table 1 has as 55.6.",
+    "11": "Where Table 1 has 55.6, the paper gives 54.6 here.",
 }
 NOTES |= dict.fromkeys(("2", "3", "6", "11"), NOTES["1"]) | {"11": f"{NOTES['11']} {NOTES['1']}"}
-BASELINES = ("clip", "maskclip")
 
 
 @dataclass
-class Reproduction:
-    """What a person gives.
+class TableSettings:
+    """Models, data and folders for a table.
 
     Args:
         ofa: folder or Hub id of a converted OFA; clip: of a CLIP with a vision transformer.
         data: folder that holds COCO (`val2017`, `stuffthingmaps_trainval2017`, ...) and ADE20K
-            (`ADEChallengeData2016`), or folders `coco-stuff` and `ade20k` that do.
-        out: takes the models and the results.
-        steps: of every training, in the place of the paper's; limit: photos to evaluate on; both for a trial.
+            (`ADEChallengeData2016`), or their parent folders `coco-stuff` and `ade20k`.
+        out: folder for the models and the results.
+        steps: steps of every training run, for a trial; limit: number of images to evaluate on, for a trial. `None`:
+            as in the paper.
     """
 
     ofa: str
@@ -169,110 +165,96 @@ class Reproduction:
     steps: int | None = None
     limit: int | None = None
 
-    def places(self) -> dict[str, str]:
+    def values(self) -> dict[str, str]:
+        """What the placeholders of [`COMMANDS`] stand for."""
         coco = next((x for x in (self.data / "coco-stuff", self.data / "coco") if x.is_dir()), self.data)
         ade20k = next((x for x in (self.data / "ade20k",) if x.is_dir()), self.data)
-        return {"ofa": self.ofa, "coco": str(coco), "ade20k": str(ade20k), "out": str(self.out)}
+        words = ", ".join(read_categories("coco-stuff-coarse"))
+        return {"ofa": self.ofa, "coco_dir": str(coco), "ade20k_dir": str(ade20k), "coarse_words": words}
 
-    def step(self, name: str) -> list[str]:
-        """The command that makes the folder of a step: script and arguments."""
-        script, *arguments = (part.format(**self.places()) for part in STEPS[name])
-        if script == "train.py":
-            if self.steps is not None:
-                arguments = _with(arguments, "--steps", str(self.steps))
-                if "--refresh-every" in arguments:
-                    arguments = _with(arguments, "--refresh-every", str(max(1, self.steps // 5)))
-            arguments.append("--resume")
-        return [script, *arguments, "--output-dir", str(self.out / name)]
+    def plan(self) -> Plan:
+        """The plan of all tables."""
+        commands = dict(COMMANDS)
+        if self.steps is not None:
+            for name, command in commands.items():
+                if command.startswith("train.py"):
+                    command = with_flag(command, "--steps", str(self.steps))
+                    refresh = str(max(1, self.steps // 5))
+                    commands[name] = with_flag(command, "--refresh-every", refresh, only_replace=True)
+        return Plan(commands, self.values(), self.out)
 
-    def evaluation(self, model: str, dataset: str, smoothing: Sequence[tuple[int, int]]) -> list[str]:
-        """The command that evaluates a model, or baseline, at several smoothing settings."""
-        command = ["eval.py", "--model", {"ofa": self.ofa}.get(model, str(self.out / model))]
+    def evaluation(self, model: str, dataset: str, smoothing: Sequence[tuple[int, int]]) -> Step:
+        """The step that evaluates a model or baseline at several smoothing settings.
+
+        It runs every time: `limit` may have changed, and an evaluation that is complete ends at once.
+        """
+        plan = self.plan()
         if model in BASELINES:
-            command = ["eval.py", "--baseline", model, "--model", self.clip]
-        command += ["--dataset", dataset, "--data-dir", DATA_DIRS[dataset].format(**self.places())]
+            arguments = ["--baseline", model, "--model", self.clip]
+        else:
+            arguments = ["--model", self.ofa if model == "ofa" else str(plan.folder(model))]
+        arguments += ["--dataset", dataset, "--data-dir", *plan.fill_in([DATA_DIRS[dataset]])]
         neighbors = sorted({k for k, n in smoothing if n}) or [1]
         iterations = sorted({n for _, n in smoothing})
-        command += ["--smoothing-neighbors", ",".join(map(str, neighbors))]
-        command += ["--smoothing-iterations", ",".join(map(str, iterations))]
+        arguments += ["--smoothing-neighbors", ",".join(map(str, neighbors))]
+        arguments += ["--smoothing-iterations", ",".join(map(str, iterations))]
         if self.limit is not None:
-            command += ["--limit", str(self.limit)]
-        settings = "-".join(f"{k}x{n}" for k, n in sorted(set(smoothing)))
-        return [*command, "--output-dir", str(self.out / "evaluations" / f"{model}-on-{dataset}-{settings}")]
-
-    def plan(self, table: str) -> list[list[str]]:
-        """All commands of a table in their order."""
-        rows, made = TABLES[table], {}
-
-        def make(name: str) -> None:
-            for needed in re.findall(r"\{out\}/([\w-]+)", " ".join(STEPS[name])):
-                make(needed)
-            made.setdefault(name, self.step(name))
-
-        for row in rows:
-            if row.model in STEPS:
-                make(row.model)
-        return [*made.values(), *(self.evaluation(*group) for group in _evaluations(rows))]
+            arguments += ["--limit", str(self.limit)]
+        name = "-".join(f"{k}x{n}" for k, n in smoothing)
+        folder = self.out / "evaluations" / f"{model}-on-{dataset}-{name}"
+        return Step("eval.py", tuple(arguments), folder)
 
 
-def _with(arguments: list[str], flag: str, value: str) -> list[str]:
-    """The arguments with one flag's value replaced, or added."""
-    if flag not in arguments:
-        return [*arguments, flag, value]
-    at = arguments.index(flag) + 1
-    return [*arguments[:at], value, *arguments[at + 1 :]]
+def table_steps(table: str, settings: TableSettings) -> list[Step]:
+    """The steps of a table, a key of [`TABLES`], in order: models first, then one evaluation per model and dataset."""
+    plan = settings.plan()
+    models = [plan.step(row.model) for row in TABLES[table] if row.model in COMMANDS]
+    return in_order([*models, *_evaluations(table, settings).values()])
 
 
-def _evaluations(rows: Sequence[Row]) -> list[tuple[str, str, list[tuple[int, int]]]]:
-    """Model, data set and smoothing settings of each pass over a data set."""
-    settings: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for row in rows:
-        settings.setdefault((row.model, row.dataset), []).append(row.smoothing)
-    return [(model, dataset, sorted(set(smoothing))) for (model, dataset), smoothing in settings.items()]
+def _evaluations(table: str, settings: TableSettings) -> dict[tuple[str, str], Step]:
+    """One evaluation for each model and dataset of a table, at all smoothing settings of their rows."""
+    smoothing: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    for row in TABLES[table]:
+        smoothing.setdefault((row.model, row.dataset), set()).add(row.smoothing)
+    return {key: settings.evaluation(*key, sorted(values)) for key, values in smoothing.items()}
 
 
-def reproduce(reproduction: Reproduction, table: str, run: Callable[[list[str]], None]) -> list[dict]:
-    """Tunes and evaluates what a table needs.
-
-    Args:
-        table: one of [`TABLES`].
-        run: runs a script of this project by its name with arguments, and raises if it fails. Not called for a step
-            whose folder is complete.
+def table_results(table: str, settings: TableSettings) -> list[dict]:
+    """Results of a table whose steps are complete.
 
     Returns:
-        A dict for each row: name, paper, ours, difference (per cent), and the settings.
+        A dict for each row: name, paper, ours and difference in per cent, and the smoothing. `ours` and `difference`
+        are None where the metric is undefined.
     """
-    for command in reproduction.plan(table):
-        output = Path(command[command.index("--output-dir") + 1])
-        done = {"train.py": "config.json", "pseudo_label.py": "dataset.json"}.get(command[0])
-        if done is None or not (output / done).is_file():
-            run(command)
-    results = []
-    groups = {(model, dataset): smoothing for model, dataset, smoothing in _evaluations(TABLES[table])}
+    evaluations = _evaluations(table, settings)
+    rows = []
     for row in TABLES[table]:
-        command = reproduction.evaluation(row.model, row.dataset, groups[row.model, row.dataset])
-        told = json.loads((Path(command[-1]) / "results.json").read_text(encoding="utf-8"))["results"]
-        wanted = dict(zip(("smoothing_neighbors", "smoothing_iterations"), row.smoothing, strict=True))
-        (result,) = [result for result in told if wanted.items() <= result.items()]
+        file = evaluations[row.model, row.dataset].output_dir / "results.json"
+        results = json.loads(file.read_text(encoding="utf-8"))["results"]
+        smoothing = dict(zip(("smoothing_neighbors", "smoothing_iterations"), row.smoothing, strict=True))
+        (result,) = [result for result in results if smoothing.items() <= result.items()]
         ours = None if result[row.metric] is None else round(100 * result[row.metric], 1)
         difference = None if ours is None else round(ours - row.paper, 1)
-        results.append({"name": row.name, "paper": row.paper, "ours": ours, "difference": difference, **wanted})
-    return results
+        rows.append({"name": row.name, "paper": row.paper, "ours": ours, "difference": difference, **smoothing})
+    return rows
 
 
-def markdown(table: str, results: list[dict]) -> str:
+def comparison_table(table: str, rows: Sequence[dict]) -> str:
+    """The paper's numbers, ours and the difference as a Markdown table with title and notes.
+
+    Args:
+        rows: the result of [`table_results`].
+    """
     title = f"Table {table}" if table.isdigit() else "External words (Appendix A.1)"
-    lines = [f"{title}: mIoU in per cent", "", "| | paper | ours | difference |", "|---|---|---|---|"]
-    for result in results:
-        ours = "-" if result["ours"] is None else f"{result['ours']:.1f} | {result['difference']:+.1f}"
-        lines.append(
-            f"| {result['name']} | {result['paper']:.1f} | {ours if result['ours'] is not None else '- | -'} |"
-        )
-    if table in NOTES:
-        lines += ["", NOTES[table]]
-    return "\n".join(lines) + "\n"
-
-
-def shell(command: list[str]) -> str:
-    """A command as a person would type it."""
-    return shlex.join(["accelerate", "launch", f"scripts/{command[0]}", *command[1:]])
+    cells = [
+        [
+            row["name"],
+            f"{row['paper']:.1f}",
+            "-" if row["ours"] is None else f"{row['ours']:.1f}",
+            "-" if row["difference"] is None else f"{row['difference']:+.1f}",
+        ]
+        for row in rows
+    ]
+    parts = [f"{title}: mIoU in per cent", markdown_table(["", "paper", "ours", "difference"], cells)]
+    return "\n\n".join([*parts, *([NOTES[table]] if table in NOTES else [])]) + "\n"

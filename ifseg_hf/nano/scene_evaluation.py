@@ -1,7 +1,6 @@
-"""What tuning on words alone does for a small OFA: on mosaics of held-out photos and on street photos.
+"""Evaluation of a small OFA before and after tuning on words alone: mosaics of held-out images, and street images.
 
-A model folder is evaluated before and after tuning, with the cosine baseline beside it, all through
-[`ifseg_hf.evaluation.evaluate`]; and tuning is varied as the paper's ablations do (Appendix A.1 and B).
+The cosine baseline is evaluated beside it. The tuning is varied as in the paper's ablations (Appendix A.1 and B).
 """
 
 import json
@@ -16,9 +15,9 @@ import torch
 
 from ifseg_hf.data.segmentation import SegmentationDataset
 from ifseg_hf.evaluation.evaluate import COSINE, Evaluation, Smoothing, evaluate_segmenter, load_segmenter, setting_name
-from ifseg_hf.experiments.image_experiments import over_seeds
+from ifseg_hf.experiments.results import markdown_table, mean_and_deviation
 from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
-from ifseg_hf.nano.scenes import Photos
+from ifseg_hf.nano.scenes import NamedImages, mosaic_data
 
 LARGE_STREET_NAMES = ("sky", "building", "road", "pavement", "tree", "fence", "car")
 COARSE_NAMES = {
@@ -40,22 +39,23 @@ SMOOTHING_GRID: tuple[Smoothing, ...] = (
 )  # Table 10
 
 Tune = Callable[[str | Path, list[str] | dict[str, list[str]], int], str | Path]
-"""Makes a model of a folder that is tuned on the words alone: (folder, words, seed) -> its folder."""
+"""Tunes the model of a folder on words alone: (folder, words, seed) -> folder of the tuned model."""
 
 
-def word_lists(photos: Photos, counts: list[int]) -> dict[int, list[str]]:
-    """The first so many of the photos' names in one fixed random order."""
-    order = random.Random(0).sample(photos.names, len(photos.names))
+def word_lists(images: NamedImages, counts: list[int]) -> dict[int, list[str]]:
+    """For each count, the first names of the images in one fixed random order."""
+    order = random.Random(0).sample(images.names, len(images.names))
     for count in counts:
         if not 2 <= count <= len(order):
-            raise ValueError(f"{count} words: choose from 2 to {len(order)}, the names of the photos.")
+            raise ValueError(f"{count} words: choose from 2 to {len(order)}, the number of names.")
     return {count: order[:count] for count in counts}
 
 
 def at_size(folder: str | Path, image_size: int, short_side: int, output: str | Path) -> Path:
-    """A copy of a local model folder, in `output`, that is tuned on word maps of image_size / 16 cells a side.
+    """Copies a local model folder to `output`, for word maps of `image_size` / 16 patches a side.
 
-    Photos are resized to `short_side`; if that makes another grid, the positions of the word maps are interpolated.
+    Images are resized to a short side of `short_side`. If they have another grid than word maps, positions are
+    interpolated.
     """
     shutil.copytree(folder, output, dirs_exist_ok=True)
     for name, change in [
@@ -69,10 +69,10 @@ def at_size(folder: str | Path, image_size: int, short_side: int, output: str | 
     return Path(output)
 
 
-def count_pixels(
+def evaluate_folder(
     folder: str | Path, data: SegmentationDataset, smoothing: Sequence[Smoothing], baseline: str | None = None
 ) -> Evaluation:
-    """What a model of a folder says of the photos of `data`, in the data's own words."""
+    """The evaluation of the model in a folder on `data`, with the names of `data` as words."""
     segmenter = load_segmenter(folder, baseline)
     segmenter.set_words(data.names)
     return evaluate_segmenter(segmenter, data, smoothing)
@@ -81,23 +81,24 @@ def count_pixels(
 # Before and after -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(
+def evaluate_scenes(
     folder: str | Path,
     data: SegmentationDataset,
     tune: Tune,
     seeds: Sequence[int],
     smoothing: Sequence[Smoothing] = SMOOTHING,
 ) -> dict:
-    """Word IoUs, in per cent, of the cosine baseline, of the model before tuning, and after tuning with each seed.
+    """IoU of each word, in per cent: of the cosine baseline, before tuning, and after tuning with each seed.
 
     Returns:
-        {"words": [...], "cosine": {setting: IoUs}, "before": {setting: IoUs}, "after": {setting: a list a seed}}, with
-        settings as [`setting_name`] has them and nan for words that occur nowhere.
+        {"words": [...], "cosine": {setting: IoUs}, "before": {setting: IoUs}, "after": {setting: [IoUs, ...]}}, one
+        list of IoUs per seed. Settings are named by [`setting_name`]; a word that does not occur has the IoU nan.
     """
 
     def ious(folder: str | Path, baseline: str | None = None) -> dict[str, list[float]]:
-        told = count_pixels(folder, data, smoothing, baseline)
-        return {setting_name(*x): (100 * np.array(told.scores(x)["per_category_iou"])).tolist() for x in smoothing}
+        evaluation = evaluate_folder(folder, data, smoothing, baseline)
+        scores = {setting_name(*x): evaluation.scores(x)["per_category_iou"] for x in smoothing}
+        return {name: (100 * np.array(values)).tolist() for name, values in scores.items()}
 
     result = {"words": data.names, "cosine": ious(folder, COSINE), "before": ious(folder)}
     after = [ious(tune(folder, data.names, seed)) for seed in seeds]
@@ -106,28 +107,56 @@ def evaluate(
 
 
 def mean_iou(ious: Sequence[float]) -> float:
+    """Mean over the words that occur."""
     return float(np.nanmean(ious))
 
 
-def table(results: dict[str, dict]) -> str:
-    """A Markdown table of mean IoUs: a row for each result, a number for each setting, mean over seeds ± deviation."""
+def scene_table(results: dict[str, dict]) -> str:
+    """A Markdown table of mean IoUs: a row per result of [`evaluate_scenes`], a number per smoothing setting."""
     settings = list(next(iter(results.values()))["before"])
-    kinds = " / ".join("raw" if name == "none" else name.split(",")[0] for name in settings)
-    lines = [f"| scenes | cosine: {kinds} | before: raw | after tuning on words alone: {kinds} |", "|---|---|---|---|"]
+    titles = " / ".join("raw" if name == "none" else name.split(",")[0] for name in settings)
+    header = ["scenes", f"cosine: {titles}", "before: raw", f"after tuning on words alone: {titles}"]
+    rows = []
     for name, result in results.items():
-        cosine = " / ".join(f"{mean_iou(result['cosine'][setting]):.1f}" for setting in settings)
-        after = [over_seeds([mean_iou(run) for run in result["after"][setting]]) for setting in settings]
-        lines.append(f"| {name} | {cosine} | {mean_iou(result['before'][settings[0]]):.1f} | {' / '.join(after)} |")
-    return "\n".join(lines)
+        cosine = [f"{mean_iou(result['cosine'][setting]):.1f}" for setting in settings]
+        before = f"{mean_iou(result['before'][settings[0]]):.1f}"
+        after = [mean_and_deviation([mean_iou(run) for run in result["after"][setting]]) for setting in settings]
+        rows.append([name, " / ".join(cosine), before, " / ".join(after)])
+    return markdown_table(header, rows)
 
 
 def word_table(result: dict) -> str:
-    """A Markdown table of each word's IoU without smoothing: cosine, before, after tuning (mean over seeds)."""
-    lines = ["| word | cosine, raw | before, raw | after, raw |", "|---|---|---|---|"]
-    after = np.mean(result["after"]["none"], axis=0)
-    for word, *values in zip(result["words"], result["cosine"]["none"], result["before"]["none"], after, strict=True):
-        lines.append(f"| {word} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
-    return "\n".join(lines)
+    """A Markdown table of each word's IoU without smoothing: cosine, before, and mean over seeds after tuning."""
+    columns = [result["cosine"]["none"], result["before"]["none"], np.mean(result["after"]["none"], axis=0)]
+    rows = [
+        [word, *(f"{value:.1f}" for value in values)] for word, *values in zip(result["words"], *columns, strict=True)
+    ]
+    return markdown_table(["word", "cosine, raw", "before, raw", "after, raw"], rows)
+
+
+def compare_on_mosaics(
+    folder: str | Path, images: NamedImages, counts: list[int], scenes: int, tune: Tune, seeds: Sequence[int]
+) -> dict[str, dict]:
+    """[`evaluate_scenes`] on `scenes` mosaics for each number of words in `counts`; prints each result."""
+    results = {}
+    for count, words in word_lists(images, counts).items():
+        name = f"{scenes} mosaics, {count} words"
+        data = mosaic_data(images, words, scenes, seed=count)
+        results[name] = evaluate_scenes(folder, data, tune, seeds)
+        print(scene_table({name: results[name]}), flush=True)
+    return results
+
+
+def compare_on_streets(
+    folder: str | Path, streets: SegmentationDataset, tune: Tune, seeds: Sequence[int]
+) -> dict[str, dict]:
+    """[`evaluate_scenes`] on street images, with all words and with those of large objects; prints each result."""
+    results = {}
+    for words in (streets.names, list(LARGE_STREET_NAMES)):
+        name = f"{len(streets.samples)} street images, {len(words)} words"
+        results[name] = evaluate_scenes(folder, streets.select(words), tune, seeds)
+        print(f"{scene_table({name: results[name]})}\n\n{word_table(results[name])}", flush=True)
+    return results
 
 
 # The paper's ablations ------------------------------------------------------------------------------------------------
@@ -135,12 +164,12 @@ def word_table(result: dict) -> str:
 
 @dataclass
 class Variant:
-    """One way to tune.
+    """A way of tuning.
 
     Args:
-        settings: of [`TrainingConfig`] that differ from the others'.
-        change: makes the model folder that tuning starts from another one, in place.
-        words: `None` for the data's own, or fine names by category.
+        settings: of [`TrainingConfig`], in place of the usual ones.
+        change: changes a copy of the model folder before tuning.
+        words: fine names by category; `None`: the names of the data.
     """
 
     settings: dict = field(default_factory=dict)
@@ -148,18 +177,18 @@ class Variant:
     words: dict[str, list[str]] | None = None
 
 
-def take_decoder_positions_of_the_image(folder: Path) -> None:
-    """The paper's decoder positions in the place of the published implementation's (method: section 2.2)."""
+def use_image_decoder_positions(folder: Path) -> None:
+    """Sets the paper's decoder positions (section 2.2) in place of the published implementation's."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "decoder_positions": "image"}), encoding="utf-8")
 
 
 @torch.no_grad()
 def silence_cross_attention(folder: Path) -> None:
-    """Makes the decoder's cross-attention say nothing (Appendix B), and nothing that it could learn from.
+    """Sets the output of the decoder's cross-attention to zero, and keeps it from being learnt (Appendix B).
 
-    Everything behind the attention weights is zero. All gradients there are products with one of these zeros, but that
-    of the last bias: what can still be learnt is one constant vector a layer, the same for every patch and photo.
+    All parameters behind the attention weights are zero. Their gradients are products with one of these zeros, except
+    that of the last bias: tuning can only learn one constant vector per layer, the same for every patch and image.
     """
     model = IFSegForConditionalGeneration.from_pretrained(folder)
     for layer in model.model.decoder.layers:
@@ -175,13 +204,13 @@ def silence_cross_attention(folder: Path) -> None:
 
 
 def variants(usual: int, largest: int) -> dict[str, Variant]:
-    """Tunings by name. `usual`: S, the largest side of random grids; `largest`: the side of the whole word map."""
+    """Ways of tuning by name. `usual`: S, the largest side of random grids; `largest`: the side of the word map."""
     return {
         f"S = {usual}": Variant(),
         **{f"S = {side}": Variant({"max_cells": side}) for side in (2, 4, largest) if side != usual},
         "no noise on word maps": Variant({"word_noise": 0.0}),
-        "the appendix' prompt": Variant({"prompt": APPENDIX_PROMPT}),
-        "the paper's decoder positions": Variant(change=take_decoder_positions_of_the_image),
+        "the appendix's prompt": Variant({"prompt": APPENDIX_PROMPT}),
+        "the paper's decoder positions": Variant(change=use_image_decoder_positions),
         "no cross-attention": Variant(change=silence_cross_attention),
     }
 
@@ -190,13 +219,13 @@ def ablate(
     folder: str | Path,
     data: SegmentationDataset,
     tune: Callable[..., str | Path],
-    ways: dict[str, Variant],
+    tunings: dict[str, Variant],
     seeds: Sequence[int],
     scratch: str | Path,
     smoothing: Sequence[Smoothing] = SMOOTHING_GRID,
     log: Callable[[str], None] = print,
 ) -> dict[str, dict[str, list[float]]]:
-    """Mean IoU in per cent before and after each of the `ways` of tuning: {name: {setting: one number a seed}}.
+    """Mean IoU in per cent before tuning and after each of `tunings`: {name: {setting: one number per seed}}.
 
     Args:
         tune: as [`Tune`], with settings of [`TrainingConfig`] as further arguments.
@@ -204,26 +233,46 @@ def ablate(
     """
 
     def means(folder: str | Path) -> dict[str, float]:
-        told = count_pixels(folder, data, smoothing)
-        return {setting_name(*setting): 100 * told.scores(setting)["mean_iou"] for setting in smoothing}
+        evaluation = evaluate_folder(folder, data, smoothing)
+        return {setting_name(*setting): 100 * evaluation.scores(setting)["mean_iou"] for setting in smoothing}
 
     before = f"before tuning, {len(data.names)} words"
     results = {before: {setting: [mean] for setting, mean in means(folder).items()}}
-    for number, (name, way) in enumerate(ways.items()):
+    for number, (name, tuning) in enumerate(tunings.items()):
         start = Path(folder)
-        if way.change is not None:
+        if tuning.change is not None:
             start = Path(shutil.copytree(folder, Path(scratch) / f"variant-{number}", dirs_exist_ok=True))
-            way.change(start)
-        runs = [means(tune(start, way.words or data.names, seed, **way.settings)) for seed in seeds]
+            tuning.change(start)
+        runs = [means(tune(start, tuning.words or data.names, seed, **tuning.settings)) for seed in seeds]
         results[name] = {setting: [run[setting] for run in runs] for setting in runs[0]}
         log(ablation_table({name: results[name]}))
     return results
 
 
 def ablation_table(results: dict[str, dict[str, list[float]]]) -> str:
-    """A Markdown table: a row for each way of tuning, a column for each smoothing; mean over seeds ± deviation."""
+    """A Markdown table of mean IoUs: a row per way of tuning, a column per smoothing setting."""
     settings = list(next(iter(results.values())))
-    lines = [f"| tuning | {' | '.join(settings)} |", "|---" * (len(settings) + 1) + "|"]
-    for name, runs in results.items():
-        lines.append(f"| {name} | " + " | ".join(over_seeds(runs[setting]) for setting in settings) + " |")
-    return "\n".join(lines)
+    rows = [[name, *(mean_and_deviation(runs[setting]) for setting in settings)] for name, runs in results.items()]
+    return markdown_table(["tuning", *settings], rows)
+
+
+def run_ablations(
+    folder: str | Path,
+    images: NamedImages,
+    words: list[str],
+    scenes: int,
+    tune: Callable[..., str | Path],
+    tunings: dict[str, Variant],
+    seeds: Sequence[int],
+    scratch: str | Path,
+) -> dict[str, dict[str, list[float]]]:
+    """[`ablate`] on `scenes` mosaics of `words`, then coarse categories with and without their fine names."""
+    data = mosaic_data(images, words, scenes, seed=len(words))
+    results = ablate(folder, data, tune, tunings, seeds, scratch)
+    fine = [name for names in COARSE_NAMES.values() for name in names]
+    data = mosaic_data(images, fine, scenes, seed=0).select(COARSE_NAMES)
+    coarse = {
+        f"{len(COARSE_NAMES)} coarse words alone": Variant(),
+        f"the same, with {len(fine)} fine words": Variant(words=COARSE_NAMES),
+    }
+    return results | ablate(folder, data, tune, coarse, seeds, scratch)

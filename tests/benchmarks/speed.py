@@ -1,12 +1,13 @@
-"""What photos and training steps cost, as multiples of one 2048 x 2048 x 2048 float32 matrix product ("mm").
+"""Time and memory of segmenting an image and of a training step.
 
-    python tests/benchmarks/speed.py [--cases "photo 512x512" step] [--repeats 5] [--dtype float32 bfloat16] [--profile]
+    python tests/benchmarks/speed.py [--cases "image 512x512" step] [--repeats 5] [--dtype float32 bfloat16] [--profile]
 
-Each case runs in a process of its own, between two matrix products each time, on the same threads; the table has the
-medians. "cpu" is the same ratio in processor time, which other jobs on the machine disturb less. Memory is how far the
-first run, its kept biases included, takes the process over what it had with the model loaded (Linux only).
+Each case runs in a separate process, several times, and between two products of 2048 x 2048 float32 matrices on the
+same threads. The table has medians in milliseconds. Goals and the costs of the published implementation are known as
+multiples of the matrix product ("mm") and printed in milliseconds of this machine. Memory is what the first run adds to
+the process with the model loaded (Linux only).
 
-Models are random: the weights' values cost nothing. With a GPU a second table follows.
+The models have random weights, which do not change the costs. With a GPU a second table follows.
 """
 
 import argparse
@@ -41,12 +42,12 @@ def make_model(size: str, words: int) -> IFSegForSemanticSegmentation:
     return model.eval()
 
 
-# Each of these returns what a case does once; everything before that is preparation. ----------------------------------
+# Each of these functions prepares a case and returns a function that runs it once. ------------------------------------
 
 
-def photo(size: str, height: int, width: int, words: int, batch: int = 1, device: str = "cpu") -> Callable:
-    """Labels of every pixel of a photo, smoothing included."""
-    model = make_model(size, words).to(device).requires_grad_(False)  # the profiler stumbles over no_grad alone
+def image(size: str, height: int, width: int, words: int, batch: int = 1, device: str = "cpu") -> Callable:
+    """Segmenting an image: labels of all pixels, smoothing included."""
+    model = make_model(size, words).to(device).requires_grad_(False)  # with no_grad alone, the profiler fails
     pixel_values = torch.randn(batch, 3, height, width, device=device)
 
     @torch.no_grad()
@@ -75,9 +76,9 @@ def step(size: str, words: int, batch: int = 2, device: str = "cpu") -> Callable
 
 
 def clipseg(words: int, once: bool) -> Callable:
-    """CLIPSeg of the published architecture on a 352 x 352 photo, the texts read beforehand.
+    """CLIPSeg in the published size on a 352 x 352 image, without the encoding of the texts.
 
-    The photo goes through CLIP once for each word, as documented, or, with `once`, once for all of them.
+    CLIP encodes the image once for each word, as documented, or, with `once`, once for all words.
     """
     torch.manual_seed(0)
     config = CLIPSegConfig(vision_config={"patch_size": 16}, reduce_dim=64, use_complex_transposed_convolution=True)
@@ -101,6 +102,7 @@ def clipseg(words: int, once: bool) -> Callable:
 
 
 def loss(batch: int, words: int) -> Callable:
+    """Forward and backward pass of the segmentation loss alone."""
     logits = torch.randn(batch, words, 32, 32, requires_grad=True)
     labels = torch.randint(0, words, (batch, 512, 512))
 
@@ -112,7 +114,7 @@ def loss(batch: int, words: int) -> Callable:
 
 
 def smoothing(side: int, words: int) -> Callable:
-    """From the outputs for a side x side photo to its labels."""
+    """From the model's outputs for a side x side image to its labels."""
     grid = (side // 16, side // 16)
     outputs = SimpleNamespace(logits=torch.randn(1, words, *grid), image_features=torch.randn(1, 1024, *grid))
     return lambda: segmentation_maps(outputs, [(side, side)])
@@ -120,7 +122,7 @@ def smoothing(side: int, words: int) -> Callable:
 
 @dataclass
 class Case:
-    """A row of the table. Goals and the published implementation's cost are in mm, memory in MB; None: not set."""
+    """A row of the table. Goals and the published implementation's cost are in mm, memory is in MB; None: unknown."""
 
     name: str
     make: Callable[[], Callable]
@@ -131,16 +133,16 @@ class Case:
 
 
 CASES = [
-    Case("photo 512x512, 15 words, tiny", partial(photo, "tiny", 512, 512, 15), 9.8, 4, 2.5),
-    Case("photo 512x683, 15 words, tiny", partial(photo, "tiny", 512, 683, 15), 16.4, 6.5, 4),
-    Case("photo 512x512, 171 words, tiny", partial(photo, "tiny", 512, 512, 171), 18.6, 5.5, 3.5),
-    Case("photo 512x512, 15 words, base", partial(photo, "base", 512, 512, 15), 62.8, 30, 15),
-    Case("photo 512x683, 15 words, base", partial(photo, "base", 512, 683, 15), 112.3, 42, 22),
+    Case("image 512x512, 15 words, tiny", partial(image, "tiny", 512, 512, 15), 9.8, 4, 2.5),
+    Case("image 512x683, 15 words, tiny", partial(image, "tiny", 512, 683, 15), 16.4, 6.5, 4),
+    Case("image 512x512, 171 words, tiny", partial(image, "tiny", 512, 512, 171), 18.6, 5.5, 3.5),
+    Case("image 512x512, 15 words, base", partial(image, "base", 512, 512, 15), 62.8, 30, 15),
+    Case("image 512x683, 15 words, base", partial(image, "base", 512, 683, 15), 112.3, 42, 22),
     Case("step, batch 2, 15 words, tiny", partial(step, "tiny", 15), 52.7, 20, 10),
     Case("step, batch 2, 171 words, tiny", partial(step, "tiny", 171), 86.0, 25, 13),
     Case("step, batch 2, 15 words, base", partial(step, "base", 15), 367, 150, 75),
     Case("CLIPSeg, 15 words", partial(clipseg, 15, once=False)),
-    Case("CLIPSeg, 15 words, photo read once", partial(clipseg, 15, once=True)),
+    Case("CLIPSeg, 15 words, image encoded once", partial(clipseg, 15, once=True)),
     Case("loss, batch 16, 171 words", partial(loss, 16, 171), memory=300),
     Case("smoothing 2048x2048, 15 words", partial(smoothing, 2048, 15), memory=1000),
 ]
@@ -154,7 +156,7 @@ def bfloat16_supported() -> bool:
 
 
 def resident(peak: bool = False) -> float:
-    """Megabytes of this process in memory, now or at most so far; nan where the system does not tell."""
+    """Megabytes of this process in memory, now or at its peak; nan where the system does not report them."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -162,24 +164,28 @@ def resident(peak: bool = False) -> float:
     return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) / 1000
 
 
-def forget_peak() -> None:
-    """From here on `resident(peak=True)` counts; where the system refuses, from the start."""
+def reset_peak() -> None:
+    """Resets the peak of [`resident`], where the system allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def clock(run: Callable) -> torch.Tensor:
-    """Seconds, and seconds of the processor."""
+    """Wall-clock seconds and processor seconds of one run."""
     start = time.perf_counter(), time.process_time()
     run()
     return torch.tensor([time.perf_counter() - start[0], time.process_time() - start[1]])
 
 
 def measure(case: Case, dtype: str, repeats: int) -> dict[str, float]:
-    """Runs a case in this process: medians of its cost in mm ("wall", "cpu"), and MB of memory."""
+    """Runs a case in this process.
+
+    Returns:
+        Medians of its cost in mm ("wall", "cpu") and of mm in seconds ("unit"), and MB of memory ("memory").
+    """
     run = case.make()
     unit = partial(torch.mm, *torch.randn(2, 2048, 2048))
-    forget_peak()
+    reset_peak()
     before = resident()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         run()
@@ -196,11 +202,11 @@ def measure(case: Case, dtype: str, repeats: int) -> dict[str, float]:
     return {"wall": wall, "cpu": cpu, "memory": memory, "unit": statistics.median(u[0].item() for u in units)}
 
 
-def where_the_time_goes(case: Case, rows: int = 6) -> str:
-    """The arithmetic of a case's products, in mm, and the operations that take most of its time, with their shares."""
+def time_profile(case: Case, rows: int = 6) -> str:
+    """The arithmetic of a case's matrix products in mm, and the operations that take most of its time."""
     run = case.make()
-    run()  # what later runs keep of the first is no part of them
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count by itself
+    run()  # fills the caches, which later runs use
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not counted by torch itself
     attention = {fused: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         run()
@@ -212,8 +218,8 @@ def where_the_time_goes(case: Case, rows: int = 6) -> str:
     return f"{counter.get_total_flops() / (2 * 2048**3):.1f} mm of arithmetic; {shares}"
 
 
-def measure_apart(name: str, dtype: str, repeats: int, threads: int) -> dict[str, float]:
-    """`measure` in a process of its own."""
+def measure_in_process(name: str, dtype: str, repeats: int, threads: int) -> dict[str, float]:
+    """[`measure`] in a new process."""
     options = ["--worker", name, "--dtype", dtype, "--repeats", str(repeats), "--threads", str(threads)]
     result = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True)
     if result.returncode:
@@ -222,7 +228,7 @@ def measure_apart(name: str, dtype: str, repeats: int, threads: int) -> dict[str
 
 
 def start_seconds(code: str) -> float:
-    """The median of what three processes print that run this code."""
+    """The median of the seconds that this code prints, over three processes."""
     runs = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3))
     return statistics.median(float(run.stdout) for run in runs)
 
@@ -234,7 +240,7 @@ start = time.perf_counter()
 import ifseg_hf
 print(time.perf_counter() - start)
 """
-FIRST_PHOTO = """
+FIRST_IMAGE = """
 import time
 start = time.perf_counter()
 import torch, ifseg_hf
@@ -242,8 +248,8 @@ from PIL import Image
 from transformers import AutoModelForSemanticSegmentation, AutoProcessor
 model = AutoModelForSemanticSegmentation.from_pretrained(ifseg_hf.NANO)
 processor = AutoProcessor.from_pretrained(ifseg_hf.NANO)
-photo = Image.new("RGB", (640, 480))
-inputs = processor(images=photo, categories=["sky", "tree", "road"], return_tensors="pt")
+image = Image.new("RGB", (640, 480))
+inputs = processor(images=image, categories=["sky", "tree", "road"], return_tensors="pt")
 with torch.no_grad():
     processor.post_process_semantic_segmentation(model(**inputs), target_sizes=[(480, 640)])
 print(time.perf_counter() - start)
@@ -254,7 +260,7 @@ print(time.perf_counter() - start)
 
 
 def gpu_seconds(run: Callable, repeats: int = 10) -> float:
-    """Mean seconds, after three runs that do not count."""
+    """Mean seconds of a run, after three runs to warm up."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -266,16 +272,16 @@ def gpu_seconds(run: Callable, repeats: int = 10) -> float:
 
 
 def gpu_table(batch: int = 16) -> None:
-    """Base in bfloat16: how many steps and photos a second, memory, and the share of the matrix peak."""
+    """Base in bfloat16: steps and images per second, memory, and share of the peak rate of matrix products."""
     half = partial(torch.autocast, "cuda", torch.bfloat16)
     peak = 2 * 8192**3 / gpu_seconds(partial(torch.mm, *torch.randn(2, 8192, 8192, device="cuda").bfloat16()))
     print(f"\n{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in a bfloat16 matrix product\n")
-    print("| base, batch 16, bfloat16 | a second | goal on an H100 | memory, GB | share of the matrix peak |")
+    print("| base, batch 16, bfloat16 | per second | goal on an H100 | memory, GB | share of the matrix peak |")
     print("|---|---|---|---|---|")
     for words in (15, 171):
         for name, make, count, goal in (
             ("steps", partial(step, "base", words, batch, "cuda"), 1, 20),
-            ("photos 512x512", partial(photo, "base", 512, 512, words, batch, "cuda"), batch, 150),
+            ("images 512x512", partial(image, "base", 512, 512, words, batch, "cuda"), batch, 150),
         ):
             torch.cuda.reset_peak_memory_stats()
             run = make()
@@ -292,44 +298,43 @@ def gpu_table(batch: int = 16) -> None:
 # Table ----------------------------------------------------------------------------------------------------------------
 
 
-def written(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{value:.{digits}f}".removesuffix(".0")
+def in_milliseconds(cost: float | None, unit: float) -> str:
+    """A cost in mm as milliseconds, where mm takes `unit` seconds."""
+    return "" if cost is None else f"{1000 * unit * cost:.0f}"
 
 
 def cpu_table(options: argparse.Namespace) -> None:
+    """Prints time and memory of the cases, then of importing the package and segmenting the first image."""
     print(f"{options.threads} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
     if not bfloat16_supported():
         print("bfloat16: not measured, this processor only emulates it")
-    print("\n| case | dtype | mm | mm (cpu) | goal | published, float32 | memory, MB | goal |")
+    print("\n| case | dtype | ms | ms (processor) | goal | published, float32 | memory, MB | goal |")
     print("|---|---|---|---|---|---|---|---|")
     units = []
     for case in options.cases:
         for dtype in options.dtype:
-            row = measure_apart(case.name, dtype, options.repeats, options.threads)
+            row = measure_in_process(case.name, dtype, options.repeats, options.threads)
             units.append(row["unit"])
             goal = case.goal if dtype == "float32" else case.goal_bfloat16
-            cells = [case.name, dtype, written(row["wall"]), written(row["cpu"]), written(goal)]
-            cells += [written(case.published), written(row["memory"], 0), written(case.memory, 0)]
-            print(f"| {' | '.join(cells)} |", flush=True)
-    unit = statistics.median(units)
-    print(f"\nmm: {unit:.3f} s")
-    # The goals in seconds were set where mm takes 0.1 s.
+            cells = [in_milliseconds(x, row["unit"]) for x in (row["wall"], row["cpu"], goal, case.published)]
+            cells += [f"{row['memory']:.0f}", "" if case.memory is None else str(case.memory)]
+            print(f"| {' | '.join([case.name, dtype, *cells])} |", flush=True)
+    print(f"\nmm: {1000 * statistics.median(units):.0f} ms")
     for what, code, goal in (
         ("import ifseg_hf, after transformers", IMPORT, 0.3),
-        ("imports, from_pretrained of the embedded checkpoint and one photo", FIRST_PHOTO, 3),
+        ("imports, from_pretrained of the embedded checkpoint and one image", FIRST_IMAGE, 3),
     ):
-        seconds = start_seconds(code)
-        print(f"{what}: {seconds:.2f} s, {seconds / unit:.1f} mm (goal {goal} s, {goal / 0.1:.0f} mm)")
+        print(f"{what}: {start_seconds(code):.2f} s (goal {goal} s where mm takes 100 ms)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose name contains one of these")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], help="default: what the machine can")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], help="default: all that run fast")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--profile", action="store_true", help="print where the time of each case goes, and no table")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # the name of the one case that this process is to run
+    parser.add_argument("--profile", action="store_true", help="print the slowest operations, no table")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # name of the case to run in this process
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.worker:
@@ -343,7 +348,7 @@ def main() -> None:
         parser.error(f"no such case; there are: {'; '.join(case.name for case in CASES)}")
     if options.profile:
         for case in options.cases:
-            print(f"{case.name}: {where_the_time_goes(case)}", flush=True)
+            print(f"{case.name}: {time_profile(case)}", flush=True)
         return
     cpu_table(options)
     if torch.cuda.is_available():

@@ -1,8 +1,6 @@
-"""scripts/plot_runs.py on logs that were written by hand."""
+"""scripts/plot_runs.py on invented logs."""
 
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +9,14 @@ from PIL import Image
 from ifseg_hf.training.log import LOG_FILE, read_log
 from ifseg_hf.visualization.curves import common_steps, running_mean
 from ifseg_hf.visualization.overlays import palette
+from scripts import load_script
 
-main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "plot_runs.py"))["main"]
+main = load_script("plot_runs").main
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """Three of ten steps, of which the first, the fifth and the last are evaluated."""
+    """Three runs of ten steps; the first, the fifth and the last step have a mean IoU."""
     for number in range(3):
         (tmp_path / f"run-{number}").mkdir()
         lines = [{"step": step, "loss": 3 - step / 10 + number} for step in range(1, 11)]
@@ -28,7 +27,7 @@ def runs(tmp_path):
     return [str(tmp_path / f"run-{number}") for number in range(3)]
 
 
-def test_each_label_has_its_colour_in_the_picture(runs, tmp_path, capsys):
+def test_each_label_has_its_colour_in_the_plot(runs, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     file = tmp_path / "curves.png"
     labels = ["--labels", "one", "one", "two", "--level", "image-free: 39.8"]
@@ -39,7 +38,7 @@ def test_each_label_has_its_colour_in_the_picture(runs, tmp_path, capsys):
     assert drawn == [True, True, False]
 
 
-def test_what_the_lines_show(runs):
+def test_lines_show_common_steps_and_running_means(runs):
     steps, values = common_steps([read_log(run) for run in runs[:2]], "mean_iou")
     assert steps == [1, 5, 10]
     assert values.tolist() == [[0, 0.2, 0.45]] * 2
@@ -47,20 +46,20 @@ def test_what_the_lines_show(runs):
     assert running_mean(np.array([[1.0, 3]]), 5).tolist() == [[1, 2]]
 
 
-def test_a_folder_without_a_log_is_told(capsys):
+def test_a_folder_without_a_log_is_an_error(capsys):
     pytest.importorskip("matplotlib")
     assert main(["nowhere"]) == 1
     assert '"nowhere" holds no training_log.jsonl' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "error"),
     [
         (["run", "--labels", "a", "b"], "--labels: 2 for 1 runs"),
         (["run", "--level", "image-free"], "\"name: per cent\" value: 'image-free'"),
     ],
 )
-def test_a_wrong_argument_is_told(arguments, told, capsys):
+def test_wrong_arguments_are_errors(arguments, error, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert told in capsys.readouterr().err
+    assert error in capsys.readouterr().err

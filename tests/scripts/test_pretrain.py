@@ -1,29 +1,19 @@
-"""scripts/pretrain.py: wrong folders are named at once; a miniature run makes a checkpoint."""
+"""scripts/pretrain.py: errors for wrong folders, and a checkpoint from a miniature run."""
 
-import importlib.util
 import io
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from ifseg_hf.modeling import IFSegForConditionalGeneration
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def script(name: str):
-    specification = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+from scripts import load_script
 
 
 @pytest.fixture
-def photos(tmp_path):
+def images(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -36,48 +26,49 @@ def photos(tmp_path):
     table = arrow.Table.from_pylist(rows).replace_schema_metadata(
         {"huggingface": json.dumps({"info": {"features": features}})}
     )
-    folder = tmp_path / "photos"
+    folder = tmp_path / "images"
     folder.mkdir()
-    parquet.write_table(table, folder / "photos.parquet")
+    parquet.write_table(table, folder / "images.parquet")
     return folder
 
 
-def test_wrong_folders_are_named(tmp_path, photos, capsys):
-    for arguments, complaint in [
-        (["--photos", str(tmp_path)], "no parquet files"),
-        (["--photos", str(photos), "--street", str(tmp_path)], "no dataset.json"),
-        (["--photos", str(photos), "--scale", "0"], "--scale"),
+def test_wrong_folders_are_errors(tmp_path, images, capsys):
+    for arguments, error in [
+        (["--images", str(tmp_path)], "no parquet files"),
+        (["--images", str(images), "--street", str(tmp_path)], "no dataset.json"),
+        (["--images", str(images), "--scale", "0"], "--scale"),
     ]:
         with pytest.raises(SystemExit):
-            script("pretrain").main([*arguments, "--output-dir", str(tmp_path / "out")])
-        assert complaint in capsys.readouterr().err
+            load_script("pretrain").main([*arguments, "--output-dir", str(tmp_path / "out")])
+        assert error in capsys.readouterr().err
 
 
-def test_a_miniature_run(tmp_path, photos, monkeypatch, capsys):
+def test_a_miniature_run_writes_a_checkpoint(tmp_path, images, monkeypatch, capsys):
     from ifseg_hf.nano import pretraining
+    from ifseg_hf.nano.batches import Phase
 
-    small = {"steps": 1, "batch": 4, "size": 32, "photo_sizes": (32,)}
-    for name, value in list(vars(pretraining).items()):  # whatever stages there are, and will be
-        if isinstance(value, pretraining.Phase):
+    small = {"steps": 1, "batch": 4, "size": 32, "whole_image_sizes": (32,)}
+    for name, value in list(vars(pretraining).items()):  # all phases of the recipe
+        if isinstance(value, Phase):
             monkeypatch.setattr(pretraining, name, replace(value, **small))
-        elif isinstance(value, list) and isinstance(value[0], pretraining.Phase):
+        elif isinstance(value, list) and isinstance(value[0], Phase):
             monkeypatch.setattr(pretraining, name, [replace(phase, **small) for phase in value])
     output = tmp_path / "out"
-    assert script("pretrain").main(["--photos", str(photos), "--output-dir", str(output), "--workers", "1"]) == 0
+    assert load_script("pretrain").main(["--images", str(images), "--output-dir", str(output), "--workers", "1"]) == 0
     assert (output / "model.safetensors").stat().st_size < 12e6
     assert (output / "processor_config.json").is_file()
     assert "checkpoint is in" in capsys.readouterr().out
 
     again = tmp_path / "again"
-    arguments = ["--photos", str(photos), "--output-dir", str(again), "--workers", "1", "--model", str(output)]
-    begun = pretraining.Pretraining(photos, None, again, model=output).start().state_dict()
+    arguments = ["--images", str(images), "--output-dir", str(again), "--workers", "1", "--model", str(output)]
+    start = pretraining.Pretraining(images, None, again, model=output).start().state_dict()
     saved = IFSegForConditionalGeneration.from_pretrained(output, dtype=torch.float32).state_dict()
-    assert all(torch.equal(begun[name], saved[name]) for name in saved)
-    assert script("pretrain").main(arguments) == 0
+    assert all(torch.equal(start[name], saved[name]) for name in saved)
+    assert load_script("pretrain").main(arguments) == 0
     with pytest.raises(ValueError, match="other names"):
-        pretraining.Pretraining(photos, None, again, model="ifseg-ofa-nano").start()
+        pretraining.Pretraining(images, None, again, model="ifseg-ofa-nano").start()
 
 
-def test_evaluation_skips_without_the_data(tmp_path, capsys):
-    assert script("evaluate_scenes").main(["--photos", str(tmp_path)]) == 0
+def test_evaluation_of_scenes_skips_without_data(tmp_path, capsys):
+    assert load_script("evaluate_scenes").main(["--images", str(tmp_path)]) == 0
     assert "Skipped" in capsys.readouterr().out

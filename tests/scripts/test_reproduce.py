@@ -1,8 +1,6 @@
-"""scripts/reproduce.py, every table whole: small random models and data sets in the published layouts."""
+"""scripts/reproduce.py, every table: small random models, and datasets in the published layouts."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,47 +8,48 @@ import pytest
 import torch
 from checkpoints import SMALL
 from PIL import Image
+from script_runner import ScriptRunner, fail
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ifseg_hf.data.vocabularies import VOCABULARIES, read_categories
-from ifseg_hf.experiments import paper_tables as reproduction
+from ifseg_hf.experiments import paper_tables
 from ifseg_hf.modeling import IFSegConfig, IFSegForConditionalGeneration
-from ifseg_hf.nano.pretraining import train_tokenizer
+from ifseg_hf.nano.texts import train_tokenizer
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
+from scripts import load_script
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-reproduce = runpy.run_path(str(SCRIPTS / "reproduce.py"))["main"]
+reproduce = load_script("reproduce").main
 COCO_IDS = [x for x in range(182) if x not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
 
 
-def save_photos(photos: Path, masks: Path, values: list[int], seed: int) -> None:
-    """Two photos of noise, whose masks hold all the values."""
+def save_images(images: Path, masks: Path, values: list[int], seed: int) -> None:
+    """Saves two images of noise, whose masks contain all the values."""
     rng = np.random.default_rng(seed)
-    for folder in (photos, masks):
+    for folder in (images, masks):
         folder.mkdir(parents=True)
     for name in "ab":
         mask = rng.permutation(np.resize(np.array(values, np.uint8), 48 * 64)).reshape(48, 64)
-        Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(photos / f"{name}.jpg")
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(images / f"{name}.jpg")
         Image.fromarray(mask).save(masks / f"{name}.png")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """COCO-Stuff and ADE20K as they are distributed, only smaller."""
+    """Small COCO-Stuff and ADE20K in the layouts of their distributions."""
     folder = tmp_path_factory.mktemp("data")
     for number, split in enumerate(("train2017", "val2017")):
         masks = folder / "coco-stuff" / "stuffthingmaps_trainval2017" / split
-        save_photos(folder / "coco-stuff" / split, masks, [*COCO_IDS, 255], number)
+        save_images(folder / "coco-stuff" / split, masks, [*COCO_IDS, 255], number)
     for number, split in enumerate(("training", "validation")):
         root = folder / "ade20k" / "ADEChallengeData2016"
-        save_photos(root / "images" / split, root / "annotations" / split, list(range(151)), number)
+        save_images(root / "images" / split, root / "annotations" / split, list(range(151)), number)
     return folder
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A small OFA of 16 x 16 word maps whose tokenizer knows all words of the vocabularies, and a small CLIP."""
+    """A small OFA for word maps of 16 x 16, whose tokenizer knows all vocabularies, and a small CLIP."""
     folder = tmp_path_factory.mktemp("models")
     words = [name for vocabulary in VOCABULARIES for name in read_categories(vocabulary)]
     words += [name for names in read_categories("coco-stuff-coarse").values() for name in names]
@@ -75,79 +74,64 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """Shared by all tables, as a person would: tables share their models."""
+    """One folder for all tables, because tables share models."""
     return tmp_path_factory.mktemp("out")
 
 
 @pytest.fixture
-def here(monkeypatch):
-    """Runs a script in this process: the same program without the seconds that starting one takes."""
-    commands = []
-
-    def run(command: list[str]) -> None:
-        commands.append(command)
-        arguments = [*command, *(["--cpu"])]
-        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / command[0]), *arguments[1:]])
-        status = runpy.run_path(sys.argv[0])["main"]()
-        if status:
-            raise RuntimeError(f"{command[0]} ended with status {status}")
-
-    run.commands = commands
-    return run
+def run(monkeypatch):
+    return ScriptRunner(monkeypatch)
 
 
 @pytest.mark.parametrize("table", [*map(str, range(1, 13)), "external-words"])
-def test_table(table, models, data, out, here, capsys):
+def test_every_table_is_reproduced_in_a_trial(table, models, data, out, run, capsys):
     arguments = ["--table", table, "--model", str(models / "ofa"), "--clip", str(models / "clip"), "--data", str(data)]
     trial = ["--output-dir", str(out), "--steps", "1", "--limit", "1"]
-    assert reproduce([*arguments, *trial], here) == 0
+    assert reproduce([*arguments, *trial], run) == 0
     rows = json.loads((out / f"table-{table}.json").read_text())
-    assert [(row["name"], row["paper"]) for row in rows] == [(x.name, x.paper) for x in reproduction.TABLES[table]]
+    assert [(row["name"], row["paper"]) for row in rows] == [(x.name, x.paper) for x in paper_tables.TABLES[table]]
     assert all(0 <= row["ours"] <= 100 for row in rows)
     assert all(row["difference"] == pytest.approx(row["ours"] - row["paper"], abs=0.051) for row in rows)
     printed = capsys.readouterr().out
     assert f"| {rows[-1]['name']} | {rows[-1]['paper']:.1f} | {rows[-1]['ours']:.1f} |" in printed
-    assert "A trial: steps 1, photos 1" in printed
-    # what was made is not made again
-    here.commands.clear()
-    assert reproduce([*arguments, *trial], here) == 0
-    assert {command[0] for command in here.commands} == {"eval.py"}
+    assert "A trial: steps 1, images 1" in printed
+    # Complete steps do not run again.
+    run.commands.clear()
+    assert reproduce([*arguments, *trial], run) == 0
+    assert {command[0] for command in run.commands} == {"eval.py"}
     assert json.loads((out / f"table-{table}.json").read_text()) == rows
 
 
-def test_the_nano_checkpoint(data, tmp_path, here):
-    """The 15 unseen categories alone: longer lists of words that it does not know are too long for it."""
+def test_a_table_is_reproduced_with_the_nano_checkpoint(data, tmp_path, run):
+    """Table 10, with 15 categories: the words of longer vocabularies are too many tokens for this checkpoint."""
     arguments = ["--table", "10", "--model", "ifseg-ofa-nano", "--data", str(data), "--output-dir", str(tmp_path)]
-    assert reproduce([*arguments, "--steps", "2", "--limit", "1"], here) == 0
+    assert reproduce([*arguments, "--steps", "2", "--limit", "1"], run) == 0
     assert len(json.loads((tmp_path / "table-10.json").read_text())) == 8
 
 
-def test_dry_run_prints_commands_that_can_be_typed(capsys):
+def test_dry_run_prints_shell_commands_in_order(capsys):
     assert reproduce(["--table", "9", "--model", "ofa", "--data", "my data", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("accelerate launch scripts/train.py --model ofa --categories coco-stuff ")
     assert "scripts/pseudo_label.py --data-dir 'my data'" in lines[1]
     made = [line.split("--output-dir ")[1] for line in lines]
-    for number, line in enumerate(lines):  # nothing is used before it is made
+    for number, line in enumerate(lines):  # every folder is made before it is read
         used = [x for x in line.split() if x.startswith("outputs/reproduction/")]
         assert set(used) <= set(made[: number + 1])
 
 
-def test_a_step_that_fails_is_told(data, tmp_path, capsys):
-    def run(command):
-        raise RuntimeError(f"{command[0]} ended with status 1")
-
+def test_errors_are_printed_in_one_line(data, tmp_path, capsys):
     arguments = ["--table", "1", "--model", "ofa", "--data", str(data), "--output-dir", str(tmp_path)]
-    assert reproduce(arguments, run) == 1
+    assert reproduce(arguments, fail) == 1
     assert capsys.readouterr().err == (
-        "reproduce.py: train.py ended with status 1. The same command goes on from here.\n"
+        "reproduce.py: train.py ended with status 1. Run the same command again to resume.\n"
     )
-    assert reproduce(["--table", "1", "--model", "ofa", "--data", str(tmp_path / "none")], run) == 1
+    assert reproduce(["--table", "1", "--model", "ofa", "--data", str(tmp_path / "none")], fail) == 1
     assert "there is no folder" in capsys.readouterr().err
 
 
-def test_every_model_of_a_table_is_made():
-    for table, rows in reproduction.TABLES.items():
+def test_every_row_has_a_known_model_and_dataset():
+    for table, rows in paper_tables.TABLES.items():
         for row in rows:
-            assert row.model in (*reproduction.STEPS, "ofa", *reproduction.BASELINES), table
-            assert row.dataset in reproduction.DATA_DIRS
+            assert row.model in (*paper_tables.COMMANDS, "ofa", *paper_tables.BASELINES), table
+            assert row.dataset in paper_tables.DATA_DIRS

@@ -1,4 +1,4 @@
-"""Scenes: photos and boxes are where they are said to be, and a scene depends on its seed alone."""
+"""Scenes: images are inside their boxes, and a scene depends on its seed alone."""
 
 import io
 import json
@@ -13,15 +13,15 @@ from ifseg_hf.nano import scenes
 COLOURS = {"red thing": (250, 10, 10), "green thing": (10, 250, 10), "blue thing": (10, 10, 250)}
 
 
-def plain_photos(each: int = 4) -> scenes.Photos:
-    """Photos of one colour each, so that a pixel tells its photo."""
+def plain_images(each: int = 4) -> scenes.NamedImages:
+    """Images of one colour for each name."""
     labels = np.arange(3 * each) % 3
     pixels = np.array(list(COLOURS.values()), np.uint8)[labels][:, None, None].repeat(64, 1).repeat(64, 2)
-    return scenes.Photos(pixels, labels, list(COLOURS))
+    return scenes.NamedImages(pixels, labels, list(COLOURS))
 
 
 def half_streets() -> scenes.Streets:
-    """Two street photos: sky above, road below, a pole in front."""
+    """Two street images: sky above, road below, a pole in front."""
     mask = np.zeros((2, 180, 240), np.uint8)
     mask[:, 90:] = 1
     mask[:, 60:120, 110:130] = 2
@@ -29,8 +29,8 @@ def half_streets() -> scenes.Streets:
     return scenes.Streets(images, mask, ["sky", "road", "pole"], 11)
 
 
-def write_photos(folder, count: int = 10, size: int = 64):
-    """A parquet file as `datasets` writes it."""
+def write_images(folder, count: int = 10, size: int = 64):
+    """Writes a parquet file as `datasets` does."""
     arrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -43,25 +43,25 @@ def write_photos(folder, count: int = 10, size: int = 64):
     table = arrow.Table.from_pylist(rows)
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     folder.mkdir(exist_ok=True)
-    parquet.write_table(table, folder / "photos.parquet")
+    parquet.write_table(table, folder / "images.parquet")
     return folder
 
 
-def test_photos_are_decoded_once(tmp_path):
-    folder = write_photos(tmp_path / "photos", 5)
-    photos = scenes.load_photos(folder, tmp_path / "cache")
-    assert photos.names == list(COLOURS)
-    assert photos.labels.tolist() == [0, 1, 2, 0, 1]
-    assert photos.pixels.shape == (5, 64, 64, 3)
-    assert tuple(photos.pixels[1, 0, 0]) == COLOURS["green thing"]
-    written = (tmp_path / "cache" / "photos.npy").stat().st_mtime_ns
-    assert len(scenes.load_photos(folder, tmp_path / "cache")) == 5
-    assert (tmp_path / "cache" / "photos.npy").stat().st_mtime_ns == written
+def test_images_are_decoded_once(tmp_path):
+    folder = write_images(tmp_path / "images", 5)
+    images = scenes.load_named_images(folder, tmp_path / "cache")
+    assert images.names == list(COLOURS)
+    assert images.labels.tolist() == [0, 1, 2, 0, 1]
+    assert images.pixels.shape == (5, 64, 64, 3)
+    assert tuple(images.pixels[1, 0, 0]) == COLOURS["green thing"]
+    written = (tmp_path / "cache" / "images.npy").stat().st_mtime_ns
+    assert len(scenes.load_named_images(folder, tmp_path / "cache")) == 5
+    assert (tmp_path / "cache" / "images.npy").stat().st_mtime_ns == written
 
 
-def test_a_folder_without_photos_is_named(tmp_path):
+def test_a_folder_without_images_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no parquet files"):
-        scenes.load_photos(tmp_path, tmp_path)
+        scenes.load_named_images(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
@@ -72,13 +72,13 @@ def test_rectangles_tile_the_square(count):
     assert all(right - left > 0.05 and bottom - top > 0.05 for left, top, right, bottom in parts)
 
 
-def test_reading_order():
+def test_reading_order_is_by_rows():
     boxes = np.array([[0.5, 0.5, 1, 1], [0, 0.5, 0.5, 1], [0.5, 0, 1, 0.5], [0, 0, 0.5, 0.5]], np.float32)
     assert scenes.reading_order(boxes) == [3, 2, 1, 0]
 
 
 def test_mosaics_show_what_their_boxes_name():
-    maker = scenes.SceneMaker(plain_photos(), None)
+    maker = scenes.SceneMaker(plain_images(), None)
     scene = maker.mosaic(random.Random(0), 60, scenes.cells(3))
     assert scene.image.shape == (60, 60, 3)
     assert len(scene.labels) == 9
@@ -91,15 +91,15 @@ def test_street_boxes_are_filled_by_their_name():
     streets = half_streets()
     boxes = scenes.street_boxes(streets, sides=(24, 54))
     assert set(boxes[:, 4].tolist()) == {0, 1, 2}
-    for photo, left, top, side, name in boxes.tolist():
-        share = (streets.masks[photo, top : top + side, left : left + side] == name).mean()
+    for image, left, top, side, name in boxes.tolist():
+        share = (streets.masks[image, top : top + side, left : left + side] == name).mean()
         assert share >= (0.35 if streets.names[name] in scenes.THIN else 0.7)
         assert side > 24 or streets.names[name] in scenes.THIN
 
 
 @pytest.mark.parametrize("antialias", [True, False])
-def test_street_views(antialias):
-    maker = scenes.SceneMaker(plain_photos(), half_streets(), antialias=antialias)
+def test_street_views_show_what_their_boxes_name(antialias):
+    maker = scenes.SceneMaker(plain_images(), half_streets(), antialias=antialias)
     assert maker.names == [*COLOURS, "sky", "road", "pole"]
     colour = {3: (120, 120, 250), 4: (90, 90, 90)}
     seen = 0
@@ -118,7 +118,7 @@ def test_street_views(antialias):
 
 
 def test_a_scene_is_a_function_of_its_seed():
-    maker = scenes.SceneMaker(plain_photos(), half_streets())
+    maker = scenes.SceneMaker(plain_images(), half_streets())
     for seed in range(5):
         one, two = (maker.draw(random.Random(seed), 64) for _ in range(2))
         assert (one.image == two.image).all()
@@ -126,10 +126,10 @@ def test_a_scene_is_a_function_of_its_seed():
         assert one.labels == two.labels
 
 
-def test_evaluation_scenes_are_fixed_and_true():
-    photos = plain_photos()
+def test_masks_of_evaluation_scenes_are_correct():
+    images = plain_images()
     words = ["blue thing", "red thing"]
-    first, second = (list(scenes.evaluation_scenes(photos, words, 6, seed=1)) for _ in range(2))
+    first, second = (list(scenes.evaluation_scenes(images, words, 6, seed=1)) for _ in range(2))
     for (image, target), (again, _) in zip(first, second, strict=True):
         assert (image == again).all()
         assert image.shape == (128, 128, 3)
