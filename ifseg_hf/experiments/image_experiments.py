@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from ifseg_hf.training.log import read_log
 from ifseg_hf.visualization.curves import draw_curves
 
 ON_PHOTOS = (
@@ -185,7 +186,8 @@ def draw(out: Path, found: dict[str, dict[int, dict]]) -> Path | None:
     if not runs:
         return None
     free = [100 * scores["mean_iou"] for scores in found.get("image-free", {}).values()]
-    draw_curves(runs, out / "curves.png", {"image-free, smoothed": mean(free)} if free else {})
+    logs = {title: [read_log(folder) for folder in folders] for title, folders in runs.items()}
+    draw_curves(logs, out / "curves.png", {"image-free, smoothed": mean(free)} if free else {})
     return out / "curves.png"
 
 

@@ -5,27 +5,26 @@ from os import PathLike
 
 import numpy as np
 
-from ifseg_hf.training.log import read_log
 from ifseg_hf.visualization.overlays import palette
 
 
 def draw_curves(
-    runs: Mapping[str, Sequence[str | PathLike]], output: str | PathLike, levels: Mapping[str, float] | None = None
+    logs: Mapping[str, Sequence[list[dict]]], output: str | PathLike, levels: Mapping[str, float] | None = None
 ) -> None:
     """Draws loss and mean IoU over the steps: for each label the mean over its runs, and a band from lowest to highest.
 
     Args:
-        runs: for each label the output folders of its runs, for example of several seeds.
+        logs: for each label the logs of its runs, such as those of several seeds; a log is what
+            `ifseg_hf.training.log.read_log` returns, a list of `{"step": 1, "loss": 2.3, ...}`.
         output: the image file to write; its extension chooses the format.
         levels: mean IoU in per cent by name, drawn as horizontal lines for comparison.
 
     Raises:
-        `ValueError`: a folder has no log, or the extension is of no known format.
+        `ValueError`: the extension is of no known format.
         `ImportError`: matplotlib is missing.
     """
     from matplotlib.figure import Figure
 
-    logs = {label: [read_log(folder) for folder in folders] for label, folders in runs.items()}
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (label, of_label), color in zip(logs.items(), palette(len(logs)), strict=True):
