@@ -217,10 +217,10 @@ def word_map_labels(
     size: int | tuple[int, int],
     word_categories: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """The category of each pixel: what enlarging the small grids straight to `size` by nearest neighbour gives.
+    """The category of each pixel: the small grids enlarged to `size` by nearest neighbour.
 
     Args:
-        word_map: integer (batch, g, g), on any device; the labels are made there.
+        word_map: integer (batch, g, g), on any device; the labels are on the same device.
         grid_size: integer (batch, 2), height and width of each small grid, from 1 to g.
         size: side, or height and width, of the labels.
         word_categories: integer (words,), the category of each word in a hierarchical vocabulary.
@@ -238,9 +238,9 @@ def word_map_labels(
 
 
 class WordMapCollator:
-    """Batches for transformers' `Trainer`: `word_map` and `labels`, from samples of [`word_map_stream`].
+    """Data collator for transformers' `Trainer`: batches of `word_map` and `labels` from word-map samples.
 
-    It needs both columns of the stream, so Trainer must not drop the one that the model does not take:
+    The labels are made from `grid_size`, which the model does not take, so Trainer must not remove that column:
     `TrainingArguments(remove_unused_columns=False, ...)`.
 
     Args:
@@ -255,7 +255,7 @@ class WordMapCollator:
         """`{"word_map": (batch, g, g), "labels": (batch, size, size)}`, int64."""
         if "grid_size" not in samples[0]:
             raise ValueError(
-                "The samples have lost their grid_size, which the labels are made of: pass "
+                "The samples have no grid_size, from which the labels are made: pass "
                 "TrainingArguments(remove_unused_columns=False)."
             )
         batch = default_collate(samples)
@@ -264,7 +264,10 @@ class WordMapCollator:
 
 
 def _first_patches(cells: torch.Tensor, patches: int, pixels: int) -> torch.Tensor:
-    """Pixel p lies in cell k = floor(p * n / pixels), whose first patch is ceil(k * patches / n): (batch, pixels)."""
+    """The first patch of the cell of each pixel, (batch, pixels), for rows or columns of `cells` (batch,) cells.
+
+    Pixel p lies in cell k = floor(p * cells / pixels), whose first patch is ceil(k * patches / cells).
+    """
     cells = cells[:, None]
     k = torch.arange(pixels, device=cells.device) * cells // pixels
     return (k * patches + cells - 1) // cells
@@ -287,12 +290,12 @@ def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _below(limit: int | np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Uniform integers below `limit` from uniform 32-bit numbers; none is likelier by more than limit / 2^32."""
+    """Integers below `limit` from uniform 32-bit numbers, uniform up to a relative error of limit / 2^32."""
     return (bits.view(np.int64) * limit) >> 32
 
 
 def _words_by_category(num_words: int, word_categories: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The words sorted by category, then where each category's begin and how many they are."""
+    """The words sorted by category, and for each category the position of its first word and their number."""
     categories = np.asarray(word_categories, dtype=np.int64)
     if categories.shape != (num_words,):
         raise ValueError(f"word_categories has {categories.size} entries for {num_words} words: give one for each.")
