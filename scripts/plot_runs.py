@@ -38,13 +38,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    from ifseg_hf.training.log import read_log
     from ifseg_hf.visualization.curves import draw_curves
 
     runs: dict[str, list[str]] = {}
     for run, label in zip(options.runs, options.labels, strict=True):
         runs.setdefault(label, []).append(run)
     try:
-        draw_curves(runs, options.output, dict(options.level))
+        logs = {label: [read_log(run) for run in of_label] for label, of_label in runs.items()}
+        draw_curves(logs, options.output, dict(options.level))
     except ImportError:
         print('plot_runs.py needs matplotlib: pip install "ifseg-hf[plot]"', file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
-"""Photos with masks as training samples (sections 4.2, A.2, A.3 of the paper): augmented crops, word maps among them.
+"""Training on images with masks (sections 4.2, A.2 and A.3 of the paper): augmented crops, mixed with word maps.
 
-As a word map is, a sample is a pure function of (seed, index): a run sees the same samples for any number of processes
+A crop, like a word map, is a pure function of (seed, index): a run sees the same samples with any number of processes
 and loader workers, and a resumed run starts at the sample it needs.
 """
 
@@ -18,46 +18,60 @@ from ifseg_hf.data.word_maps import WordMapSampler
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, resize_bilinear, resize_nearest
 
 SCALES = (0.5, 2.0)
-LARGEST_SHARE = 0.75  # of one category in a crop
-TRIES = 10  # crops drawn before one with a larger share is taken after all
-NO_LABEL = 255  # in masks that are written here
+LARGEST_SHARE = 0.75  # of a crop's labelled pixels that one category may cover
+TRIES = 10  # crops drawn before one that exceeds LARGEST_SHARE is accepted
+NO_LABEL = 255  # value of unlabelled pixels in the masks of pseudo-labels
 
 
 def load_training_dataset(
     dataset: str, data_dir: str | None = None, split: str | None = None, categories: list | dict | None = None
 ) -> SegmentationDataset:
-    """As [`load_segmentation_dataset`], but of a data set with parts the one for training, and with `categories` selected.
+    """The training split of a dataset, by default, restricted to `categories`.
 
-    Raises `ValueError`, also for a data set that comes as a stream: samples are drawn at random.
+    Args:
+        dataset, data_dir, split: see [`load_segmentation_dataset`].
+        categories: see [`SegmentationDataset.select`].
+
+    Raises:
+        `ValueError`: as [`load_segmentation_dataset`], and for a streamed dataset, which has no random access.
     """
     if split is None and (dataset in BENCHMARKS or not (Path(dataset) / "images").is_dir()):
         split = "train"
     data = load_segmentation_dataset(dataset, data_dir, split)
     if isinstance(data.samples, IterableDataset):
-        raise ValueError(f'"{dataset}" comes as a stream, and training draws samples at random.')
+        raise ValueError(f'"{dataset}" is a stream, but training draws samples at random: download it.')
     return data if categories is None else data.select(categories)
 
 
 def load_validation_dataset(
     dataset: str, data_dir: str | None = None, categories: list | dict | None = None
 ) -> SegmentationDataset:
-    """The photos for validation of a data set that has them, with `categories` selected. Raises `ValueError`."""
-    splits: list[str] = ["val"]  # a benchmark's
+    """The validation split of a dataset (val, validation or test), restricted to `categories`.
+
+    Raises:
+        `ValueError`: as [`load_segmentation_dataset`], and for a dataset without such a split.
+    """
+    splits: list[str] = ["val"]  # of the benchmarks
     if dataset not in BENCHMARKS:
         folder = Path(dataset)
-        own = folder.is_dir() and ((folder / "dataset.json").exists() or split_folders(folder))
-        splits = split_folders(folder) if own else get_dataset_split_names(dataset)
+        image_folders = folder.is_dir() and ((folder / "dataset.json").exists() or split_folders(folder))
+        splits = split_folders(folder) if image_folders else get_dataset_split_names(dataset)
     split = next((name for name in ("val", "validation", "test") if name in splits), None)
     if split is None:
-        raise ValueError(f'"{dataset}" has no photos for validation (val, validation or test): give eval_dataset.')
+        raise ValueError(f'"{dataset}" has no validation split (val, validation or test): give eval_dataset.')
     data = load_segmentation_dataset(dataset, data_dir, split)
     return data if categories is None else data.select(categories)
 
 
 def find_labels(data: SegmentationDataset, names: str | None) -> list[int]:
-    """Labels of the subset called `names`, or of the names in it with commas between them; none for None.
+    """Labels of a subset or of categories.
 
-    Raises `ValueError` for a name that the data does not have.
+    Args:
+        data: the dataset whose labels to look up.
+        names: name of one of `data.subsets`, or names of categories separated by commas; None for no label.
+
+    Raises:
+        `ValueError`: a name is not in the dataset, or `names` lists no category or all of them.
     """
     if names is None:
         return []
@@ -66,14 +80,14 @@ def find_labels(data: SegmentationDataset, names: str | None) -> list[int]:
     wanted = [" ".join(name.split()) for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in data.names:
-            raise ValueError(f'unseen: the data has no category "{name}"; it has {", ".join(data.names[:20])}.')
+            raise ValueError(f'unseen: the dataset has no category "{name}"; it has {", ".join(data.names[:20])}.')
     if not 0 < len(wanted) < len(data.names):
         raise ValueError(f'unseen="{names}" must name at least one of the {len(data.names)} categories, but not all.')
     return [data.names.index(name) for name in wanted]
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """(H, W) int64 from a PNG of labels: 255 becomes -100."""
+    """Labels (H, W), int64, from a PNG of labels; 255 becomes -100."""
     with Image.open(path) as image:
         labels = np.asarray(image).astype(np.int64)
     labels[labels == NO_LABEL] = IGNORE_INDEX
@@ -81,17 +95,17 @@ def read_labels(path: Path) -> np.ndarray:
 
 
 class Augmentation:
-    """Random crop, flip and photometric distortion of a photo and its labels, by kornia.
+    """Random crop, flip and photometric distortion of an image and its labels, with kornia.
 
-    The photometric distortion is the customary one of semantic segmentation: brightness by up to 1/8 of the range,
-    contrast and saturation by a factor from 0.5 to 1.5, hue by up to 18 degrees, each for every other photo.
+    The photometric distortion is the usual one of semantic segmentation: brightness by up to 1/8 of the range,
+    contrast and saturation by a factor from 0.5 to 1.5, hue by up to 18 degrees, each with probability 0.5.
     """
 
     def __init__(self, crop_size: int):
-        import kornia.augmentation as kornia  # not needed for anything else
+        import kornia.augmentation as kornia  # an optional dependency
 
-        # Cut out and mirrored, numbers stay what they are: labels can ride along as a fourth channel. What a photo is
-        # too small for becomes grey, the zero of the normalised image, and has no label.
+        # Crop and flip do not change values, so the labels are transformed with the image, as its fourth channel.
+        # Padding of an image smaller than the crop is grey, which normalises to 0, and unlabelled.
         margin = (0.5, 0.5, 0.5, float(IGNORE_INDEX))
         self.crop = kornia.RandomCrop((crop_size, crop_size), pad_if_needed=True, fill=margin)
         self.flip = kornia.RandomHorizontalFlip(p=0.5)
@@ -102,10 +116,14 @@ class Augmentation:
             kornia.RandomHue((-0.05, 0.05), p=0.5),
         )
 
-    def __call__(self, photo: np.ndarray, labels: np.ndarray, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 (H, W, 3) and int64 (H, W) -> float32 (3, c, c) from 0 to 1 and int64 (c, c)."""
-        stacked = torch.cat([torch.from_numpy(photo).permute(2, 0, 1) / 255, torch.from_numpy(labels)[None].float()])
-        # kornia draws from torch's generator. Not manual_seed: that would reseed those of GPUs, which draw dropout.
+    def __call__(self, image: np.ndarray, labels: np.ndarray, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A crop of `image`, uint8 (H, W, 3), and of its `labels`, int64 (H, W).
+
+        Returns:
+            Float32 (3, c, c) from 0 to 1, and int64 (c, c).
+        """
+        stacked = torch.cat([torch.from_numpy(image).permute(2, 0, 1) / 255, torch.from_numpy(labels)[None].float()])
+        # kornia draws from torch's generator. torch.manual_seed would also reseed the GPUs, which draw dropout.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for _ in range(TRIES):
@@ -118,25 +136,26 @@ class Augmentation:
 
 
 def largest_share(labels: torch.Tensor) -> float:
-    """Of the most frequent category among the labelled pixels; 1 where there are none."""
+    """Share of the most frequent category among the labelled pixels; 1 without labelled pixels."""
     counts = labels[labels != IGNORE_INDEX].long().bincount()
     return (counts.max() / counts.sum()).item() if len(counts) else 1.0
 
 
 class CropDataset(Dataset):
-    """Augmented crops of photos, without end: `{"pixel_values": float32 (3, c, c), "labels": int64 (c, c)}`.
+    """An endless map-style dataset of augmented crops.
 
-    The photos come in a new random order each epoch, resized so that their short side is `short_side` times a random
-    scale from 0.5 to 2, then cropped, flipped and distorted; see [`Augmentation`].
+    A sample is `{"pixel_values": float32 (3, c, c), "labels": int64 (c, c)}`. Each epoch shows every image once, in a
+    new random order. An image is resized so that its short side is `short_side` times a random scale from 0.5 to 2,
+    then cropped, flipped and distorted; see [`Augmentation`].
 
     Args:
-        data: what to read. A photo that cannot be used raises its `SampleError`.
+        data: images with masks. An image or mask that cannot be used raises `SampleError`.
         crop_size: side c of a crop.
-        short_side: of a photo at scale 1.
-        mean, std: of the three colours, as the image processor has them.
+        short_side: short side of an image at scale 1.
+        mean, std: mean and standard deviation of the three colours, as in the image processor.
         seed: from 0.
-        ignored: labels that count as none, such as those of unseen categories.
-        masks: folder of PNGs, one a photo by its id, whose labels (see [`read_labels`]) take the place of the data's.
+        ignored: labels to replace by -100, such as those of unseen categories.
+        masks: folder of PNGs named by the images' ids, whose labels (see [`read_labels`]) replace those of `data`.
     """
 
     def __init__(
@@ -160,7 +179,7 @@ class CropDataset(Dataset):
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def position(self, index: int) -> int:
-        """Which photo sample `index` shows."""
+        """Position in `data.samples` of the image that sample `index` shows."""
         epoch, place = divmod(index, len(self.data.samples))
         if self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.data.samples))
@@ -168,43 +187,49 @@ class CropDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         sample = self.data.samples[self.position(index)]
-        photo, labels = self.data.read(sample)
+        image, labels = self.data.read(sample)
         if self.masks is not None:
             labels = read_labels(self.masks / f"{sample['id']}.png")
         labels[np.isin(labels, self.ignored)] = IGNORE_INDEX
-        random = np.random.default_rng([self.seed, index, 1])  # with a third number: no generator of an epoch
+        random = np.random.default_rng([self.seed, index, 1])  # the third number tells it from an epoch's
         scale = random.uniform(*SCALES) * self.short_side / min(labels.shape)
         height, width = (max(1, round(side * scale)) for side in labels.shape)
-        photo, labels = resize_bilinear(photo, height, width), resize_nearest(labels, height, width)
-        pixels, labels = self.augment(photo, labels, int(random.integers(2**63)))
+        image, labels = resize_bilinear(image, height, width), resize_nearest(labels, height, width)
+        pixels, labels = self.augment(image, labels, int(random.integers(2**63)))
         return {"pixel_values": (pixels - self.mean) / self.std, "labels": labels}
 
 
 class MixedDataset(Dataset):
-    """Of `ratio` of the samples word maps, spread evenly, and photos in their places between them.
+    """An endless map-style dataset of crops and word maps, the word maps spread evenly among the crops.
 
-    A word map is `{"word_map": int64 (g, g), "grid_size": int64 (2,)}`; see [`word_map_stream`].
+    A sample is one of [`CropDataset`], or `{"word_map": int64 (g, g), "grid_size": int64 (2,)}` as in
+    [`WordMapDataset`].
+
+    Args:
+        crops: dataset of the crops, taken in its order.
+        word_maps: draws the word maps; not needed with `ratio` 0.
+        ratio: share of the samples that are word maps, from 0 to 1.
     """
 
-    def __init__(self, photos: CropDataset, word_maps: WordMapSampler | None = None, ratio: float = 0.0):
-        self.photos = photos
+    def __init__(self, crops: CropDataset, word_maps: WordMapSampler | None = None, ratio: float = 0.0):
+        self.crops = crops
         self.word_maps = word_maps
         self.ratio = ratio
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         before = int(index * self.ratio)  # word maps among the samples before this one
         if int((index + 1) * self.ratio) == before:
-            return self.photos[index - before]
+            return self.crops[index - before]
         word_maps, sizes = self.word_maps(before, 1)
         return {"word_map": torch.from_numpy(word_maps[0]), "grid_size": torch.from_numpy(sizes[0])}
 
 
 def collate_samples(samples: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch with `pixel_values` and `labels` of the photos and `word_map` and `grid_size` of the word maps."""
+    """A batch with `pixel_values` and `labels` of the crops, and `word_map` and `grid_size` of the word maps."""
     batch = {}
     for kind in ("pixel_values", "word_map"):
-        same = [sample for sample in samples if kind in sample]
-        batch.update(default_collate(same) if same else {})
+        of_kind = [sample for sample in samples if kind in sample]
+        batch.update(default_collate(of_kind) if of_kind else {})
     return batch
 
 

@@ -1,6 +1,6 @@
-"""Category words as a person gives them: a comma list, a file, or the name of a vocabulary of a benchmark.
+"""Categories from a list separated by commas, from a file, or from the embedded vocabulary of a benchmark.
 
-Only the standard library and PyYAML are imported here, so that a script can refuse wrong words before it imports torch.
+This module imports neither torch nor transformers, so that scripts report wrong categories at once.
 """
 
 import difflib
@@ -10,20 +10,20 @@ from pathlib import Path
 
 _FILES = (".txt", ".yaml", ".yml", ".json")
 VOCABULARIES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "words").iterdir())}
-"""Files of the embedded vocabularies by name: ade20k, coco-stuff, coco-stuff-coarse (hierarchical) and -unseen."""
+"""Paths of the embedded vocabularies by name: ade20k, coco-stuff, coco-stuff-coarse (hierarchical), -unseen."""
 
 
 def read_categories(text: str | Iterable[str] | Mapping[str, Iterable[str]]) -> list[str] | dict[str, list[str]]:
-    """The categories that `text` gives: a list of names or, for a hierarchical vocabulary, fine names by category.
+    """Reads categories: a list of names or, for a hierarchical vocabulary, a mapping from categories to fine names.
 
     Args:
-        text (`str`): names with commas between them, one of [`VOCABULARIES`] by name, or the path of a file: names one
-            a line (.txt or anything else), a list of names or a mapping `category: [fine name, ...]` (.yaml, .yml,
-            .json). Names already in a list or a mapping are only checked.
+        text (`str`): names separated by commas, the name of one of [`VOCABULARIES`], or the path of a file: one name
+            per line (.txt or no known extension), or a list of names or a mapping `category: [fine name, ...]` (.yaml,
+            .yml, .json). A list or a mapping in place of a string is only checked.
 
     Raises:
-        `ValueError`: for a missing or unreadable file, no name, an empty name, or one given twice. A fine name may
-            belong to two categories, as the table of the paper has it.
+        `ValueError`: a file is missing or unreadable, or there is no name, an empty name, or a duplicate. A fine name
+            may belong to two categories, as in Table 15 of the paper.
     """
     if not isinstance(text, str):
         return _check_categories(text)
@@ -31,15 +31,15 @@ def read_categories(text: str | Iterable[str] | Mapping[str, Iterable[str]]) -> 
     if not (os.path.isfile(text) or text.lower().endswith(_FILES)):
         close = difflib.get_close_matches(text, VOCABULARIES, n=1, cutoff=0.8)
         if close:
-            raise ValueError(f'There is no vocabulary "{text}": {close[0]}?')
+            raise ValueError(f'There is no vocabulary "{text}". Did you mean {close[0]}?')
         return _check_categories(text.split(",") if text.strip() else [])
     try:
         with open(text, encoding="utf-8-sig") as file:
             content = file.read()
     except OSError as error:
-        raise ValueError(f'The categories\' file "{text}" cannot be read: {error.strerror}.') from None
+        raise ValueError(f'The file of categories "{text}" cannot be read: {error.strerror}.') from None
     except UnicodeDecodeError:
-        raise ValueError(f'The categories\' file "{text}" is not text in UTF-8.') from None
+        raise ValueError(f'The file of categories "{text}" is not UTF-8 text.') from None
     try:
         if text.lower().endswith(_FILES[1:]):
             return _check_categories(_parse_yaml(content))
@@ -49,7 +49,7 @@ def read_categories(text: str | Iterable[str] | Mapping[str, Iterable[str]]) -> 
 
 
 def _check_categories(categories: Iterable[str] | Mapping[str, Iterable[str]]) -> list[str] | dict[str, list[str]]:
-    """The same names with single spaces between their words. Raises `ValueError` as [`read_categories`] does."""
+    """The categories with single spaces between words. Raises `ValueError` as [`read_categories`] does."""
     if not isinstance(categories, Mapping):
         return _check_names(categories, "category")
     names = _check_names(categories, "category")
@@ -63,13 +63,14 @@ def _check_categories(categories: Iterable[str] | Mapping[str, Iterable[str]]) -
 
 
 def _check_names(names: Iterable[str], what: str) -> list[str]:
+    """The names with single spaces between words; `what` they are is for errors. Raises `ValueError`."""
     seen: dict[str, None] = {}
     for position, name in enumerate(names, 1):
         if not isinstance(name, str):
             raise ValueError(f"{name!r} is not a name: write it in quotes.")
         name = " ".join(name.split())
         if not name:
-            raise ValueError(f"The {what} at place {position} is empty.")
+            raise ValueError(f"The {what} at position {position} is empty.")
         if name in seen:
             raise ValueError(f'The {what} "{name}" is given twice.')
         seen[name] = None
@@ -79,7 +80,7 @@ def _check_names(names: Iterable[str], what: str) -> list[str]:
 
 
 def _parse_yaml(content: str) -> list | dict:
-    """A list or a mapping from YAML, of which JSON is a part. Raises `ValueError` for anything else."""
+    """The list or mapping in a YAML or JSON text. Raises `ValueError` for anything else."""
     import yaml
 
     try:
@@ -88,7 +89,7 @@ def _parse_yaml(content: str) -> list | dict:
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML or JSON ({' '.join(str(error).split())}).") from None
     if isinstance(node, yaml.MappingNode):
-        _check_names((key.value for key, _ in node.value), "category")  # a dict would keep the last of two equal keys
+        _check_names((key.value for key, _ in node.value), "category")  # safe_load drops duplicate keys
     if not isinstance(parsed, (list, dict)):
         raise ValueError("expected a list of names, or a mapping from each category to its fine names.")
     return parsed

@@ -11,10 +11,11 @@ from statistics import mean
 
 from ifseg_hf.experiments.plan import Plan, Step, in_order, write_text
 from ifseg_hf.experiments.results import markdown_table, mean_and_deviation
+from ifseg_hf.training.log import read_log
 from ifseg_hf.visualization.curves import draw_curves
 
 ON_IMAGES = (
-    "train.py --config {configs}/photos_nano.yaml --short-side 192 --steps {steps} --warmup-steps {warmup_steps} "
+    "train.py --config {configs}/images_nano.yaml --short-side 192 --steps {steps} --warmup-steps {warmup_steps} "
     "--batch-size {batch_size}"
 )
 ON_IMAGES_EVALUATED = f"{ON_IMAGES} --eval-steps {{eval_steps}} --eval-dataset {{dataset}}"
@@ -22,7 +23,7 @@ ON_IMAGES_EVALUATED = f"{ON_IMAGES} --eval-steps {{eval_steps}} --eval-dataset {
 # How the folder of each step is made; see plan.py. `ImageExperiments.plan` says what the other placeholders stand for.
 COMMANDS = {
     "image-free": "train.py --config {configs}/nano.yaml --model {model} --categories {words} --seed {seed}",
-    "labels": "pseudo_label.py --model {image-free} --photos {dataset}/train/images --categories {words} "
+    "labels": "pseudo_label.py --model {image-free} --images {dataset}/train/images --categories {words} "
     "--min-confidence 0.3",
     "self-training": f"{ON_IMAGES_EVALUATED} --stage self-training --model {{image-free}} --dataset {{labels}} "
     "--learning-rate 1e-4 --seed {seed}",
@@ -60,7 +61,7 @@ class ImageExperiments:
         unseen: categories whose masks some experiments do not use, with commas between them.
         out: folder for the models and the results. Several programs may use one at the same time, each with other
             seeds.
-        configs: the folder of nano.yaml and photos_nano.yaml.
+        configs: the folder of nano.yaml and images_nano.yaml.
         model: folder or Hub id of the model to start from.
         steps, batch_size: of the training runs on images.
     """
@@ -146,5 +147,6 @@ def draw_experiments(out: Path, results: dict[str, dict[int, dict]]) -> Path | N
     if not runs:
         return None
     free = [100 * scores["mean_iou"] for scores in results.get("image-free", {}).values()]
-    draw_curves(runs, out / "curves.png", {"image-free, smoothed": mean(free)} if free else {})
+    logs = {title: [read_log(folder) for folder in folders] for title, folders in runs.items()}
+    draw_curves(logs, out / "curves.png", {"image-free, smoothed": mean(free)} if free else {})
     return out / "curves.png"

@@ -169,7 +169,7 @@ def tune(
     set_seed(settings.seed)
     processor, model = load_model(settings, data)
     if settings.from_scratch and not checkpoint:
-        crops = mixed_samples(settings, model.config, processor, data, None).photos
+        crops = mixed_samples(settings, model.config, processor, data, None).crops
         measure_batch_norm(model.model.encoder.embed_images, crops, accelerator.device)
     set_seed(settings.seed, device_specific=True)  # dropout differs between processes
     config = model.config

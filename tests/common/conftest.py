@@ -1,7 +1,7 @@
-"""transformers' common tests, run on this project's classes: `make common-tests`.
+"""transformers' common tests on this project's classes: `make common-tests`.
 
-Every test passes or is listed in not_applicable.py with the reason; anything else is a failure, and so is an entry of
-that list whose test passes or does not exist.
+Each test must pass, or be listed in not_applicable.py with a reason. An entry of the list whose test passes or does not
+exist is a failure.
 """
 
 import os
@@ -35,26 +35,26 @@ SKIPPED_PART = pytest.StashKey[bool]()
 
 def pytest_configure(config):
     for marker in MARKERS:
-        config.addinivalue_line("markers", f"{marker}: of transformers' own tests")
+        config.addinivalue_line("markers", f"{marker}: marks tests of transformers")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Turns skipped into failed unless listed, and what is listed into not applicable unless it passes."""
+    """Reports a skipped test as failed unless it is listed, and a listed test as not applicable unless it passes."""
     report = yield
     why = reason(item)
     if why is None:
         if report.skipped:
             report.outcome = "failed"
-            report.longrepr = f"{item.name} skips itself, and not_applicable.py gives no reason: {report.longrepr}"
+            report.longrepr = f"{item.name} was skipped, but is not listed in not_applicable.py: {report.longrepr}"
     elif report.skipped or report.failed or item.stash.get(SKIPPED_PART, False):
-        item.stash[SKIPPED_PART] = True  # a part of a test (subTest) that does not apply, before the rest passes
+        item.stash[SKIPPED_PART] = True  # a subtest does not apply; others may pass
         if report.when != "teardown":
             report.outcome = "skipped"
             report.longrepr = (str(item.path), item.location[1], f"Skipped: not applicable: {why}")
     elif report.when == "call":
         report.outcome = "failed"
-        report.longrepr = f"{item.name} passes, but not_applicable.py lists it: remove it there."
+        report.longrepr = f"{item.name} passes, but is listed in not_applicable.py: remove the entry."
     return report
 
 

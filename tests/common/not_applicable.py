@@ -1,4 +1,4 @@
-"""Which of transformers' common tests do not apply, and why. That a test fails is never a reason."""
+"""transformers' common tests that do not apply to this project, with the reasons. A failure is never a reason."""
 
 from fnmatch import fnmatchcase
 
@@ -6,27 +6,27 @@ import torch
 
 NOT_RUN = {
     "generation/test_utils.py and exporters/test_export.py": "not in the source distribution",
-    "test_tokenization_common.py": "tests tokenizer classes; ours is transformers' own RobertaTokenizer",
+    "test_tokenization_common.py": "tests tokenizer classes; the project uses RobertaTokenizer of transformers",
 }
 
 ACCELERATOR = "needs an accelerator"
 SEVERAL_ACCELERATORS = "needs several accelerators"
-BIASES = "positions enter as biases of the attention logits, which flash and flex kernels do not take"
+BIASES = "positions are biases of the attention logits, which flash and flex kernels do not support"
 ONE_CONFIGURATION = "one configuration describes the whole model"
 NO_EXPERTS = "no mixture of experts"
 NO_ROTARY = "no rotary positions"
 NO_DEEPSPEED = "the project does not use DeepSpeed"
 NO_TENSOR_PARALLELISM = "no plan for tensor parallelism: the largest OFA has 0.9 billion parameters"
-SAME_NAMES = "weights are saved under the names of the parameters, none is converted"
+SAME_NAMES = "weights are saved under the names of the parameters, without conversion"
 NO_FLOAT32 = "no part of the model must stay float32"
-NOT_OURS = "a task that the model does not do, or that has no pipeline for what it takes"
-CATEGORIES = "the processor takes category words, not texts; nothing of a tokenizer's is set by the caller"
+OTHER_TASK = "a task that the model does not perform, or whose pipeline does not support its inputs"
+CATEGORIES = "the processor takes category words, not texts, and no settings of a tokenizer"
 CHAT = "the model does not chat"
-MODALITIES = "neither videos nor audio"
-TOKENS_FOR_PHOTOS = "photos have no placeholder tokens in the text"
+MODALITIES = "the processor takes neither videos nor audio"
+IMAGE_TOKENS = "images have no placeholder tokens in the text"
 
-# "class.test" or "test" (in every class) -> reason; * stands for anything. All of them run nevertheless: an entry whose
-# test passes, or that names no test, is an error.
+# Reasons by "class.test" or "test" (in every class); * is a wildcard. The tests run nevertheless: an entry whose test
+# passes, or that matches no test, is an error.
 NOT_APPLICABLE = {
     # models
     "test_can_load_with_device_context_manager": ACCELERATOR,
@@ -56,18 +56,18 @@ NOT_APPLICABLE = {
     "test_reverse_loading_mapping": SAME_NAMES,
     "test_keep_in_fp32_modules*": NO_FLOAT32,
     "test_sliding_window_mask": "every token attends to all others",
-    "test_resize_position_vector_embeddings": "texts have a fixed number of positions, photos interpolate theirs",
+    "test_resize_position_vector_embeddings": "texts have a fixed number of positions, and images interpolate theirs",
     "test_causal_lm_loss_honors_shift_labels": "an encoder-decoder's logits are aligned with the labels",
     "test_can_capture_specific_layers_hidden_states": "an encoder-decoder has no output `hidden_states`",
     "OFAModelTest.test_generation_tester_mixin_inheritance": "the generation tests are not shipped",
     "IFSegForSemanticSegmentationTest.test_encoder_decoder_loss_no_double_shift": "no text is predicted",
     "IFSegForSemanticSegmentationTest.test_inputs_embeds": "the prompt is passed as ids",
     # image processor
-    "test_call_numpy_4_channels": "the trunk reads RGB: transparency is laid on white, not passed on as a channel",
-    "test_can_compile_torchvision_backend": "NumPy and Pillow do the work whatever is installed",
+    "test_call_numpy_4_channels": "the trunk reads RGB: transparent images are laid on white",
+    "test_can_compile_torchvision_backend": "the image processor always uses NumPy and Pillow",
     "test_image_processor_preprocess_arguments": "for processors older than `valid_kwargs`",
     "test_override_instance_attributes_does_not_affect_other_instances": "`size` is no dict, but a SizeDict",
-    "test_pil_can_run_without_torchvision": "its process knows transformers' own classes only, and trusts no code",
+    "test_pil_can_run_without_torchvision": "its subprocess loads classes of transformers only, without remote code",
     # processor
     "test_model_input_names": CATEGORIES,
     "test_processor_with_multiple_inputs": CATEGORIES,
@@ -82,13 +82,13 @@ NOT_APPLICABLE = {
     "IFSegProcessorTest.*_[23]_audio": MODALITIES,
     "test_apply_chat_template_*": CHAT,
     "IFSegProcessorTest.test_chat_template_*": CHAT,
-    "test_get_num_multimodal_tokens_matches_processor_call*": TOKENS_FOR_PHOTOS,
-    "test_if_input_has_mismatching_tokens_and_mm_data": TOKENS_FOR_PHOTOS,
-    "test_processor_text_has_no_visual": TOKENS_FOR_PHOTOS,
-    "test_replacement_offsets": TOKENS_FOR_PHOTOS,
+    "test_get_num_multimodal_tokens_matches_processor_call*": IMAGE_TOKENS,
+    "test_if_input_has_mismatching_tokens_and_mm_data": IMAGE_TOKENS,
+    "test_processor_text_has_no_visual": IMAGE_TOKENS,
+    "test_replacement_offsets": IMAGE_TOKENS,
     # pipelines
-    "test_pipeline_[!i]*": NOT_OURS,
-    "test_pipeline_image_[!s]*": NOT_OURS,
+    "test_pipeline_[!i]*": OTHER_TASK,
+    "test_pipeline_image_[!s]*": OTHER_TASK,
 }
 if torch.cuda.is_available():
     NOT_APPLICABLE = {pattern: why for pattern, why in NOT_APPLICABLE.items() if why != ACCELERATOR}
@@ -97,11 +97,11 @@ if torch.cuda.device_count() > 1:
 
 
 def matches(pattern: str, item) -> bool:
-    """Whether an entry of the list means this test."""
+    """Whether an entry of the list matches a test."""
     name = f"{item.cls.__name__}.{item.name}" if item.cls else item.name
     return fnmatchcase(name, pattern if "." in pattern else f"*.{pattern}")
 
 
 def reason(item) -> str | None:
-    """Why a test does not apply; `None` if it does."""
+    """The reason why a test does not apply, or None."""
     return next((why for pattern, why in NOT_APPLICABLE.items() if matches(pattern, item)), None)

@@ -1,7 +1,7 @@
-"""transformers' own test mixins, which its source distribution carries and its wheel does not.
+"""transformers' test mixins, which are in its source distribution but not in its wheel.
 
-Run as a script this prints the folder of the installed version's source distribution, after fetching it with pip if
-it is not in the cache yet. `load` makes its `tests` folder importable as the package `transformers_tests`.
+As a script, this file prints the folder of the source distribution of the installed version, which it downloads with
+pip into a cache. `load` makes the folder `tests` in it importable as the package `transformers_tests`.
 """
 
 import json
@@ -16,11 +16,11 @@ from pathlib import Path
 from unittest import mock
 
 VARIABLE = "TRANSFORMERS_SOURCE"
-"""The environment variable that names the folder; without it the tests in this folder are not collected."""
+"""The environment variable with that folder; without it the tests beside this file are not collected."""
 
 
 def fetch() -> Path:
-    """The unpacked source distribution of the installed transformers, from the cache or the package index."""
+    """The folder of the source distribution of the installed transformers, from the cache or the package index."""
     name = f"transformers-{version('transformers')}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ifseg-hf"
     if (cache / name).is_dir():
@@ -36,18 +36,18 @@ def fetch() -> Path:
             file.extractall(folder, tests, filter="data")
         try:
             (Path(folder) / name).rename(cache / name)
-        except OSError:  # another process was faster
+        except OSError:  # another process may have moved it first
             if not (cache / name).is_dir():
                 raise
     return cache / name
 
 
 def load(source: Path, files: Path):
-    """Makes the tests importable, with stand-ins for the parts of transformers' repository that are not shipped.
+    """Makes the tests importable, with stand-ins for modules that the source distribution lacks.
 
     Args:
-        source: what [`fetch`] returns.
-        files: an empty folder for the photos and models that transformers' tests otherwise get from the Hub.
+        source: the folder that [`fetch`] returns.
+        files: an empty folder for images and models, which transformers' tests would download from the Hub.
     """
     os.environ.setdefault("RUN_SLOW", "1")
     os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = str(files)
@@ -67,19 +67,19 @@ def load(source: Path, files: Path):
     _stand_in("transformers_tests.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
     _stand_in("transformers_tests.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
     _stand_in("transformers_tests.utils.test_configuration_utils", config_common_kwargs=_COMMON_SETTINGS)
-    _stand_in("fetch_hub_objects_for_ci", url_to_local_path=lambda url: _local_photo(url, files))
+    _stand_in("fetch_hub_objects_for_ci", url_to_local_path=lambda url: _local_image(url, files))
 
-    # What a model of transformers' own is listed in; `_prepare_for_class` and others look at the names of the classes.
+    # The lists of transformers' models: `_prepare_for_class` and other tests look up the names of classes in them.
     modeling_auto.MODEL_MAPPING_NAMES["ofa"] = "OFAModel"
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["ofa"] = "OFAForConditionalGeneration"
     modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["ifseg"] = "IFSegForSemanticSegmentation"
-    # They would execute a second copy of transformers, from the source.
+    # The tests would otherwise import a second copy of transformers, from the source distribution.
     with mock.patch("transformers.utils.direct_transformers_import", return_value=transformers):
         import transformers_tests.test_configuration_common
         import transformers_tests.test_pipeline_mixin  # noqa: F401
 
 
-# A value other than the default for each setting that every configuration has.
+# A non-default value for each setting that every configuration has.
 _COMMON_SETTINGS = {
     "return_dict": False,
     "output_hidden_states": True,
@@ -94,12 +94,13 @@ _COMMON_SETTINGS = {
 
 
 def _stand_in(name: str, **attributes):
+    """Registers a module called `name` with these attributes."""
     sys.modules[name] = types.ModuleType(name)
     vars(sys.modules[name]).update(attributes)
 
 
-def _local_photo(url: str, files: Path) -> str:
-    """A drawn photo in place of one from the Hub; other media are not used by the tests that apply."""
+def _local_image(url: str, files: Path) -> str:
+    """The path of a generated image in place of one from the Hub; no applicable test uses other media."""
     import numpy as np
     from PIL import Image
 

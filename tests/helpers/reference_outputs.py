@@ -1,11 +1,11 @@
 """Reference outputs of the published implementation, and the weights that they were computed with.
 
-The kit is in `tests/parity`; its one large case and the published tokenizer's files only exist beside the project, in
-`../shared/parity`, and tests that need them skip without it.
+Both are in `tests/parity`. One large case and the files of the published tokenizer are not part of the repository but
+in `../shared/parity`; tests that need them are skipped without that folder.
 """
 
+import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,15 @@ SHARED = Path(__file__).parents[3] / "shared"
 SHARED = SHARED if SHARED.is_dir() else None
 BPE = SHARED / "parity" / "bpe" if SHARED else None
 
-sys.path.insert(0, str(PARITY))
-import fixture  # noqa: E402
+_spec = importlib.util.spec_from_file_location("fixture", PARITY / "fixture.py")
+fixture = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fixture)
 
 __all__ = ["BPE", "PARITY", "SHARED", "fixture", "golden", "golden_metadata", "relative_error", "token_ids"]
 
 
 def _file(name: str) -> Path:
+    """The path of a file of reference outputs; skips the test if there is none."""
     for folder in (PARITY, SHARED / "parity" if SHARED else PARITY):
         if (folder / "golden" / name).is_file():
             return folder / "golden" / name
@@ -31,13 +33,13 @@ def _file(name: str) -> Path:
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
-    """The tensors of a reference output, e.g. "tiny_512x512"."""
+    """The tensors of a reference output, such as "tiny_512x512"."""
     with safe_open(_file(f"{name}.safetensors"), "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator)
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open has no iterator)
 
 
 def golden_metadata(name: str) -> dict:
-    """What a reference output was computed from, JSON values decoded."""
+    """The inputs and settings of a reference output, with JSON values decoded."""
     with safe_open(_file(f"{name}.safetensors"), "pt") as file:
         metadata = file.metadata() or {}
     decoded = {}
@@ -50,11 +52,11 @@ def golden_metadata(name: str) -> dict:
 
 
 def token_ids() -> dict:
-    """Category and prompt token ids of the published vocabularies."""
+    """The token ids of the categories and prompts of the published vocabularies."""
     return json.loads(_file("tokens.json").read_text())
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """|actual - expected| / |expected|, Frobenius norms in float64."""
+    """|actual - expected| / |expected|, with Frobenius norms in float64."""
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm()).item()

@@ -1,4 +1,4 @@
-"""A folder with a random model and its processor, small enough to be tuned in a test."""
+"""A folder with a small random model and its processor, for training in tests."""
 
 from pathlib import Path
 
@@ -12,7 +12,11 @@ from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
 
 
 def save_tiny_model(folder: Path, model_class=IFSegForSemanticSegmentation) -> str:
-    """A model of 4 x 4 word maps and 64 x 64 images without words; each byte is a token of its tokenizer."""
+    """Saves a model for 4 x 4 word maps and 64 x 64 images, without words, whose tokenizer has a token for each byte.
+
+    Returns:
+        The folder, as a string.
+    """
     alphabet = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,5 +32,5 @@ def save_tiny_model(folder: Path, model_class=IFSegForSemanticSegmentation) -> s
 
 
 def is_key_bias(name: str) -> bool:
-    """A key bias has no effect on softmax: its gradient is rounding noise."""
+    """Whether a parameter is the bias of keys, which has no effect on softmax: its gradient is rounding noise."""
     return name.endswith(("k_proj.bias", "pos_k_linear.bias"))

@@ -105,9 +105,9 @@ def test_other_words_and_broken_photos(work, evaluate, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--dataset", "nowhere"], "no folder, no data set of the Hub"),
+        (["--dataset", "nowhere"], "no folder, no dataset of the Hub"),
         (["--dataset", "coco-stuff"], "needs the folder"),
-        (["--dataset", "{streets}", "--categories", "cat, gras"], "Close to it: grass"),
+        (["--dataset", "{streets}", "--categories", "cat, gras"], "Similar: grass"),
         (["--dataset", "{streets}", "--model", "nowhere"], "no model folder"),
         (["--dataset", "{streets}", "--baseline", "clip", "--model", "{model}"], "is no CLIP"),
     ],

@@ -1,4 +1,4 @@
-"""Augmented photos as samples: a pure function of seed and index, with labels that stay on their pixels."""
+"""Crops as a pure function of seed and index, whose labels stay on their pixels, and word maps among them."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ pytest.importorskip("kornia")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return load_training_dataset(save_masked_photos(tmp_path_factory.mktemp("photos")))
+    return load_training_dataset(save_masked_photos(tmp_path_factory.mktemp("images")))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_sample_depends_on_seed_and_index_alone(data, samples):
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     first = [samples[index] for index in (0, 5, 40)]
-    assert torch.equal(torch.random.get_rng_state(), before)  # or the loader's process would move dropout
+    assert torch.equal(torch.random.get_rng_state(), before)  # dropout draws from it, too
     torch.manual_seed(2)
     for index, expected in zip((40, 5, 0), reversed(first), strict=True):
         assert_same(CropDataset(data, 32, 48, seed=3)[index], expected)
@@ -52,15 +52,15 @@ def test_a_sample_depends_on_seed_and_index_alone(data, samples):
     assert any(not torch.equal(other[index]["labels"], samples[index]["labels"]) for index in range(4))
 
 
-def test_every_epoch_shows_every_photo_once_in_another_order(samples):
+def test_an_epoch_shows_every_image_once_in_new_order(samples):
     epochs = [[samples.position(index) for index in range(6 * epoch, 6 * epoch + 6)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert samples.position(0) == epochs[0][0]  # also after those of later epochs
+    assert samples.position(0) == epochs[0][0]  # also after later epochs
 
 
 def test_labels_stay_on_their_pixels(samples):
-    """Without the distortion a colour tells its label; only where two colours were blended it may not."""
+    """Without distortion each colour stands for a label, except where resizing has blended two colours."""
     samples.augment.distort = torch.nn.Identity()
     right = total = 0
     for index in range(20):
@@ -75,7 +75,7 @@ def test_labels_stay_on_their_pixels(samples):
     assert right / total > 0.97
 
 
-def test_what_a_photo_is_too_small_for_is_grey_and_has_no_label(data):
+def test_padding_is_grey_and_unlabelled(data):
     samples = CropDataset(data, crop_size=160, short_side=40)
     for index in range(5):
         sample = samples[index]
@@ -85,11 +85,11 @@ def test_what_a_photo_is_too_small_for_is_grey_and_has_no_label(data):
     assert torch.equal(samples[0]["pixel_values"][:, 0, 0], torch.zeros(3))
 
 
-def test_scales_reach_from_a_half_to_twice_the_short_side(data, samples, monkeypatch):
+def test_scales_range_from_half_to_twice_the_short_side(data, samples, monkeypatch):
     sides = []
 
-    def record(photo, labels, seed):
-        assert photo.shape[:2] == labels.shape
+    def record(image, labels, seed):
+        assert image.shape[:2] == labels.shape
         sides.append(min(labels.shape))
         return torch.zeros(3, 1, 1), torch.zeros(1, 1)
 
@@ -101,7 +101,7 @@ def test_scales_reach_from_a_half_to_twice_the_short_side(data, samples, monkeyp
 
 
 def test_crops_of_one_category_are_drawn_again(tmp_path):
-    """Of a photo that is half one, half another, most crops a quarter as wide would hold one alone."""
+    """Most crops of an image of two halves would otherwise have one category only."""
     half = np.repeat([0, 1], 64)[None].repeat(64, 0)
 
     class Halves(SegmentationDataset):
@@ -124,7 +124,7 @@ def test_colours_are_distorted_and_labels_are_not(samples):
     assert changed["pixel_values"].abs().max() <= 1
 
 
-def test_ignored_labels_and_other_masks(data, tmp_path):
+def test_labels_can_be_ignored_and_masks_replaced(data, tmp_path):
     ignoring = CropDataset(data, 32, 48, ignored=[1, 2])
     plain = CropDataset(data, 32, 48)
     seen = plain[0]["labels"].unique().tolist()
@@ -137,20 +137,20 @@ def test_ignored_labels_and_other_masks(data, tmp_path):
     assert set(CropDataset(data, 32, 48, masks=tmp_path)[0]["labels"].unique().tolist()) == {-100} != set(seen)
 
 
-# Word maps among them -------------------------------------------------------------------------------------------------
+# Word maps among the crops --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.3, 0.9])
-def test_word_maps_are_spread_evenly_and_nothing_is_left_out(samples, ratio):
+def test_word_maps_are_spread_evenly_and_no_crop_is_skipped(samples, ratio):
     word_maps = WordMapSampler(4, 3, 4, 4)
     mixed = MixedDataset(samples, word_maps, ratio)
     kinds = ["word_map" in mixed[index] for index in range(20)]
     assert sum(kinds) == int(20 * ratio)
     for start in range(0, 20, 10):
         assert abs(sum(kinds[start : start + 10]) - 10 * ratio) <= 1
-    photos = [mixed[index] for index in range(20) if not kinds[index]]
-    for number in (0, len(photos) - 1):
-        assert_same(photos[number], samples[number])
+    crops = [mixed[index] for index in range(20) if not kinds[index]]
+    for position in (0, len(crops) - 1):
+        assert_same(crops[position], samples[position])
     stream = iter(word_map_stream(4, seed=3, grid_size=4))
     for index in range(20):
         if kinds[index]:
@@ -172,10 +172,10 @@ def test_a_batch_has_both_kinds(samples):
     assert collate_samples([samples[0]]).keys() == {"pixel_values", "labels"}
 
 
-# Data -----------------------------------------------------------------------------------------------------------------
+# Datasets -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_part_for_training_is_taken_and_categories_are_selected(tmp_path):
+def test_the_training_split_is_taken_and_categories_are_selected(tmp_path):
     folder = save_masked_photos(tmp_path / "split")
     save_masked_photos(tmp_path / "split", count=2, split="val")
     assert len(load_training_dataset(folder).samples) == 6
@@ -185,11 +185,11 @@ def test_the_part_for_training_is_taken_and_categories_are_selected(tmp_path):
     assert len(load_training_dataset(flat).samples) == 6
 
 
-def test_labels_by_name(data):
+def test_labels_are_found_by_name(data):
     assert find_labels(data, None) == []
     assert find_labels(data, " sky,cat ") == [2, 0]
     with_subsets = SegmentationDataset(data.samples, data.names, data.labels, {"unseen": [1, 3]})
     assert find_labels(with_subsets, "unseen") == [1, 3]
-    for names, told in [("dog", 'no category "dog"'), ("", "at least one"), (", ".join(NAMES), "not all")]:
-        with pytest.raises(ValueError, match=told):
+    for names, message in [("dog", 'no category "dog"'), ("", "at least one"), (", ".join(NAMES), "not all")]:
+        with pytest.raises(ValueError, match=message):
             find_labels(data, names)

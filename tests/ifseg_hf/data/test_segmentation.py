@@ -1,4 +1,4 @@
-"""Made-up data sets in the published layouts, label by label, and what is wrong with others."""
+"""Small datasets in the published layouts, label by label, and the errors of damaged ones."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
-from ifseg_hf.data import segmentation as segmentation_data
+from ifseg_hf.data import segmentation
 from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
 from ifseg_hf.data.vocabularies import read_categories
 
@@ -22,12 +22,12 @@ COCO_IDS = [value for value in range(182) if value not in ABSENT]
 UNSEEN = [29, 36, 88, 51, 76, 28, 23, 19, 137, 160, 157, 112, 136, 94, 133]
 
 
-def save_pair(photos: Path, masks: Path, name: str, values) -> np.ndarray:
-    """A photo `name`.jpg of one colour and a grey mask `name`.png with these values in rows of 4."""
+def save_pair(images: Path, masks: Path, name: str, values) -> np.ndarray:
+    """Writes an image `name`.jpg of one colour and a grey mask `name`.png with `values` in rows of 4."""
     values = np.asarray(values, np.uint8).reshape(-1, 4)
-    for folder in (photos, masks):
+    for folder in (images, masks):
         folder.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", values.shape[::-1], (200, 100, 50)).save(photos / f"{name}.jpg")
+    Image.new("RGB", values.shape[::-1], (200, 100, 50)).save(images / f"{name}.jpg")
     Image.fromarray(values).save(masks / f"{name}.png")
     return values
 
@@ -41,14 +41,14 @@ def coco(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Values 0, 1, 2 and 9, which is ignored."""
+    """A folder with an image, whose mask has the values 0, 1, 2 and 9, the ignored one."""
     save_pair(tmp_path / "images", tmp_path / "masks", "a", [0, 1, 2, 9, 2, 2, 2, 2])
     (tmp_path / "dataset.json").write_text(json.dumps({"categories": ["sky", "tree", "road"], "ignore_index": 9}))
     return tmp_path
 
 
 def read_one(data) -> np.ndarray:
-    """The labels of the only sample, in a row."""
+    """The labels of the only sample, flattened."""
     (sample,) = data.samples
     image, labels = data.read(sample)
     assert (image.dtype, labels.dtype) == (np.uint8, np.int64)
@@ -56,7 +56,7 @@ def read_one(data) -> np.ndarray:
     return labels.ravel()
 
 
-def test_every_number_of_coco_stuff(coco):
+def test_every_mask_value_of_coco_stuff(coco):
     data = load_segmentation_dataset("coco-stuff", coco)
     assert data.samples["id"][:] == ["000000000139"]
     assert read_one(data).tolist() == [*range(171), -100]
@@ -79,8 +79,8 @@ def test_unseen_and_seen_categories_of_coco_stuff(coco):
     assert read_one(data).tolist() == [*(seen.index(x) if x in seen else -100 for x in range(171)), -100]
 
 
-def test_every_number_of_coco_stuff_is_in_one_coarse_category(coco):
-    """Things by the ranges of numbers that COCO gives its supercategories, stuff by Table 15 and the names it omits."""
+def test_every_value_of_coco_stuff_has_one_coarse_category(coco):
+    """Things by COCO's ranges of values for its supercategories, stuff by Table 15 and the names that it omits."""
     table = read_categories("coco-stuff-coarse")
     data = load_segmentation_dataset("coco-stuff-coarse", coco)
     assert data.names == list(table)
@@ -105,10 +105,10 @@ def test_every_number_of_coco_stuff_is_in_one_coarse_category(coco):
         assert [coarse[value]] == expected, name
 
 
-@pytest.mark.parametrize(("photos", "maps"), [("val2017", "stuffthingmaps"), ("images/val2017", "stuffthingmaps")])
-def test_other_places_and_splits_of_coco_stuff(photos, maps, tmp_path):
-    save_pair(tmp_path / photos, tmp_path / maps / "val2017", "000000000139", [0, 1, 2, 3])
-    train = Path(photos).with_name("train2017")
+@pytest.mark.parametrize(("images", "maps"), [("val2017", "stuffthingmaps"), ("images/val2017", "stuffthingmaps")])
+def test_other_folders_and_splits_of_coco_stuff(images, maps, tmp_path):
+    save_pair(tmp_path / images, tmp_path / maps / "val2017", "000000000139", [0, 1, 2, 3])
+    train = Path(images).with_name("train2017")
     save_pair(tmp_path / train, tmp_path / maps / "train2017", "000000000009", [4, 5, 6, 7])
     assert read_one(load_segmentation_dataset("coco-stuff", tmp_path)).tolist() == [0, 1, 2, 3]
     for split in ("train", "train2017"):
@@ -118,7 +118,7 @@ def test_other_places_and_splits_of_coco_stuff(photos, maps, tmp_path):
 
 
 @pytest.mark.parametrize("root", [".", "ADEChallengeData2016"])
-def test_every_number_of_ade20k(root, tmp_path):
+def test_every_mask_value_of_ade20k(root, tmp_path):
     values = [*range(151), 0]
     for split, name in (("validation", "ADE_val_00000001"), ("training", "ADE_train_00000001")):
         save_pair(tmp_path / root / "images" / split, tmp_path / root / "annotations" / split, name, values)
@@ -131,16 +131,16 @@ def test_every_number_of_ade20k(root, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["coco-stuff", "coco-stuff-coarse", "ade20k"])
-def test_missing_folders_are_told(source, tmp_path):
+def test_errors_name_missing_folders(source, tmp_path):
     with pytest.raises(ValueError, match="give data_dir"):
         load_segmentation_dataset(source)
-    with pytest.raises(ValueError, match=f"photos of .* are missing: there is no folder {tmp_path}"):
+    with pytest.raises(ValueError, match=f"images of .* are missing: there is no folder {tmp_path}"):
         load_segmentation_dataset(source, tmp_path)
-    with pytest.raises(ValueError, match="has its own categories"):
+    with pytest.raises(ValueError, match="defines its categories"):
         load_segmentation_dataset(source, tmp_path, categories=["a"])
 
 
-def test_a_folder(folder):
+def test_a_folder_is_loaded(folder):
     data = load_segmentation_dataset(str(folder))
     assert data.names == ["sky", "tree", "road"]
     assert isinstance(data.samples, datasets.Dataset)
@@ -151,13 +151,13 @@ def test_a_folder(folder):
         load_segmentation_dataset(str(folder), split="val")
 
 
-def test_a_folder_without_its_file(folder):
+def test_a_folder_without_dataset_json_needs_categories(folder):
     (folder / "dataset.json").unlink()
     with pytest.raises(ValueError, match='no list "categories"'):
         load_segmentation_dataset(str(folder))
     data = load_segmentation_dataset(str(folder), categories=["sky", "tree", "road"], ignore_index=9)
     assert read_one(data).tolist() == [0, 1, 2, -100, 2, 2, 2, 2]
-    # An ignored number among the categories' has no name.
+    # An ignored value among the categories' values has no name.
     data = load_segmentation_dataset(str(folder), categories=["sky", "road", *map(str, range(3, 10))], ignore_index=1)
     assert read_one(data).tolist() == [0, -100, 1, 8, 1, 1, 1, 1]
     data = load_segmentation_dataset(str(folder), categories=["tree", "road", *map(str, range(3, 10))], ignore_index=0)
@@ -165,7 +165,7 @@ def test_a_folder_without_its_file(folder):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "is not valid JSON"),
         ("[]", "should hold"),
@@ -174,13 +174,13 @@ def test_a_folder_without_its_file(folder):
         ('{"categories": ["a", "a"]}', '"a" is given twice'),
     ],
 )
-def test_a_wrong_file_is_told(content, told, folder):
+def test_errors_name_a_wrong_dataset_json(content, message, folder):
     (folder / "dataset.json").write_text(content)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load_segmentation_dataset(str(folder))
 
 
-def test_splits_of_a_folder(folder):
+def test_a_folder_can_have_splits(folder):
     shutil.copytree(folder / "images", folder / "val" / "images")
     (folder / "masks").rename(folder / "val" / "masks")
     shutil.rmtree(folder / "images")
@@ -190,11 +190,11 @@ def test_splits_of_a_folder(folder):
         load_segmentation_dataset(str(folder), split="test")
     with pytest.raises(ValueError, match=f"folder {folder / 'train' / 'masks'} can't be read"):
         load_segmentation_dataset(str(folder), split="train")
-    with pytest.raises(ValueError, match="tells the categories already"):
+    with pytest.raises(ValueError, match="already has categories"):
         load_segmentation_dataset(str(folder), categories=["a"])
 
 
-def test_a_palette_is_numbers_and_so_are_16_bits(folder):
+def test_masks_can_have_a_palette_or_16_bits(folder):
     mask = Image.open(folder / "masks" / "a.png").convert("P")
     mask.putpalette([255, 0, 0, 0, 255, 0] + [7] * 750)
     mask.putdata([0, 1, 2, 9, 1, 1, 1, 1])
@@ -208,12 +208,12 @@ def test_a_palette_is_numbers_and_so_are_16_bits(folder):
         read_one(data)
 
 
-def test_a_photo_is_turned_upright(folder):
+def test_an_image_is_turned_upright(folder):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees: 2 x 4 pixels become 4 x 2
-    photo = np.zeros((4, 2, 3), np.uint8)
-    photo[:2, :] = 255
-    Image.fromarray(photo).save(folder / "images" / "a.png", exif=exif)
+    exif[0x0112] = 6  # turned by 90 degrees: 2 x 4 pixels become 4 x 2
+    stored = np.zeros((4, 2, 3), np.uint8)
+    stored[:2, :] = 255
+    Image.fromarray(stored).save(folder / "images" / "a.png", exif=exif)
     (folder / "images" / "a.jpg").unlink()
     data = load_segmentation_dataset(str(folder))
     image, labels = data.read(data.samples[0])
@@ -222,67 +222,67 @@ def test_a_photo_is_turned_upright(folder):
     assert labels.shape == (2, 4)
 
 
-def damage(folder: Path, name: str):
-    photo, mask = folder / "images" / "a.jpg", folder / "masks" / "a.png"
-    if name == "no mask":
+def damage(folder: Path, kind: str):
+    image, mask = folder / "images" / "a.jpg", folder / "masks" / "a.png"
+    if kind == "no mask":
         mask.unlink()
-    elif name == "no photo":
-        photo.unlink()
-    elif name == "half a photo":
-        photo.write_bytes(photo.read_bytes()[:300])
-    elif name == "text":
+    elif kind == "no image":
+        image.unlink()
+    elif kind == "truncated image":
+        image.write_bytes(image.read_bytes()[:300])
+    elif kind == "text":
         mask.write_text("mask")
-    elif name == "size":
+    elif kind == "size":
         Image.new("L", (3, 2)).save(mask)
-    elif name == "number":
+    elif kind == "value":
         Image.fromarray(np.array([[0, 7, 7, 9], [3, 0, 0, 0]], np.uint8)).save(mask)
-    elif name == "colours":
+    elif kind == "colours":
         Image.new("RGB", (4, 2)).save(mask)
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("kind", "message"),
     [
         ("no mask", "There is no mask .*masks/a.png"),
-        ("no photo", "There is no photo .*images/a.jpg"),
-        ("half a photo", "Can't read .*images/a.jpg: .*[Tt]runcated"),
+        ("no image", "There is no image .*images/a.jpg"),
+        ("truncated image", "Can't read .*images/a.jpg: .*[Tt]runcated"),
         ("text", "masks/a.png is no image that Pillow can read"),
-        ("size", "masks/a.png is 3 x 2 pixels, and its photo .*images/a.jpg 4 x 2"),
-        ("number", r"masks/a.png holds numbers .*: 3 \(1 pixels\), 7 \(2 pixels\)\. .*ignore_index"),
-        ("colours", "masks/a.png is a picture of mode RGB"),
+        ("size", "masks/a.png is 3 x 2 pixels, but its image .*images/a.jpg is 4 x 2"),
+        ("value", r"masks/a.png has values .*: 3 \(1 pixels\), 7 \(2 pixels\)\. .*ignore_index"),
+        ("colours", "masks/a.png has mode RGB"),
     ],
 )
-def test_what_is_wrong_with_a_sample_is_told_with_its_file(name, told, folder):
+def test_errors_of_a_sample_name_its_file(kind, message, folder):
     save_pair(folder / "images", folder / "masks", "b", [0, 1, 2, 9])
-    damage(folder, name)
+    damage(folder, kind)
     data = load_segmentation_dataset(str(folder))
-    assert data.samples["id"][:] == ["a", "b"]  # and the other can be used
-    with pytest.raises(SampleError, match=told) as error:
+    assert data.samples["id"][:] == ["a", "b"]  # the other sample can be used
+    with pytest.raises(SampleError, match=message) as error:
         data.read(data.samples[0])
     assert "\n" not in str(error.value)
     assert data.read(data.samples[1])[1].tolist() == [[0, 1, 2, -100]]
 
 
-def test_folders_that_do_not_fit_together_are_told(folder):
+def test_errors_name_folders_without_pairs(folder):
     (folder / "masks" / "a.png").rename(folder / "masks" / "a_mask.png")
     (folder / "images" / "Thumbs.db").write_text("no image")
-    with pytest.raises(ValueError, match=r"No photo in .*images has a mask of its name"):
+    with pytest.raises(ValueError, match=r"No image in .*images has a mask of the same name"):
         load_segmentation_dataset(str(folder))
     shutil.copy(folder / "images" / "a.jpg", folder / "images" / "a.jpeg")
     with pytest.raises(ValueError, match="two images called a"):
         load_segmentation_dataset(str(folder))
 
 
-def test_a_list_selects_and_orders(folder):
+def test_a_list_selects_and_orders_categories(folder):
     data = load_segmentation_dataset(str(folder)).select(["road", "sky"])
     assert data.names == ["road", "sky"]
     assert read_one(data).tolist() == [1, -100, 0, -100, 0, 0, 0, 0]
-    damage(folder, "number")
-    with pytest.raises(SampleError, match=r"7 \(2 pixels\)"):  # what must not occur still must not
+    damage(folder, "value")
+    with pytest.raises(SampleError, match=r"7 \(2 pixels\)"):  # values without a category remain errors
         read_one(data)
 
 
-def test_a_mapping_rewords_and_merges(folder):
+def test_a_mapping_renames_and_merges_categories(folder):
     data = load_segmentation_dataset(str(folder)).select({"ground": ["road"], "outdoors": ["tree", "sky"]})
     assert data.names == ["ground", "outdoors"]
     assert read_one(data).tolist() == [1, 1, 0, -100, 0, 0, 0, 0]
@@ -298,26 +298,26 @@ def test_subsets_follow_a_selection(coco):
 
 
 @pytest.mark.parametrize(
-    ("categories", "told"),
+    ("categories", "message"),
     [
-        (["raod"], 'no category "raod". Close to it: road'),
+        (["raod"], 'no category "raod". Similar: road'),
         (["zzz"], 'no category "zzz".$'),
         ({"a": ["road"], "b": ["tree", "road"]}, '"road" counts as "a" and as "b"'),
         (["road", "road"], "given twice"),
         ([], "no category"),
     ],
 )
-def test_wrong_selections_are_told(categories, told, folder):
-    with pytest.raises(ValueError, match=told):
+def test_errors_name_wrong_selections(categories, message, folder):
+    with pytest.raises(ValueError, match=message):
         load_segmentation_dataset(str(folder)).select(categories)
 
 
-def test_thousands_of_files_are_listed_without_opening_one(tmp_path, monkeypatch):
-    photos, masks = tmp_path / "val2017", tmp_path / "stuffthingmaps" / "val2017"
-    for parent, ending in ((photos, "jpg"), (masks, "png")):
+def test_thousands_of_files_are_listed_without_opening_any(tmp_path, monkeypatch):
+    images, masks = tmp_path / "val2017", tmp_path / "stuffthingmaps" / "val2017"
+    for parent, extension in ((images, "jpg"), (masks, "png")):
         parent.mkdir(parents=True)
         for number in range(5000):
-            (parent / f"{number:012d}.{ending}").touch()
+            (parent / f"{number:012d}.{extension}").touch()
     monkeypatch.setattr(Image, "open", None)
     started = time.process_time()
     data = load_segmentation_dataset("coco-stuff", tmp_path)
@@ -325,7 +325,7 @@ def test_thousands_of_files_are_listed_without_opening_one(tmp_path, monkeypatch
     assert len(data.samples) == 5000
     assert data.samples[4999] == {
         "id": "000000004999",
-        "image": {"path": str(photos / "000000004999.jpg"), "bytes": None},
+        "image": {"path": str(images / "000000004999.jpg"), "bytes": None},
         "mask": {"path": str(masks / "000000004999.png"), "bytes": None},
     }
 
@@ -338,13 +338,13 @@ def png(values) -> dict:
 
 @pytest.fixture
 def parquet(tmp_path, monkeypatch):
-    """Writes two photos with masks as a parquet file that `load_dataset` reads, under column names of one's choice."""
+    """A function that writes two images with masks, in columns of given names, to a parquet file for `load_dataset`."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def write(photo: str, mask: str, split: str = "validation", **more) -> str:
+    def write(images: str, mask: str, split: str = "validation", **more) -> str:
         masks = [[[0, 1], [2, 255]], [[2, 2], [3, 0]]]
-        columns = {"scene": [0, 1], photo: [png(np.zeros((2, 2, 3)))] * 2, mask: [png(values) for values in masks]}
-        features = {"scene": datasets.ClassLabel(names=["street", "room"]), photo: datasets.Image()}
+        columns = {"scene": [0, 1], images: [png(np.zeros((2, 2, 3)))] * 2, mask: [png(values) for values in masks]}
+        features = {"scene": datasets.ClassLabel(names=["street", "room"]), images: datasets.Image()}
         features[mask] = datasets.Image()
         for name, (values, feature) in more.items():
             columns[name], features[name] = values, feature
@@ -358,10 +358,10 @@ def parquet(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    ("photo", "mask"), [("image", "annotation"), ("pixel_values", "label"), ("photo", "segmentation")]
+    ("image", "mask"), [("image", "annotation"), ("pixel_values", "label"), ("photo", "segmentation")]
 )
-def test_a_data_set_of_the_hub(photo, mask, streaming, parquet):
-    source = parquet(photo, mask)
+def test_a_dataset_of_the_hub(image, mask, streaming, parquet):
+    source = parquet(image, mask)
     (Path(source) / "id2label.json").write_text('{"3": "tree", "0": "sky", "1": "road", "2": "car"}')
     data = load_segmentation_dataset(source, ignore_index=255, streaming=streaming)
     assert isinstance(data.samples, datasets.IterableDataset if streaming else datasets.Dataset)
@@ -374,8 +374,8 @@ def test_a_data_set_of_the_hub(photo, mask, streaming, parquet):
     assert data.select({"thing": ["car", "tree"]}).read(samples[0])[1].tolist() == [[-100, -100], [0, -100]]
 
 
-def test_names_of_a_data_set_of_the_hub(parquet):
-    """Those of a column that lists each photo's categories, but not a column with one class a photo."""
+def test_names_of_a_dataset_of_the_hub(parquet):
+    """From a column that lists each image's categories, but not from a column with one class per image."""
     source = parquet("image", "mask")
     with pytest.raises(ValueError, match=r"does not name its categories: .*--categories"):
         load_segmentation_dataset(source)
@@ -388,7 +388,7 @@ def test_names_of_a_data_set_of_the_hub(parquet):
     data = load_segmentation_dataset(source, ignore_index=0)
     assert data.names == ["a", "b", "c"]
     assert data.labels[:4].tolist() == [-100, 0, 1, 2]
-    with pytest.raises(ValueError, match="names its categories itself"):
+    with pytest.raises(ValueError, match="names its categories"):
         load_segmentation_dataset(source, categories=["a"])
     (Path(source) / "id2label.json").write_text('["a"]')
     with pytest.raises(ValueError, match=r"id2label.json of .* should hold"):
@@ -396,8 +396,8 @@ def test_names_of_a_data_set_of_the_hub(parquet):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_the_hub_is_asked_for_names(there, parquet, monkeypatch):
-    """What `datasets` and `huggingface_hub` do for an id of the Hub, they do here for a folder."""
+def test_names_are_downloaded_from_the_hub(there, parquet, monkeypatch):
+    """`datasets` and `huggingface_hub` read a folder in place of a dataset of the Hub."""
     folder = parquet("image", "mask")
     (Path(folder) / "id2label.json").write_text('{"0": "sky", "1": "road"}')
     for function in ("load_dataset", "get_dataset_split_names"):
@@ -410,38 +410,38 @@ def test_the_hub_is_asked_for_names(there, parquet, monkeypatch):
             raise EntryNotFoundError("404")
         return f"{folder}/{name}"
 
-    monkeypatch.setattr(segmentation_data, "hf_hub_download", download)
+    monkeypatch.setattr(segmentation, "hf_hub_download", download)
     if there:
         assert load_segmentation_dataset("owner/name").names == ["sky", "road"]
-    with pytest.raises(ValueError, match="names its categories itself" if there else "given twice"):
+    with pytest.raises(ValueError, match="names its categories" if there else "given twice"):
         load_segmentation_dataset("owner/name", categories=["a", "a"])
 
 
-def test_what_a_data_set_of_the_hub_lacks_is_told(parquet, tmp_path):
+def test_errors_name_what_a_dataset_of_the_hub_lacks(parquet, tmp_path):
     source = parquet("image", "picture")
-    with pytest.raises(ValueError, match=r'Those of images are: image, picture\. Name them "image" and "mask"'):
+    with pytest.raises(ValueError, match=r'Its columns .* are: image, picture\. Name them "image" and "mask"'):
         load_segmentation_dataset(source, categories=["a"])
     more = ([{"path": None, "bytes": b"no image"}, None], datasets.Image())
-    source = parquet("image", "mask", depth=more)  # of several photos the one called image
+    source = parquet("image", "mask", depth=more)  # of several columns the one called image
     assert load_segmentation_dataset(source, categories=["a"]).samples.column_names == ["id", "image", "mask"]
     source = parquet("photo", "label", "train", image=more)
     parquet("photo", "label", "other", image=more)
     (tmp_path / "hub" / "data" / "validation-00000-of-00001.parquet").unlink()
-    with pytest.raises(ValueError, match=r"which split\? Choose from .*other"):
+    with pytest.raises(ValueError, match=r"several splits: choose from .*other"):
         load_segmentation_dataset(source, categories=["a"])
     data = load_segmentation_dataset(source, split="train", categories=["a"])
-    with pytest.raises(SampleError, match="the photo of sample 000000 is no image that Pillow can read"):
+    with pytest.raises(SampleError, match="the image of sample 000000 is no image that Pillow can read"):
         data.read(data.samples[0])
-    with pytest.raises(SampleError, match="Sample 000001 has no photo"):
+    with pytest.raises(SampleError, match="Sample 000001 has no image"):
         data.read(data.samples[1])
 
 
-def test_sources_that_are_nothing_are_told(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match=r'"coco_stuff" is no folder.*: coco-stuff\?'):
+def test_errors_name_an_unknown_source(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r'"coco_stuff" is no folder.* Did you mean coco-stuff\?'):
         load_segmentation_dataset("coco_stuff", None)
-    with pytest.raises(ValueError, match="is no folder, no data set of the Hub"):
+    with pytest.raises(ValueError, match="is no folder, no dataset of the Hub"):
         load_segmentation_dataset(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="data_dir goes with coco-stuff"):
+    with pytest.raises(ValueError, match="data_dir is for coco-stuff"):
         load_segmentation_dataset("owner/name", tmp_path)
 
     def missing(*args, **kwargs):
@@ -453,7 +453,7 @@ def test_sources_that_are_nothing_are_told(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason="CamVid is not here")
-def test_camvid():
+def test_camvid_is_loaded():
     data = load_segmentation_dataset(str(CAMVID))
     assert len(data.samples) == 101
     assert len(load_segmentation_dataset(str(CAMVID), split="train").samples) == 367

@@ -1,4 +1,6 @@
-"""Words as a person gives them, and the embedded vocabularies."""
+"""Categories from text, files and mappings, and the embedded vocabularies."""
+
+import json
 
 import pytest
 from reference_outputs import PARITY
@@ -13,14 +15,12 @@ from ifseg_hf.processing import IFSegProcessor
     [("coco-stuff", "coco_stuff_171"), ("coco-stuff-unseen", "coco_stuff_unseen_15"), ("ade20k", "ade20k_150")],
 )
 def test_embedded_vocabularies_are_the_published_words_in_order(name, key):
-    import json
-
     expected = json.loads((PARITY / "golden" / "tokens.json").read_text(encoding="utf-8"))[key]["categories"]
     assert read_categories(name) == expected
 
 
-def test_coarse_categories_of_coco_stuff():
-    """Table 15 of the paper, in which three fine names belong to two categories each."""
+def test_coarse_categories_of_coco_stuff_are_those_of_table_15():
+    """In which three fine names belong to two categories each."""
     coarse = read_categories("coco-stuff-coarse")
     assert len(coarse) == 27
     assert sum(map(len, coarse.values())) == 174
@@ -38,7 +38,7 @@ def test_a_fine_name_of_two_categories_is_two_words(tmp_path):
     assert words["word_ids"][0] == words["word_ids"][2]
 
 
-def test_every_kind_of_file(tmp_path):
+def test_categories_are_read_from_every_kind_of_file(tmp_path):
     (tmp_path / "words.txt").write_text("cat\n traffic  light \n\ncup\n")
     (tmp_path / "words").write_text("cat\ntraffic light\ncup\n")
     (tmp_path / "flat.yaml").write_text("- cat\n- traffic light\n- cup\n")
@@ -53,7 +53,7 @@ def test_every_kind_of_file(tmp_path):
     assert read_categories(coarse) == coarse
 
 
-def test_an_embedded_vocabulary_goes_before_a_file_of_its_name(tmp_path, monkeypatch):
+def test_a_vocabulary_takes_precedence_over_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ade20k").write_text("cat\ncup")
     assert len(read_categories("ade20k")) == 150
@@ -61,13 +61,13 @@ def test_an_embedded_vocabulary_goes_before_a_file_of_its_name(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("text", ["coco_stuff", "cocostuff-coarse", "ade20"])
-def test_a_vocabulary_misspelt_is_not_taken_for_a_word(text):
+def test_a_misspelt_vocabulary_is_refused(text):
     with pytest.raises(ValueError, match="There is no vocabulary"):
         read_categories(text)
 
 
 @pytest.mark.parametrize(
-    ("categories", "told"),
+    ("categories", "message"),
     [
         ([], "There is no category"),
         (["cat", 5], "5 is not a name"),
@@ -75,10 +75,10 @@ def test_a_vocabulary_misspelt_is_not_taken_for_a_word(text):
         ({"animal": ["cat", "cat"]}, '"cat" is given twice'),
     ],
 )
-def test_wrong_names_are_told(categories, told):
-    with pytest.raises(ValueError, match=told):
+def test_errors_name_wrong_categories(categories, message):
+    with pytest.raises(ValueError, match=message):
         read_categories(categories)
 
 
-def test_their_names_are_these():
+def test_names_of_the_vocabularies():
     assert list(VOCABULARIES) == ["ade20k", "coco-stuff-coarse", "coco-stuff-unseen", "coco-stuff"]

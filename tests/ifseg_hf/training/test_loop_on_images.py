@@ -140,7 +140,7 @@ def test_random_weights_meet_the_statistics_of_the_crops(tiny_model, photos, tmp
     told = settings(tiny_model, photos, tmp_path / "out", from_scratch=True)
     data = load_training_dataset(photos)
     processor, model = training.load_model(told, data)
-    crops = training.mixed_samples(told, model.config, processor, data, None).photos
+    crops = training.mixed_samples(told, model.config, processor, data, None).crops
     trunk = model.model.encoder.embed_images
     before = torch.get_rng_state()
     training.measure_batch_norm(trunk, crops, torch.device("cpu"))
@@ -310,7 +310,7 @@ def test_pseudo_labels_are_evaluated_on_another_data_set(tiny_model, guesses, pa
         {"step", "mean_iou"},
         {"step", "loss", "learning_rate", "mean_iou"},
     ]
-    with pytest.raises(SettingError, match=r"eval_steps=1.* no photos for validation.* eval_dataset"):
+    with pytest.raises(SettingError, match=r"eval_steps=1.* no validation split.* eval_dataset"):
         train(settings(tiny_model, guesses, tmp_path / "none", **changes))
 
 
@@ -334,7 +334,7 @@ def test_a_photo_that_cannot_be_evaluated_is_named(tiny_model, parts, tmp_path):
         ({"categories": ["cat", "dog"]}, 'no category "dog"'),
         ({"categories": {"a": ["cat"], "b": ["cat"]}}, "choose one"),
         ({"word_map_ratio": 0.8}, "leaves no photo in a batch of 4"),
-        ({"eval_steps": 1}, "eval_steps=1: .* no photos for validation"),
+        ({"eval_steps": 1}, "eval_steps=1: .* no validation split"),
         ({"eval_steps": 1, "eval_dataset": "nowhere"}, "eval_steps=1: .*is no folder"),
         ({"eval_steps": 1, "eval_dataset": "dogs"}, "eval_steps=1: .*no category"),
     ],

@@ -1,3 +1,5 @@
+"""Palette, overlays with legends, mask files and images side by side."""
+
 import json
 
 import numpy as np
@@ -11,7 +13,7 @@ NAMES = ["sky", "tree", "road"]
 
 
 @pytest.fixture
-def photo():
+def image():
     values = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -25,6 +27,7 @@ def mask():
 
 
 def distances(colors):
+    """Distances between each two of the colours."""
     values = np.asarray(colors, dtype=float)
     between = np.linalg.norm(values[:, None] - values[None], axis=-1)
     return between[~np.eye(len(values), dtype=bool)]
@@ -37,7 +40,7 @@ def test_palette_has_a_different_color_for_each_category():
     assert palette(0) == ()
 
 
-def test_palette_is_the_beginning_of_a_longer_one():
+def test_a_longer_palette_begins_with_the_shorter_one():
     assert palette(171)[:30] == palette(30)
     assert all(isinstance(channel, int) and 0 <= channel <= 255 for color in palette(171) for channel in color)
 
@@ -48,7 +51,7 @@ def test_palette_is_never_nearly_black_or_white():
     assert brightness.max() < 230
 
 
-def test_shares_are_of_all_pixels_and_sorted(mask):
+def test_shares_are_relative_to_all_pixels_and_sorted(mask):
     assert list(shares(mask, NAMES).items()) == [("sky", 0.45), ("road", 0.45)]
     mask[30:] = 1
     assert list(shares(mask, NAMES)) == ["tree", "sky", "road"]
@@ -56,26 +59,26 @@ def test_shares_are_of_all_pixels_and_sorted(mask):
 
 def test_mask_file_holds_indices_colors_and_names(tmp_path, mask):
     save_mask(torch.from_numpy(mask), tmp_path / "mask.png", NAMES)
-    with Image.open(tmp_path / "mask.png") as image:
-        assert image.mode == "P"
-        assert json.loads(image.text["categories"]) == NAMES
-        np.testing.assert_array_equal(np.asarray(image), np.where(mask < 0, 255, mask))
-        assert image.convert("RGB").getpixel((79, 59)) == palette(3)[2]
+    with Image.open(tmp_path / "mask.png") as file:
+        assert file.mode == "P"
+        assert json.loads(file.text["categories"]) == NAMES
+        np.testing.assert_array_equal(np.asarray(file), np.where(mask < 0, 255, mask))
+        assert file.convert("RGB").getpixel((79, 59)) == palette(3)[2]
 
 
-def test_mask_file_of_255_categories_is_still_a_palette(tmp_path):
+def test_mask_file_of_255_categories_has_a_palette(tmp_path):
     mask = np.arange(256).reshape(16, 16)
     save_mask(mask, tmp_path / "mask.png", [f"word {i}" for i in range(255)])
-    with Image.open(tmp_path / "mask.png") as image:
-        assert image.mode == "P"
-        np.testing.assert_array_equal(np.asarray(image), mask)
+    with Image.open(tmp_path / "mask.png") as file:
+        assert file.mode == "P"
+        np.testing.assert_array_equal(np.asarray(file), mask)
 
 
 def test_mask_file_of_more_categories_has_16_bits(tmp_path):
     mask = np.array([[0, 255, 256], [299, -100, 300]])
     save_mask(mask, tmp_path / "mask.png", [f"word {i}" for i in range(300)])
-    with Image.open(tmp_path / "mask.png") as image:
-        np.testing.assert_array_equal(np.asarray(image), [[0, 255, 256], [299, 65535, 65535]])
+    with Image.open(tmp_path / "mask.png") as file:
+        np.testing.assert_array_equal(np.asarray(file), [[0, 255, 256], [299, 65535, 65535]])
 
 
 def test_mask_must_have_two_dimensions(tmp_path):
@@ -83,76 +86,76 @@ def test_mask_must_have_two_dimensions(tmp_path):
         save_mask(np.zeros((1, 2, 3)), tmp_path / "mask.png", NAMES)
 
 
-def test_overlay_without_a_legend_keeps_size_and_unlabelled_pixels(photo, mask):
-    picture = overlay(photo, mask, NAMES, legend=False)
-    assert picture.size == photo.size
-    before, after = np.asarray(photo), np.asarray(picture)
+def test_overlay_without_legend_keeps_size_and_unlabelled_pixels(image, mask):
+    result = overlay(image, mask, NAMES, legend=False)
+    assert result.size == image.size
+    before, after = np.asarray(image), np.asarray(result)
     np.testing.assert_array_equal(after[:5], before[:5])  # row 5 is the boundary
     assert (after[6:, :38] != before[6:, :38]).any()
     assert (after[10:50, 39] == 255).all()
 
 
-def test_overlay_paints_the_palette(mask):
+def test_overlay_paints_the_colours_of_the_palette(mask):
     grey = Image.new("RGB", (80, 60), (128, 128, 128))
-    picture = overlay(grey, mask, NAMES, alpha=1.0, legend=False)
-    assert picture.getpixel((10, 30)) == palette(3)[0]
-    assert picture.getpixel((70, 30)) == palette(3)[2]
+    result = overlay(grey, mask, NAMES, alpha=1.0, legend=False)
+    assert result.getpixel((10, 30)) == palette(3)[0]
+    assert result.getpixel((70, 30)) == palette(3)[2]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (80, 60), (60, 80), (1600, 900)])
 @pytest.mark.parametrize("count", [1, 7, 60])
-def test_legend_stands_outside_of_the_photo(size, count):
-    photo = Image.new("RGB", size, (128, 128, 128))
+def test_legend_stands_outside_of_the_image(size, count):
+    image = Image.new("RGB", size, (128, 128, 128))
     names = [f"a word of some length {i}" for i in range(count)]
     mask = np.random.default_rng(0).integers(0, count, (size[1], size[0]))
-    picture, bare = overlay(photo, mask, names), overlay(photo, mask, names, legend=False)
-    np.testing.assert_array_equal(np.asarray(picture)[: size[1], : size[0]], np.asarray(bare))
-    outside = np.asarray(picture).copy()
+    result, bare = overlay(image, mask, names), overlay(image, mask, names, legend=False)
+    np.testing.assert_array_equal(np.asarray(result)[: size[1], : size[0]], np.asarray(bare))
+    outside = np.asarray(result).copy()
     outside[: size[1], : size[0]] = 255
     colors = {tuple(color) for color in outside.reshape(-1, 3).tolist()}
     present = np.unique(mask)
     assert {palette(count)[i] for i in present} <= colors
-    # Nothing is cut off: the outermost pixels of the picture are paper.
+    # Nothing is cut off: the pixels at the edges are background.
     below = size[0] > size[1]
     assert (outside[-1] == 255).all()
     assert (outside[:, -1] == 255).all()
-    assert (picture.height > size[1]) if below else (picture.width > size[0])
+    assert (result.height > size[1]) if below else (result.width > size[0])
 
 
-def test_legend_names_only_what_is_there(photo, mask):
-    picture = np.asarray(overlay(photo, mask, NAMES))
-    colors = {tuple(color) for color in picture[photo.height :].reshape(-1, 3).tolist()}
+def test_legend_shows_only_categories_in_the_mask(image, mask):
+    result = np.asarray(overlay(image, mask, NAMES))
+    colors = {tuple(color) for color in result[image.height :].reshape(-1, 3).tolist()}
     assert palette(3)[0] in colors
     assert palette(3)[2] in colors
     assert palette(3)[1] not in colors
 
 
-def test_overlay_of_nothing_is_the_photo(photo):
-    picture = overlay(photo, np.full((60, 80), -100), NAMES)
-    np.testing.assert_array_equal(np.asarray(picture)[:60, :80], np.asarray(photo))
+def test_overlay_of_an_unlabelled_mask_is_the_image(image):
+    result = overlay(image, np.full((60, 80), -100), NAMES)
+    np.testing.assert_array_equal(np.asarray(result)[:60, :80], np.asarray(image))
 
 
-def test_overlay_refuses_a_mask_of_another_size(photo):
-    with pytest.raises(ValueError, match="40x30 pixels and the photo 80x60"):
-        overlay(photo, np.zeros((30, 40)), NAMES)
+def test_overlay_refuses_a_mask_of_another_size(image):
+    with pytest.raises(ValueError, match="40x30 pixels and the image 80x60"):
+        overlay(image, np.zeros((30, 40)), NAMES)
 
 
-def test_overlay_takes_grey_and_transparent_photos(photo, mask):
-    assert overlay(photo.convert("L"), mask, NAMES).mode == "RGB"
-    assert overlay(photo.convert("RGBA"), mask, NAMES).mode == "RGB"
+def test_overlay_takes_grey_and_transparent_images(image, mask):
+    assert overlay(image.convert("L"), mask, NAMES).mode == "RGB"
+    assert overlay(image.convert("RGBA"), mask, NAMES).mode == "RGB"
 
 
-def test_side_by_side_shows_every_image(photo):
+def test_side_by_side_shows_every_image(image):
     tall = Image.new("RGB", (20, 90), (1, 2, 3))
-    sheet = side_by_side([photo, tall], ["before", "a title wider than its picture"])
+    sheet = side_by_side([image, tall], ["before", "a title wider than its image"])
     pixels = np.asarray(sheet)
     assert (pixels == (1, 2, 3)).all(axis=-1).sum() == 20 * 90
     assert sheet.height > 90
     assert sheet.width > 100
 
 
-def test_side_by_side_wants_a_title_for_each(photo):
+def test_side_by_side_needs_a_title_for_each(image):
     with pytest.raises(ValueError, match="title"):
-        side_by_side([photo], [])
+        side_by_side([image], [])
     with pytest.raises(ValueError, match="title"):
         side_by_side([], [])
