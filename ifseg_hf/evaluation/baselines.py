@@ -18,8 +18,8 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import SizeDict
 
 from ifseg_hf.data.vocabularies import read_categories
+from ifseg_hf.modeling.image_batches import group_by_image_size
 from ifseg_hf.modeling.modeling_ifseg import IFSegSegmentationOutput
-from ifseg_hf.modeling.modeling_ofa import one_photo_size_at_a_time
 from ifseg_hf.pretrained import resolve_model
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor, output_size
 
@@ -119,7 +119,7 @@ class CLIPSegmenter:
         device = self.model.device
         return self._segment(inputs["pixel_values"].to(device), inputs["pixel_mask"].to(device))
 
-    @one_photo_size_at_a_time
+    @group_by_image_size
     def _segment(self, pixel_values: Tensor, pixel_mask=None, return_dict=None) -> IFSegSegmentationOutput:
         tower = self.model.vision_model
         patches = tower(pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 1:]  # without the class token

@@ -1,9 +1,9 @@
 """Sizes of the nano OFA."""
 
-from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
+from ifseg_hf.modeling.configuration_ofa import OFAConfig
 
 
-def nano_config(vocab_size: int = 1000, **kwargs) -> IFSegConfig:
+def nano_config(vocab_size: int = 1000, **kwargs) -> OFAConfig:
     """The configuration of an OFA with under 6 million parameters, for images of 256 x 256.
 
     `kwargs` replace single sizes.
@@ -25,4 +25,4 @@ def nano_config(vocab_size: int = 1000, **kwargs) -> IFSegConfig:
         "trunk_hidden_sizes": (128, 256, 640),
         "trunk_depths": (1, 2, 3),
     }
-    return IFSegConfig(**{**sizes, **kwargs})
+    return OFAConfig(**{**sizes, **kwargs})

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
+from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
 
 
 def convolution_muon(weights: list[nn.Parameter], learning_rate: float, weight_decay: float) -> "torch.optim.Muon":
@@ -24,7 +24,7 @@ def convolution_muon(weights: list[nn.Parameter], learning_rate: float, weight_d
 
 
 def vision_language_optimizers(
-    model: IFSegForConditionalGeneration,
+    model: OFAForConditionalGeneration,
     learning_rate: float,
     trunk_learning_rate: float,
     weight_decay: float,

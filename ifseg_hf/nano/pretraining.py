@@ -1,7 +1,7 @@
 """Pre-training of the nano OFA: the phases of the recipe and the run.
 
 Stage 1, `train_trunk`: classification of named boxes by pooled features. Stage 2, `train_vision_language`: captions,
-text infilling and alignment through `IFSegForConditionalGeneration`. Both train on scenes (`ifseg_hf.nano.scenes`):
+text infilling and alignment through `OFAForConditionalGeneration`. Both train on scenes (`ifseg_hf.nano.scenes`):
 images, names and boxes. Segmentation masks are never a target.
 """
 
@@ -15,7 +15,7 @@ from torch import distributed, multiprocessing, nn
 from tqdm.auto import tqdm
 from transformers import BartTokenizer
 
-from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
+from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
 from ifseg_hf.nano.batches import Phase
 from ifseg_hf.nano.configuration import nano_config
 from ifseg_hf.nano.scenes import HELD_OUT, SceneMaker, load_named_images, load_streets
@@ -83,7 +83,7 @@ def average_weights(model: nn.Module, other: dict[str, torch.Tensor]) -> None:
     model.load_state_dict({name: (value + other[name]) / 2 for name, value in model.state_dict().items()})
 
 
-def save_pretrained_model(model: IFSegForConditionalGeneration, tokenizer: BartTokenizer, folder: str | Path) -> None:
+def save_pretrained_model(model: OFAForConditionalGeneration, tokenizer: BartTokenizer, folder: str | Path) -> None:
     """Saves the model in float16 with its processor, for images and word maps of three quarters of `image_size`.
 
     Tuning on words has to learn the position of each patch first, which takes minutes with about half as many patches.
@@ -95,7 +95,7 @@ def save_pretrained_model(model: IFSegForConditionalGeneration, tokenizer: BartT
     # A copy, because `model` stays in float32 and channels last.
     config = copy.deepcopy(model.config)
     config.image_size = size
-    small = IFSegForConditionalGeneration(config)
+    small = OFAForConditionalGeneration(config)
     small.load_state_dict({name: value.contiguous() for name, value in model.state_dict().items()})
     small.half().save_pretrained(folder)
     IFSegProcessor(image_processor, tokenizer).save_pretrained(folder)
@@ -138,10 +138,10 @@ class Pretraining:
         """The phases with `scale` times their steps, at least one."""
         return [replace(phase, steps=max(1, round(phase.steps * self.scale))) for phase in phases]
 
-    def start(self) -> IFSegForConditionalGeneration:
+    def start(self) -> OFAForConditionalGeneration:
         """The model that training starts from: random weights, or `model`."""
         torch.manual_seed(0)
-        model = IFSegForConditionalGeneration(self.config)
+        model = OFAForConditionalGeneration(self.config)
         if self.model is not None:
             folder = resolve_model(self.model)
             if IFSegProcessor.from_pretrained(folder).tokenizer.get_vocab() != self.tokenizer.get_vocab():
@@ -149,11 +149,11 @@ class Pretraining:
                     f'"{self.model}" was trained with other names: its tokenizer differs from the tokenizer of these '
                     "images. Give a checkpoint with the same names, or none."
                 )
-            earlier = IFSegForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            earlier = OFAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
             model.load_state_dict(earlier.state_dict())
         return model
 
-    def average_with(self, model: IFSegForConditionalGeneration, before: dict[str, torch.Tensor]) -> None:
+    def average_with(self, model: OFAForConditionalGeneration, before: dict[str, torch.Tensor]) -> None:
         """[`average_weights`] with the state `before`, and new statistics of the batch norms."""
         average_weights(model, before)
         trunk = train_batch_norm(model.model.encoder.embed_images)
@@ -168,7 +168,7 @@ class Pretraining:
         if processes()[0] == 0:
             save_pretrained_model(model, self.tokenizer, self.output_dir)
 
-    def run_trunk(self, model: IFSegForConditionalGeneration, log=print) -> None:
+    def run_trunk(self, model: OFAForConditionalGeneration, log=print) -> None:
         """Stage 1: trains the trunk and loads it into the model."""
         trunk, file = model.model.encoder.embed_images, self.stages / "trunk_state.pt"
         if not file.exists():
@@ -181,7 +181,7 @@ class Pretraining:
             distributed.barrier()
         trunk.load_state_dict(torch.load(file, weights_only=True))
 
-    def run_vision_language(self, model: IFSegForConditionalGeneration, log=print) -> None:
+    def run_vision_language(self, model: OFAForConditionalGeneration, log=print) -> None:
         """Stage 2, in several rounds."""
         self.maker.antialias = False  # the image processor resizes without antialiasing
         self.maker.crop = 0.6

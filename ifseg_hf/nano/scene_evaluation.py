@@ -16,7 +16,7 @@ import torch
 from ifseg_hf.data.segmentation import SegmentationDataset
 from ifseg_hf.evaluation.evaluate import COSINE, Evaluation, Smoothing, evaluate_segmenter, load_segmenter, setting_name
 from ifseg_hf.experiments.results import markdown_table, mean_and_deviation
-from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
+from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
 from ifseg_hf.nano.scenes import NamedImages, mosaic_data
 
 LARGE_STREET_NAMES = ("sky", "building", "road", "pavement", "tree", "fence", "car")
@@ -190,7 +190,7 @@ def silence_cross_attention(folder: Path) -> None:
     All parameters behind the attention weights are zero. Their gradients are products with one of these zeros, except
     that of the last bias: tuning can only learn one constant vector per layer, the same for every patch and image.
     """
-    model = IFSegForConditionalGeneration.from_pretrained(folder)
+    model = OFAForConditionalGeneration.from_pretrained(folder)
     for layer in model.model.decoder.layers:
         last = layer.cross_attn
         for parameter in (

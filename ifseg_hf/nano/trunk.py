@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
-from ifseg_hf.modeling.modeling_ofa import IFSegTrunk
+from ifseg_hf.modeling.configuration_ofa import OFAConfig
+from ifseg_hf.modeling.trunk_ofa import OFAResNetTrunk
 from ifseg_hf.nano.batches import Phase, SceneBatches, to_pixels
 from ifseg_hf.nano.scenes import NamedImages, SceneMaker
 from ifseg_hf.nano.stages import autocast, average_gradients, load_state, processes, save_state
@@ -91,7 +91,7 @@ def classify_boxes(
 def train_trunk(
     maker: SceneMaker,
     held_out: NamedImages,
-    config: IFSegConfig,
+    config: OFAConfig,
     phases: list[Phase],
     output: Path,
     calibration: Phase | None = None,
@@ -101,7 +101,7 @@ def train_trunk(
     seed: int = 0,
     log=print,
 ) -> dict[str, torch.Tensor]:
-    """Trains a trunk to classify boxes; returns the state that `IFSegTrunk` loads.
+    """Trains a trunk to classify boxes; returns the state that `OFAResNetTrunk` loads.
 
     SGD with a one-cycle schedule, batch norm in training mode.
 
@@ -113,7 +113,7 @@ def train_trunk(
     """
     rank, world = processes()
     torch.manual_seed(seed)
-    trunk = initialize_trunk(IFSegTrunk(config))
+    trunk = initialize_trunk(OFAResNetTrunk(config))
     if start is not None:
         trunk.load_state_dict(start)
     trunk = train_batch_norm(trunk).to(memory_format=trunk.memory_format)

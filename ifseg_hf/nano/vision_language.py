@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import BartTokenizer
 
-from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
+from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
 from ifseg_hf.nano.batches import Phase, SceneBatches, to_pixels
 from ifseg_hf.nano.optimizers import vision_language_optimizers
 from ifseg_hf.nano.scenes import SceneMaker
@@ -82,13 +82,13 @@ class VisionLanguageConfig:
 
 def train_vision_language(
     maker: SceneMaker,
-    model: IFSegForConditionalGeneration,
+    model: OFAForConditionalGeneration,
     tokenizer: BartTokenizer,
     phases: list[Phase],
     output: Path,
     log=print,
     **settings,
-) -> IFSegForConditionalGeneration:
+) -> OFAForConditionalGeneration:
     """Trains `model`, whose trunk comes from [`train_trunk`], to write the names in scenes; returns it.
 
     Loss: captions + `text_weight` * infilling + `alignment_weight` * [`alignment_loss`], or [`patch_loss`] in steps of
@@ -107,7 +107,7 @@ class VisionLanguageTrainer:
     def __init__(
         self,
         maker: SceneMaker,
-        model: IFSegForConditionalGeneration,
+        model: OFAForConditionalGeneration,
         tokenizer: BartTokenizer,
         phases: list[Phase],
         output: Path,
@@ -140,7 +140,7 @@ class VisionLanguageTrainer:
         cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * step / self.total)) / 2
         return min(1, (step + 1) / self.config.warmup) * cosine
 
-    def train(self) -> IFSegForConditionalGeneration:
+    def train(self) -> OFAForConditionalGeneration:
         """The steps that are left; returns the model with frozen batch norms."""
         started = time.time()
         scenes = SceneBatches(self.maker, self.phases, self.config.seed, self.step, self.rank, self.world)

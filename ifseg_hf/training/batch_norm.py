@@ -5,13 +5,13 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ifseg_hf.modeling.modeling_ofa import IFSegFrozenBatchNorm2d
+from ifseg_hf.modeling.trunk_ofa import OFAFrozenBatchNorm2d
 
 
 def train_batch_norm(trunk: nn.Module) -> nn.Module:
     """Replace every frozen batch norm by one that learns its statistics; parameter names stay the same."""
     for name, module in list(trunk.named_modules()):
-        if isinstance(module, IFSegFrozenBatchNorm2d):
+        if isinstance(module, OFAFrozenBatchNorm2d):
             norm = nn.BatchNorm2d(len(module.weight))
             norm.load_state_dict(module.state_dict(), strict=False)  # all but num_batches_tracked
             parent, _, child = name.rpartition(".")
@@ -23,7 +23,7 @@ def freeze_batch_norm(trunk: nn.Module) -> nn.Module:
     """The reverse of [`train_batch_norm`]."""
     for name, module in list(trunk.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
-            norm = IFSegFrozenBatchNorm2d(module.num_features)
+            norm = OFAFrozenBatchNorm2d(module.num_features)
             norm.load_state_dict(trunk_state(module))
             parent, _, child = name.rpartition(".")
             setattr(trunk.get_submodule(parent), child, norm)

@@ -29,14 +29,14 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
-from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation
-from ifseg_hf.modeling.modeling_ifseg import segmentation_loss
+from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConfig
+from ifseg_hf.modeling.loss_ifseg import segmentation_loss
 from ifseg_hf.processing.post_processing_ifseg import segmentation_maps
 
 
 def make_model(size: str, words: int) -> IFSegForSemanticSegmentation:
     torch.manual_seed(0)
-    model = IFSegForSemanticSegmentation(IFSegConfig.preset(size))
+    model = IFSegForSemanticSegmentation(IFSegConfig(backbone_config=OFAConfig.preset(size)))
     ids = torch.arange(1000, 1000 + words).tolist()
     model.set_words(dict(enumerate(map(str, ids))), [[i] for i in ids], [0, *range(100, 110), *ids, 2])
     return model.eval()

@@ -115,8 +115,8 @@ def test_auto_classes_know_ifseg(saved):
     assert type(AutoImageProcessor.from_pretrained(saved)) is ifseg_hf.IFSegImageProcessor
     assert type(AutoModelForSemanticSegmentation.from_pretrained(saved)) is ifseg_hf.IFSegForSemanticSegmentation
     config = AutoConfig.from_pretrained(saved)
-    assert type(AutoModel.from_config(config)) is ifseg_hf.IFSegModel
-    assert type(AutoModelForImageTextToText.from_config(config)) is ifseg_hf.IFSegForConditionalGeneration
+    assert type(AutoModel.from_config(config)) is ifseg_hf.OFAModel
+    assert type(AutoModelForImageTextToText.from_config(config)) is ifseg_hf.OFAForConditionalGeneration
 
 
 @pytest.mark.parametrize("trust_remote_code", [None, True])

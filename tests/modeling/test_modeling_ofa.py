@@ -108,7 +108,7 @@ def test_add_blocks(batch):
         torch.testing.assert_close(one, other)
 
 
-def test_photo_sizes():
+def test_image_sizes():
     _, _, pixel_mask = padded_images()
     assert image_sizes(pixel_mask) == IMAGE_SIZES
 

@@ -203,8 +203,8 @@ def test_runs_where_the_package_is_not_installed(pipe, model, small_processor, t
     small_processor.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {
-        "AutoConfig": "configuration_ifseg.IFSegConfig",
-        "AutoModelForSemanticSegmentation": "modeling_ifseg.IFSegForSemanticSegmentation",
+        "AutoConfig": "backbone_ofa.IFSegConfig",
+        "AutoModelForSemanticSegmentation": "backbone_ofa.IFSegForSemanticSegmentation",
     }
     config["custom_pipelines"] = {
         "image-segmentation": {

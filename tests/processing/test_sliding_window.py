@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from checkpoints import padded_photos, small_model
+from checkpoints import padded_images, small_model
 from PIL import Image
 
 from ifseg_hf.processing import IFSegImageProcessor, sliding_window_outputs
@@ -54,7 +54,7 @@ def test_logits_are_the_mean_over_the_crops(model, size, batch_size):
 
 
 def test_photos_of_several_sizes_get_what_each_gets_alone(model):
-    photos, pixel_values, pixel_mask = padded_photos()
+    photos, pixel_values, pixel_mask = padded_images()
     together = sliding_window_outputs(model, pixel_values, pixel_mask, crop=32)
     for index, alone in enumerate(photos):
         expected = sliding_window_outputs(model, alone[None], crop=32).logits[0]

@@ -17,7 +17,7 @@ def script():
 def report(**changes):
     fields = {
         "output_dir": Path("out"),
-        "architecture": "IFSegForConditionalGeneration",
+        "architecture": "OFAForConditionalGeneration",
         "size": "base",
         "parameters": 182_000_000,
         "has_words": False,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ifseg_hf.modeling import IFSegForConditionalGeneration
+from ifseg_hf.modeling import OFAForConditionalGeneration
 from scripts import load_script
 
 
@@ -62,7 +62,7 @@ def test_a_miniature_run_writes_a_checkpoint(tmp_path, images, monkeypatch, caps
     again = tmp_path / "again"
     arguments = ["--images", str(images), "--output-dir", str(again), "--workers", "1", "--model", str(output)]
     start = pretraining.Pretraining(images, None, again, model=output).start().state_dict()
-    saved = IFSegForConditionalGeneration.from_pretrained(output, dtype=torch.float32).state_dict()
+    saved = OFAForConditionalGeneration.from_pretrained(output, dtype=torch.float32).state_dict()
     assert all(torch.equal(start[name], saved[name]) for name in saved)
     assert load_script("pretrain").main(arguments) == 0
     with pytest.raises(ValueError, match="other names"):

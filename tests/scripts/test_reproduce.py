@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ifseg_hf.data.vocabularies import VOCABULARIES, read_categories
 from ifseg_hf.experiments import paper_tables
-from ifseg_hf.modeling import IFSegConfig, IFSegForConditionalGeneration
+from ifseg_hf.modeling import OFAConfig, OFAForConditionalGeneration
 from ifseg_hf.nano.texts import train_tokenizer
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
 from scripts import load_script
@@ -57,7 +57,7 @@ def models(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "init_std": 0.2}
     sizes |= {"image_size": 256, "image_bucket_size": 16}
-    IFSegForConditionalGeneration(IFSegConfig(**{**SMALL, **sizes})).save_pretrained(folder / "ofa")
+    OFAForConditionalGeneration(OFAConfig(**{**SMALL, **sizes})).save_pretrained(folder / "ofa")
     size = {"shortest_edge": 64, "longest_edge": 256}
     IFSegProcessor(IFSegImageProcessor(size=size), tokenizer).save_pretrained(folder / "ofa")
 

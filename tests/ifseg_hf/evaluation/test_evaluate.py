@@ -13,7 +13,7 @@ from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
 from ifseg_hf.evaluation import evaluate as evaluation
 from ifseg_hf.evaluation.evaluate import _picture, _Sample, evaluate_segmenter, load_segmenter
 from ifseg_hf.evaluation.metrics import scores
-from ifseg_hf.modeling import IFSegForConditionalGeneration
+from ifseg_hf.modeling import OFAForConditionalGeneration
 from ifseg_hf.processing import IFSegProcessor
 from ifseg_hf.processing.sliding_window_ifseg import sliding_window_outputs
 from ifseg_hf.visualization.overlays import palette
@@ -128,13 +128,13 @@ def test_a_folder_holds_one_evaluation(segmenter, streets, tmp_path):
     with pytest.raises(ValueError, match="another names"):
         evaluate_segmenter(segmenter, data.select({"dog": ["cat"], "grass": ["grass"]}), state_dir=tmp_path)
     with torch.no_grad():
-        segmenter.model.model.encoder.layer_norm.bias[0] += 1
+        segmenter.model.backbone.model.encoder.layer_norm.bias[0] += 1
     with pytest.raises(ValueError, match="another model"):
         evaluate_segmenter(segmenter, data, state_dir=tmp_path)
     (part,) = tmp_path.glob("part-*.npz")
     part.write_bytes(part.read_bytes()[:100])
     with torch.no_grad():
-        segmenter.model.model.encoder.layer_norm.bias[0] -= 1
+        segmenter.model.backbone.model.encoder.layer_norm.bias[0] -= 1
     with pytest.raises(ValueError, match="is damaged: delete it"):
         evaluate_segmenter(segmenter, data, state_dir=tmp_path)
 
@@ -207,7 +207,7 @@ def test_cosine_compares_projected_patches_with_words(model, streets):
     inputs = segmenter.preprocess([image])
     logits = segmenter(inputs).logits
     plain = segmenter.model(**inputs)
-    patch = segmenter.model.model.encoder.image_proj(plain.image_features[0, :, 1, 2])
+    patch = segmenter.model.backbone.model.encoder.image_proj(plain.image_features[0, :, 1, 2])
     ids = segmenter.processor.encode_categories(NAMES)["category_ids"]
     for index, row in enumerate(ids):
         word = segmenter.model.get_input_embeddings()(torch.tensor(row)).mean(0)
@@ -216,7 +216,7 @@ def test_cosine_compares_projected_patches_with_words(model, streets):
 
 
 def test_an_untuned_ofa_is_the_same_every_time(tmp_path):
-    save_tiny_model(tmp_path, IFSegForConditionalGeneration)
+    save_tiny_model(tmp_path, OFAForConditionalGeneration)
     prints = {evaluation.fingerprint(load_segmenter(tmp_path)) for _ in range(2)}
     assert len(prints) == 1
 

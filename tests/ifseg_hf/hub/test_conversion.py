@@ -24,7 +24,7 @@ from ifseg_hf.hub import checkpoint_reader, conversion
 from ifseg_hf.hub.conversion import ConversionError, convert_ofa_checkpoint
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
+from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 
 SIZES = ["tiny", "medium", "base", "large", "huge"]
@@ -86,7 +86,7 @@ def fairseq_name(name):
 def small_weights(layout, segmentation=False):
     """Random weights of a small model with the names of a published checkpoint, including copies and buffers."""
     torch.manual_seed(0)
-    model = (IFSegForSemanticSegmentation if segmentation else IFSegForConditionalGeneration)(small_config())
+    model = (IFSegForSemanticSegmentation if segmentation else OFAForConditionalGeneration)(small_config())
     weights = {}
     for name, tensor in model.state_dict().items():
         name = name.removeprefix("model.")
@@ -145,7 +145,7 @@ def test_every_tensor_of_published_sizes_is_used_or_accounted(size, kind):
     model = conversion.empty_model(config, {used[name]: shapes[name] for name in used})
 
     assert config.to_dict() == IFSegConfig.preset(size, architectures=config.architectures).to_dict()
-    assert isinstance(model, IFSegForSemanticSegmentation if kind == "released" else IFSegForConditionalGeneration)
+    assert isinstance(model, IFSegForSemanticSegmentation if kind == "released" else OFAForConditionalGeneration)
     assert used.keys() | accounted.keys() == shapes.keys()
     assert not used.keys() & accounted.keys()
     left_out = {
@@ -165,7 +165,7 @@ def test_converted_fairseq_file_loads_with_from_pretrained(tmp_path, fairseq_fil
     save_fairseq(weights, fairseq_file)
     report = convert_ofa_checkpoint(fairseq_file, tmp_path / "out")
 
-    model_class = IFSegForSemanticSegmentation if segmentation else IFSegForConditionalGeneration
+    model_class = IFSegForSemanticSegmentation if segmentation else OFAForConditionalGeneration
     model, info = model_class.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
     config = small_config()
@@ -234,7 +234,7 @@ def test_sharded_sources(tmp_path, hf_folder, kind):
     report = convert_ofa_checkpoint(hf_folder, tmp_path / "out", max_shard_size="100KB")
     assert report.used.keys() | report.accounted.keys() == weights.keys()
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
-    model = IFSegForConditionalGeneration.from_pretrained(tmp_path / "out")
+    model = OFAForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert torch.equal(model.lm_head.weight, weights["encoder.embed_tokens.weight"])
 
     (hf_folder / file_name.format(2)).unlink()
@@ -306,7 +306,7 @@ def test_tiny_transformers_checkpoint_gives_golden_text_logits(tmp_path):
     torch.save(fixture.checkpoint("tiny", "hf"), folder / "pytorch_model.bin")
     convert_ofa_checkpoint(folder, tmp_path / "out")
     expected = golden("ofa_tiny_256x256")
-    model = IFSegForConditionalGeneration.from_pretrained(tmp_path / "out")
+    model = OFAForConditionalGeneration.from_pretrained(tmp_path / "out")
     inputs = {
         "pixel_values": fixture.pixel_values(256, 256, batch=2),
         "input_ids": expected["input_ids"],

@@ -15,10 +15,10 @@ from transformers import AutoModelForSemanticSegmentation, BitsAndBytesConfig, T
 
 from ifseg_hf import (
     IFSegConfig,
-    IFSegForConditionalGeneration,
     IFSegForSemanticSegmentation,
-    IFSegModel,
     IFSegProcessor,
+    OFAForConditionalGeneration,
+    OFAModel,
 )
 
 NEW_IN_SEGMENTATION = {
@@ -44,7 +44,7 @@ def ofa(tmp_path_factory) -> str:
     """A folder with a converted OFA: no categories, no segmentation positions."""
     folder = tmp_path_factory.mktemp("ofa")
     torch.manual_seed(1)
-    IFSegForConditionalGeneration(IFSegConfig(**SMALL, init_std=0.2)).save_pretrained(folder)
+    OFAForConditionalGeneration(IFSegConfig(**SMALL, init_std=0.2)).save_pretrained(folder)
     return str(folder)
 
 
@@ -119,8 +119,8 @@ def test_device_map_over_two_devices():
 
 def test_generation_with_weights_on_disk(ofa, tmp_path):
     inputs = {"input_ids": torch.tensor([[0, 7, 8, 2]]), "pixel_values": IMAGE, "max_new_tokens": 4, "do_sample": False}
-    whole = IFSegForConditionalGeneration.from_pretrained(ofa)
-    spread = IFSegForConditionalGeneration.from_pretrained(ofa, device_map={"": "disk"}, offload_folder=tmp_path)
+    whole = OFAForConditionalGeneration.from_pretrained(ofa)
+    spread = OFAForConditionalGeneration.from_pretrained(ofa, device_map={"": "disk"}, offload_folder=tmp_path)
     assert torch.equal(spread.generate(**inputs), whole.generate(**inputs))
 
 
@@ -160,12 +160,12 @@ def test_quantization_error_names_the_missing_package(tuned, package, settings):
 @pytest.mark.parametrize(
     ("saved", "loaded", "missing", "unexpected"),
     [
-        (IFSegModel, IFSegForConditionalGeneration, set(), set()),  # the head is tied to the word embeddings
-        (IFSegModel, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
-        (IFSegForConditionalGeneration, IFSegModel, set(), set()),
-        (IFSegForConditionalGeneration, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
-        (IFSegForSemanticSegmentation, IFSegModel, set(), NEW_IN_SEGMENTATION),
-        (IFSegForSemanticSegmentation, IFSegForConditionalGeneration, set(), NEW_IN_SEGMENTATION),
+        (OFAModel, OFAForConditionalGeneration, set(), set()),  # the head is tied to the word embeddings
+        (OFAModel, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
+        (OFAForConditionalGeneration, OFAModel, set(), set()),
+        (OFAForConditionalGeneration, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
+        (IFSegForSemanticSegmentation, OFAModel, set(), NEW_IN_SEGMENTATION),
+        (IFSegForSemanticSegmentation, OFAForConditionalGeneration, set(), NEW_IN_SEGMENTATION),
         (IFSegForSemanticSegmentation, IFSegForSemanticSegmentation, set(), set()),
     ],
 )
@@ -194,7 +194,7 @@ def test_categories_of_backbone_and_trained_model(ofa, tuned):
         logits(model)
     model.set_words(**WORDS)
     assert logits(model).shape == (1, 3, 4, 5)
-    assert IFSegModel.from_pretrained(tuned).config.category_ids == WORDS["category_ids"]
+    assert OFAModel.from_pretrained(tuned).config.category_ids == WORDS["category_ids"]
 
 
 # Categories of a loaded model -----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from PIL import Image
 from tiny_model import save_tiny_model
 from transformers import pipeline
 
-from ifseg_hf import IFSegForConditionalGeneration
+from ifseg_hf import OFAForConditionalGeneration
 from ifseg_hf.hub import publish
 from ifseg_hf.hub.model_folder import RESULTS_FILE
 from ifseg_hf.hub.publish import check_repo_id, files_to_publish
@@ -92,7 +92,7 @@ def folders(tmp_path_factory):
         "wordless": root / "wordless",
         "supervised": save_supervised_model(root / "supervised"),
     }
-    save_tiny_model(folders["ofa"], IFSegForConditionalGeneration)
+    save_tiny_model(folders["ofa"], OFAForConditionalGeneration)
     save_tiny_model(folders["wordless"])
     save_small_processor(folders["ofa"])
     save_small_processor(folders["wordless"])

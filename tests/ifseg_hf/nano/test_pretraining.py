@@ -5,7 +5,8 @@ import torch
 from nano_scenes import NAMES, SMALL, make_scenes
 
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration, IFSegFrozenBatchNorm2d
+from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
+from ifseg_hf.modeling.trunk_ofa import OFAFrozenBatchNorm2d
 from ifseg_hf.nano.batches import Phase
 from ifseg_hf.nano.configuration import nano_config
 from ifseg_hf.nano.pretraining import average_weights, save_pretrained_model
@@ -17,7 +18,7 @@ from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 
 def test_the_nano_model_has_under_12_megabytes():
     with torch.device("meta"):
-        model = IFSegForConditionalGeneration(nano_config(800))
+        model = OFAForConditionalGeneration(nano_config(800))
     assert 2 * sum(parameter.numel() for parameter in model.parameters()) < 12e6
 
 
@@ -43,7 +44,7 @@ def test_both_stages_run_resume_and_save(tmp_path):
     assert "held-out" in lines[0]
     assert all(torch.equal(state[name], again[name]) for name in state)
 
-    model = IFSegForConditionalGeneration(config)
+    model = OFAForConditionalGeneration(config)
     model.model.encoder.embed_images.load_state_dict(state)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     phases = [Phase(2, 2, 32, train_trunk=False)]
@@ -56,7 +57,7 @@ def test_both_stages_run_resume_and_save(tmp_path):
     train_vision_language(scene_maker, model, tokenizer, phases, tmp_path / "more.pt", log=lines.append)
     assert "caption" in lines[-1]
     norm = model.model.encoder.embed_images.bn1
-    assert isinstance(norm, IFSegFrozenBatchNorm2d)
+    assert isinstance(norm, OFAFrozenBatchNorm2d)
     assert not torch.equal(norm.running_mean, state["bn1.running_mean"])
 
     save_pretrained_model(model, tokenizer, tmp_path / "nano")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny_model import save_tiny_model
 
-from ifseg_hf.modeling import IFSegForConditionalGeneration, IFSegForSemanticSegmentation
+from ifseg_hf.modeling import IFSegForSemanticSegmentation, OFAForConditionalGeneration
 from ifseg_hf.nano import scene_evaluation, scenes
 from ifseg_hf.nano.scene_evaluation import Variant
 from ifseg_hf.processing import IFSegProcessor
@@ -28,7 +28,7 @@ def images() -> scenes.NamedImages:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    save_tiny_model(folder, IFSegForConditionalGeneration)
+    save_tiny_model(folder, OFAForConditionalGeneration)
     return scene_evaluation.at_size(folder, 64, 64, tmp_path_factory.mktemp("small"))
 
 
@@ -45,7 +45,7 @@ def test_mosaics_are_images_with_masks(images):
 def test_a_copy_at_another_size_changes_both_grids(model):
     processor = IFSegProcessor.from_pretrained(model)
     assert processor(images=Image.new("RGB", (90, 60)), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 96)
-    assert IFSegForConditionalGeneration.from_pretrained(model).config.image_size == 64
+    assert OFAForConditionalGeneration.from_pretrained(model).config.image_size == 64
 
 
 def tuner(folder):

@@ -3,7 +3,7 @@
 import torch
 from nano_scenes import SMALL
 
-from ifseg_hf.modeling.modeling_ofa import IFSegTrunk
+from ifseg_hf.modeling.trunk_ofa import OFAResNetTrunk
 from ifseg_hf.nano.configuration import nano_config
 from ifseg_hf.nano.trunk import initialize_trunk, pool_boxes
 from ifseg_hf.training.batch_norm import train_batch_norm, trunk_state
@@ -19,9 +19,9 @@ def test_boxes_pool_the_patches_inside():
 
 def test_batch_norm_learns_and_freezes_again():
     config = nano_config(**SMALL)
-    trunk = train_batch_norm(initialize_trunk(IFSegTrunk(config)))
+    trunk = train_batch_norm(initialize_trunk(OFAResNetTrunk(config)))
     trunk.train()(torch.randn(4, 3, 32, 32))
-    frozen = IFSegTrunk(config)
+    frozen = OFAResNetTrunk(config)
     frozen.load_state_dict(trunk_state(trunk))
     assert not frozen.bn1.running_mean.eq(0).all()
     pixels = torch.randn(2, 3, 32, 32)

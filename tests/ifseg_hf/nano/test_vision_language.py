@@ -4,7 +4,7 @@ import pytest
 import torch
 from nano_scenes import NAMES, SMALL, make_scenes
 
-from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
+from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
 from ifseg_hf.nano.batches import Phase
 from ifseg_hf.nano.configuration import nano_config
 from ifseg_hf.nano.optimizers import convolution_muon, vision_language_optimizers
@@ -43,7 +43,7 @@ def test_patch_loss_depends_on_every_patch():
 
 def test_steps_without_language_train_trunk_and_projection_only(tokenizer, tmp_path):
     config = nano_config(len(tokenizer), **SMALL)
-    model = IFSegForConditionalGeneration(config)
+    model = OFAForConditionalGeneration(config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     phases = [Phase(3, 4, 32, language_every=0, whole_image_share=0.5, whole_image_sizes=(32,))]
     train_vision_language(make_scenes(), model, tokenizer, phases, tmp_path / "patches.pt")
@@ -77,7 +77,7 @@ def test_muon_trains_convolutions_as_matrices(memory_format):
 
 
 def test_every_parameter_has_one_optimizer(tokenizer, tmp_path):
-    model = IFSegForConditionalGeneration(nano_config(len(tokenizer), **SMALL))
+    model = OFAForConditionalGeneration(nano_config(len(tokenizer), **SMALL))
     adamw, muon = vision_language_optimizers(model, 1e-3, 1e-3, 0.05, muon=True)
     counts = [sum(p.numel() for group in o.param_groups for p in group["params"]) for o in (adamw, muon)]
     assert sum(counts) == sum(p.numel() for p in model.parameters())

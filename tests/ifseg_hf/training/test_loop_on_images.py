@@ -141,7 +141,7 @@ def test_random_weights_meet_the_statistics_of_the_crops(tiny_model, photos, tmp
     data = load_training_dataset(photos)
     processor, model = training.load_model(told, data)
     crops = training.mixed_samples(told, model.config, processor, data, None).crops
-    trunk = model.model.encoder.embed_images
+    trunk = model.backbone.model.encoder.embed_images
     before = torch.get_rng_state()
     training.measure_batch_norm(trunk, crops, torch.device("cpu"))
     assert torch.equal(before, torch.get_rng_state())
@@ -163,7 +163,7 @@ def test_from_random_weights_a_run_goes_on_with_the_statistics_it_has(tiny_model
     resume = str(tmp_path / "whole" / "checkpoint-2")
     train(settings(tiny_model, photos, tmp_path / "out", resume=resume, **common))
     assert_equal_weights(tmp_path / "whole", tmp_path / "out")
-    assert weights(tmp_path / "out")["model.encoder.embed_images.bn1.running_mean"].any()
+    assert weights(tmp_path / "out")["backbone.model.encoder.embed_images.bn1.running_mean"].any()
 
 
 def test_the_labels_of_unseen_categories_are_not_looked_at(tiny_model, photos, tmp_path):

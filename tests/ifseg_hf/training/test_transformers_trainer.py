@@ -27,7 +27,7 @@ def trainer(folder: str, output, categories=WORDS, dropout: float = 0.0, **argum
     """What a person would write; without dropout and weight decay, unless told otherwise, so that runs compare."""
     set_seed(0)
     processor = IFSegProcessor.from_pretrained(folder)
-    rates = {"dropout": dropout, "encoder_drop_path_rate": dropout, "decoder_drop_path_rate": dropout}
+    rates = {"dropout": dropout, "drop_path_rate": dropout}
     model = IFSegForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32, **rates)
     model.set_words(**processor.encode_categories(categories))
     model.freeze_for_word_maps()
