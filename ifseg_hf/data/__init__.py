@@ -1,1 +1,1 @@
-"""Word maps, data sets of images and masks, crops, vocabularies."""
+"""Word maps, datasets of images and masks, crops, vocabularies."""

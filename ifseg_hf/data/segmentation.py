@@ -450,7 +450,7 @@ def _list_files(folder: Path, extensions: Sequence[str]) -> dict[str, str]:
 
 
 def _file_name(sample: Mapping, column: str) -> str:
-    """The path of a sample's file; inside a dataset's own files, where paths are incomplete, the sample's id."""
+    """The path of a sample's file; if it is incomplete, as in archives, the sample's id."""
     path = (sample[column] or {}).get("path")
     if path and os.path.dirname(path):
         return path

@@ -120,7 +120,7 @@ def overlay(image: Image.Image, mask, names: Sequence[str], alpha: float = 0.55,
 
 
 def _boundaries(categories: np.ndarray, width: int) -> np.ndarray:
-    """(H, W) -> bool (H, W): pixels whose category differs from that of a pixel up to `width` to the right or below."""
+    """Bool (H, W): whether a pixel up to `width` to the right or below has another category."""
     edges = np.zeros(categories.shape, dtype=bool)
     for step in range(1, width + 1):
         edges[:, :-step] |= categories[:, :-step] != categories[:, step:]
