@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from ifseg_hf.visualization.curves import draw_curves
 
 ON_PHOTOS = (
-    *("train.py", "--config", "{configs}/photos_nano.yaml", "--short-side", "192", "--steps", "{steps}"),
+    *("train.py", "--config", "{configs}/images_nano.yaml", "--short-side", "192", "--steps", "{steps}"),
     *("--warmup-steps", "{warmup_steps}", "--batch-size", "{batch_size}"),
 )
 EVALUATED = ("--eval-steps", "{eval_steps}", "--eval-dataset", "{dataset}")
@@ -70,7 +70,7 @@ class Experiments:
         dataset: a folder with dataset.json, train/ and val/; its categories are the words.
         unseen: those of which some experiments see no mask, with commas between them.
         out: takes the models and the results. Several programs may work there at once, each on other seeds.
-        configs: the folder of nano.yaml and photos_nano.yaml.
+        configs: the folder of nano.yaml and images_nano.yaml.
         model: to start from; steps, batch_size: of the runs on photos.
     """
 
