@@ -36,7 +36,7 @@ from ifseg_hf.training.batch_norm import (
     trunk_state,
     use_batch_statistics,
 )
-from ifseg_hf.training.loop import cpu_gains_from_bfloat16
+from ifseg_hf.training.setup import cpu_gains_from_bfloat16
 
 CAPTION_PROMPT = "what does the image describe?"
 INFILLING_PROMPT = 'what is the complete text of "{}"?'

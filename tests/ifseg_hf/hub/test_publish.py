@@ -78,9 +78,9 @@ def save_supervised_model(folder: Path) -> Path:
     processor = IFSegProcessor.from_pretrained(folder)
     processor.image_processor.sliding_window, processor.image_processor.smoothing_iterations = 32, 0
     processor.save_pretrained(folder)
-    settings = json.loads((folder / "word_map_training.json").read_text())
+    settings = json.loads((folder / "training_config.json").read_text())
     settings |= {"stage": "supervised", "dataset": "photos"}
-    (folder / "word_map_training.json").write_text(json.dumps(settings))
+    (folder / "training_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -145,11 +145,11 @@ def test_a_repository_holds_the_model_and_nothing_else(hub, folders, published):
         "README.md",
         "config.json",
         "model.safetensors",
-        "word_map_training.json",
+        "training_config.json",
         *CODE,
         *PROCESSOR,
     }
-    for name in files.keys() - {".gitattributes", "README.md", "word_map_training.json"}:
+    for name in files.keys() - {".gitattributes", "README.md", "training_config.json"}:
         assert files[name] == (folders["tuned"] / name).read_bytes(), name
     config = json.loads(files["config.json"])
     assert config["auto_map"]["AutoModelForSemanticSegmentation"] == "modeling_ifseg.IFSegForSemanticSegmentation"
@@ -171,10 +171,10 @@ def test_nothing_of_the_machine_is_published(hub, folders, published):
             for name, text in read(hub, repo, branch).items():
                 for private in (str(folders["tuned"].parent), str(ROOT), "output_dir"):
                     assert private not in text, (repo, branch, name)
-    settings = json.loads(hub.files("alice/ifseg-test")["word_map_training.json"])
+    settings = json.loads(hub.files("alice/ifseg-test")["training_config.json"])
     assert settings["model"] == "ifseg-ofa-nano"
     assert settings["steps"] == 7
-    assert "model" not in json.loads(hub.files("alice/ifseg-test", "coarse")["word_map_training.json"])
+    assert "model" not in json.loads(hub.files("alice/ifseg-test", "coarse")["training_config.json"])
 
 
 def test_branches_and_private_repositories(hub, published):
@@ -404,9 +404,9 @@ def test_the_code_of_a_model_of_crops_does_what_its_numbers_need(folders, photo,
 )
 def test_a_card_of_a_model_of_photos_does_not_call_it_image_free(folders, tmp_path, stage, told):
     folder = shutil.copytree(folders["tuned"], tmp_path / "photos")
-    settings = json.loads((folder / "word_map_training.json").read_text())
+    settings = json.loads((folder / "training_config.json").read_text())
     settings |= {"stage": stage, "dataset": str(tmp_path), "categories": {"cat": ["lion"], "wet grass": [], "sky": []}}
-    (folder / "word_map_training.json").write_text(json.dumps(settings))
+    (folder / "training_config.json").write_text(json.dumps(settings))
     card = model_card(folder, "alice/photos")
     assert told in card.text
     assert "no photo and no mask" not in card.text
