@@ -143,7 +143,7 @@ def save_model(
     incomplete = output / f"result{INCOMPLETE}"
     failure = f'The model could not be saved in "{output}". {describe_last(last)} The reason'
     with writing_errors(failure, incomplete):
-        # Files are complete before they are moved to their place, whatever kills the process or fills the disk.
+        # Complete files are moved to their places, so that neither a kill nor a full disk leaves half a file there.
         with torch.device("meta"):  # a model without weights, because FSDP changes the class of the trained one
             empty = IFSegForSemanticSegmentation(model_config)
         empty.save_pretrained(incomplete, state_dict=state_dict)
@@ -159,7 +159,7 @@ def save_model(
 def write_settings(config: TrainingConfig, folder: Path) -> None:
     """Writes the settings of the training. Their file also marks a folder that training may write to again."""
     settings = config.to_dict()
-    del settings["resume"]  # it belongs to one start of the run, not to the whole
+    del settings["resume"]  # it belongs to one start of the run, not to its result
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 

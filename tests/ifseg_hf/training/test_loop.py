@@ -210,7 +210,7 @@ def test_a_signal_stops_after_its_step_with_a_checkpoint(number, tiny_model, tmp
         if run.step == 2:
             os.kill(os.getpid(), number)
 
-    train(settings(tiny_model, tmp_path / "whole", steps=6))
+    train(settings(tiny_model, tmp_path / "complete", steps=6))
     monkeypatch.setattr(TrainingRun, "check_finite", send_signal)
     with pytest.raises(TrainingStopped) as stopped:
         train(settings(tiny_model, tmp_path / "out", steps=6))
@@ -222,7 +222,7 @@ def test_a_signal_stops_after_its_step_with_a_checkpoint(number, tiny_model, tmp
     monkeypatch.undo()
     result = train(settings(tiny_model, tmp_path / "out", steps=6, resume="latest"))
     assert f"{6 - step} steps (the last {6 - step} of 6)" in str(result)
-    assert_equal_weights(tmp_path / "whole", tmp_path / "out")
+    assert_equal_weights(tmp_path / "complete", tmp_path / "out")
 
 
 def test_a_stopped_run_without_checkpoints_saves_nothing(tiny_model, tmp_path, monkeypatch, capfd):
@@ -250,22 +250,22 @@ def test_only_a_late_second_signal_interrupts_immediately(monkeypatch):
 def test_a_resumed_run_logs_every_step_once(tiny_model, tmp_path):
     """A killed run may have logged steps after its last checkpoint, and half a line."""
     rare = {"steps": 5, "checkpointing_steps": 3}
-    result = train(settings(tiny_model, tmp_path / "whole", **rare))
-    whole = read_log(tmp_path / "whole")
-    assert [line["step"] for line in whole] == [1, 2, 3, 4, 5]
-    assert whole[-1]["loss"] == result.loss
-    assert whole[0]["learning_rate"] == 1e-2
-    file = tmp_path / "whole" / LOG_FILE
+    result = train(settings(tiny_model, tmp_path / "complete", **rare))
+    log = read_log(tmp_path / "complete")
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
+    assert log[-1]["loss"] == result.loss
+    assert log[0]["learning_rate"] == 1e-2
+    file = tmp_path / "complete" / LOG_FILE
     text = file.read_text()
     file.write_text(text + '{"step": 6, "lo')
-    train(settings(tiny_model, tmp_path / "whole", resume="latest", **rare))
+    train(settings(tiny_model, tmp_path / "complete", resume="latest", **rare))
     assert file.read_text() == text
     # The log of another run in the folder is overwritten.
     other = tmp_path / "other"
     train(settings(tiny_model, other, steps=2, seed=1))
-    resume = str(tmp_path / "whole" / "checkpoint-3")
+    resume = str(tmp_path / "complete" / "checkpoint-3")
     train(settings(tiny_model, other, resume=resume, **rare))
-    assert read_log(other) == whole[3:]
+    assert read_log(other) == log[3:]
     with pytest.raises(ValueError, match=r"holds no training_log\.jsonl"):
         read_log(tmp_path)
 

@@ -162,10 +162,10 @@ def test_training_from_scratch_calibrates_batch_norm(tiny_model, images, tmp_pat
 
 def test_a_run_from_scratch_resumes_with_its_batch_norm(tiny_model, images, tmp_path):
     common = {"from_scratch": True, "steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 9}
-    train(settings(tiny_model, images, tmp_path / "whole", **common))
-    resume = str(tmp_path / "whole" / "checkpoint-2")
+    train(settings(tiny_model, images, tmp_path / "complete", **common))
+    resume = str(tmp_path / "complete" / "checkpoint-2")
     train(settings(tiny_model, images, tmp_path / "out", resume=resume, **common))
-    assert_equal_weights(tmp_path / "whole", tmp_path / "out")
+    assert_equal_weights(tmp_path / "complete", tmp_path / "out")
     assert weights(tmp_path / "out")["model.encoder.embed_images.bn1.running_mean"].any()
 
 
@@ -226,32 +226,32 @@ def test_a_resumed_run_refreshes_to_the_same_weights(tiny_model, pseudo_labels, 
     """Resumed at a refresh and between two, in another folder."""
     common = {"stage": "self-training", "steps": 5, "refresh_every": 2, "word_map_ratio": 0.25}
     common |= {"checkpointing_steps": 1, "checkpoints_total_limit": 9}
-    train(settings(tiny_model, pseudo_labels, tmp_path / "whole", **common))
-    assert {path.name for path in (tmp_path / "whole").glob("pseudo-labels-*")} == {
+    train(settings(tiny_model, pseudo_labels, tmp_path / "complete", **common))
+    assert {path.name for path in (tmp_path / "complete").glob("pseudo-labels-*")} == {
         "pseudo-labels-2",
         "pseudo-labels-4",
     }
     for step in (2, 3):
-        resume = str(tmp_path / "whole" / f"checkpoint-{step}")
+        resume = str(tmp_path / "complete" / f"checkpoint-{step}")
         train(settings(tiny_model, pseudo_labels, tmp_path / f"from-{step}", resume=resume, **common))
-        assert_equal_weights(tmp_path / "whole", tmp_path / f"from-{step}")
+        assert_equal_weights(tmp_path / "complete", tmp_path / f"from-{step}")
     train(settings(tiny_model, pseudo_labels, tmp_path / "never", **{**common, "refresh_every": 0}))
-    assert moved(weights(tmp_path / "whole"), tmp_path / "never")
+    assert moved(weights(tmp_path / "complete"), tmp_path / "never")
 
-    shutil.rmtree(tmp_path / "whole" / "pseudo-labels-2")
-    resume = str(tmp_path / "whole" / "checkpoint-3")
+    shutil.rmtree(tmp_path / "complete" / "pseudo-labels-2")
+    resume = str(tmp_path / "complete" / "checkpoint-3")
     with pytest.raises(SettingError, match="needs the pseudo-labels of step 2"):
         train(settings(tiny_model, pseudo_labels, tmp_path / "lost", resume=resume, **common))
 
 
 def test_a_refresh_after_the_resumed_checkpoint_is_deleted(tiny_model, pseudo_labels, tmp_path):
     common = {"stage": "self-training", "steps": 5, "refresh_every": 4, "checkpointing_steps": 1}
-    train(settings(tiny_model, pseudo_labels, tmp_path / "whole", checkpoints_total_limit=9, **common))
-    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "out" / "checkpoint-1")
-    shutil.copy(tmp_path / "whole" / SETTINGS_FILE, tmp_path / "out")
+    train(settings(tiny_model, pseudo_labels, tmp_path / "complete", checkpoints_total_limit=9, **common))
+    shutil.copytree(tmp_path / "complete" / "checkpoint-1", tmp_path / "out" / "checkpoint-1")
+    shutil.copy(tmp_path / "complete" / SETTINGS_FILE, tmp_path / "out")
     train(settings(tiny_model, pseudo_labels, tmp_path / "out", resume="latest", checkpoints_total_limit=1, **common))
     assert list(checkpoints(tmp_path / "out")) == [5]
-    assert_equal_weights(tmp_path / "whole", tmp_path / "out")
+    assert_equal_weights(tmp_path / "complete", tmp_path / "out")
 
 
 def test_a_refresh_keeps_the_given_labels(tiny_model, pseudo_labels, tmp_path):
@@ -295,9 +295,9 @@ def test_evaluations_during_training_do_not_change_the_weights(tiny_model, split
     """The last one equals an evaluation of the result; the log of a resumed run equals that of an uninterrupted one."""
     common = {"steps": 5, "checkpointing_steps": 3, "unseen": "sky", "checkpoints_total_limit": 9}
     train(settings(tiny_model, splits, tmp_path / "never", **common))
-    train(settings(tiny_model, splits, tmp_path / "whole", eval_steps=2, **common))
-    assert_equal_weights(tmp_path / "never", tmp_path / "whole")
-    log = read_log(tmp_path / "whole")
+    train(settings(tiny_model, splits, tmp_path / "complete", eval_steps=2, **common))
+    assert_equal_weights(tmp_path / "never", tmp_path / "complete")
+    log = read_log(tmp_path / "complete")
     assert [line["step"] for line in log] == [0, 1, 2, 3, 4, 5]
     names = {"mean_iou", "mean_iou_seen", "mean_iou_unseen", "harmonic_mean_iou"}
     assert [names <= set(line) for line in log] == [True, False, True, False, True, True]
@@ -305,16 +305,16 @@ def test_evaluations_during_training_do_not_change_the_weights(tiny_model, split
     assert [line.get("loss") for line in log[1:]] == [line["loss"] for line in read_log(tmp_path / "never")]
     assert f"Step 5: mean IoU {100 * log[-1]['mean_iou']:.1f}, mean IoU seen" in capsys.readouterr().out
 
-    segmenter = load_segmenter(tmp_path / "whole")
+    segmenter = load_segmenter(tmp_path / "complete")
     assert segmenter.inference == "slide"
     (result,) = evaluate_segmenter(segmenter, load_validation_dataset(splits)).results()
     assert result["mean_iou"] == log[-1]["mean_iou"]
 
-    file = tmp_path / "whole" / LOG_FILE
+    file = tmp_path / "complete" / LOG_FILE
     text = file.read_text()
-    train(settings(tiny_model, splits, tmp_path / "whole", eval_steps=2, resume="latest", **common))
+    train(settings(tiny_model, splits, tmp_path / "complete", eval_steps=2, resume="latest", **common))
     assert file.read_text() == text
-    assert_equal_weights(tmp_path / "never", tmp_path / "whole")
+    assert_equal_weights(tmp_path / "never", tmp_path / "complete")
 
 
 def test_self_training_is_evaluated_on_another_dataset(tiny_model, pseudo_labels, splits, tmp_path):
