@@ -1,10 +1,10 @@
-"""Tunes a model on words alone or, where there are some, on photos.
+"""Train a segmentation model on category words alone, or on images.
 
     accelerate launch scripts/train.py --categories "cat, coffee" --output-dir OUT
     accelerate launch scripts/train.py --config scripts/configs/ade20k.yaml
     accelerate launch scripts/train.py --stage supervised --dataset FOLDER --output-dir OUT
 
-A run that was stopped, or lost its machine, goes on when it is started again with --resume.
+Start an interrupted run again with --resume to continue it.
 """
 
 import argparse
@@ -15,71 +15,93 @@ import sys
 import typing
 
 from ifseg_hf.data.vocabularies import read_categories
-from ifseg_hf.training.config import TrainingConfig, read_settings
+from ifseg_hf.training.config import TrainingConfig, read_settings, setting_types
 
 
-def parse_arguments() -> dict:
-    """The settings by name, all of them checked: a wrong one ends the program with one line and status 2."""
+def parse_arguments(arguments: list[str] | None = None) -> TrainingConfig:
+    """The checked settings. A wrong setting ends the program with a message of one line and status 2."""
     parser = Parser(
         description=__doc__,
-        usage="%(prog)s [--config FILE] [--categories WORDS] [--dataset DATA] --output-dir FOLDER [settings]",
+        usage="%(prog)s [--config FILE] [--categories WORDS] [--dataset DATASET] --output-dir FOLDER [settings]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # what is not given is left to the file, then to the recipe
+        argument_default=argparse.SUPPRESS,  # a setting without a flag comes from the file or has its default
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with any of these settings; flags go before it")
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these settings; flags override")
     for field in dataclasses.fields(TrainingConfig):
         add_flag(parser, field)
-    given = vars(parser.parse_args())
+    flags = vars(parser.parse_args(arguments))
     try:
-        settings = {**(read_settings(given.pop("config")) if "config" in given else {}), **given}
-        for name in ("categories", "output_dir"):
-            if name not in settings and (name != "categories" or settings.get("dataset") is None):
-                raise ValueError(f"--{name.replace('_', '-')} is needed, here or in a file for --config.")
-        given_categories = settings.setdefault("categories", None)
-        settings["categories"] = None if given_categories is None else read_categories(given_categories)
-        TrainingConfig(**settings).check()
+        settings = {**(read_settings(flags.pop("config")) if "config" in flags else {}), **flags}
+        for field in dataclasses.fields(TrainingConfig):
+            if field.default is dataclasses.MISSING and field.name not in settings:
+                if type(None) not in setting_types(field):
+                    raise ValueError(f"{flag_name(field)} is required, as a flag or in the --config file.")
+                settings[field.name] = None
+        if settings["categories"] is not None:
+            settings["categories"] = read_categories(settings["categories"])
+        config = TrainingConfig(**settings)
+        config.check()
     except ValueError as error:
         parser.error(str(error))
-    if settings.get("push_to_hub") and os.environ.get("RANK", "0") == "0":  # one question to the Hub, not one a process
+    if config.push_to_hub and os.environ.get("RANK", "0") == "0":  # one request to the Hub, not one per process
         from ifseg_hf.hub.publish import HubError, check_access
 
         try:
-            check_access(settings["push_to_hub"])
+            check_access(config.push_to_hub)
         except (ValueError, HubError) as error:
             parser.error(str(error))
-    return settings
+    return config
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """An argument parser whose errors have one line, without the usage."""
 
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def flag_name(field: dataclasses.Field) -> str:
+    """`--learning-rate` for the field `learning_rate`."""
+    return "--" + field.name.replace("_", "-")
+
+
 def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    """`--learning-rate` for the field `learning_rate`, with its type and help."""
-    flag = "--" + field.name.replace("_", "-")
-    help = field.metadata["help"]
-    if field.name == "resume":  # alone, the latest
-        parser.add_argument(flag, nargs="?", const="latest", metavar="FOLDER", help=help)
-        return
+    """Adds the flag of a setting, with the type, help and default of its field."""
+    help, types = field.metadata["help"], setting_types(field)
     if field.default not in (None, dataclasses.MISSING):
         help += f" (default: {field.default})"
-    if bool in (field.type, *typing.get_args(field.type)):
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+    if bool in types:
+        parser.add_argument(flag_name(field), action=argparse.BooleanOptionalAction, help=help)
         return
-    kind = next((kind for kind in (int, float) if kind in (field.type, *typing.get_args(field.type))), str)
-    parser.add_argument(flag, type=kind, metavar="TEXT" if kind is str else "NUMBER", help=help)
+    kind = next((kind for kind in (int, float) if kind in types), str)
+    bare = field.metadata["bare_flag"]
+    alone = {} if bare is None else {"nargs": "?", "const": bare}
+    metavar = "TEXT" if kind is str else "NUMBER"
+    parser.add_argument(flag_name(field), type=kind, metavar=metavar, help=help, **alone)
 
 
-def main() -> int:
-    settings = parse_arguments()
+def publish(config: TrainingConfig) -> None:
+    """Pushes the trained model to the Hub. Raises `HubError`."""
+    from ifseg_hf.hub.publish import push_to_hub
+
+    commit = push_to_hub(
+        config.output_dir, config.push_to_hub, config.hub_private, config.hub_revision, config.hub_commit_message
+    )
+    print(f"Published: {commit.commit_url}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    config = parse_arguments(arguments)
     try:
+        # These imports take seconds, so that they come after the arguments are checked.
+        from accelerate import PartialState
+
         from ifseg_hf.hub.publish import HubError
         from ifseg_hf.training.loop import SettingError, TrainingError, train
 
-        train(TrainingConfig(**settings))
+        train(config)
+        if config.push_to_hub and PartialState().is_main_process:
+            publish(config)
     except KeyboardInterrupt as error:
         return 128 + getattr(error, "signal_number", signal.SIGINT)
     except (SettingError, TrainingError, HubError) as error:

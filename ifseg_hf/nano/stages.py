@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from ifseg_hf.training.loop import cpu_gains_from_bfloat16
+from ifseg_hf.training.setup import cpu_gains_from_bfloat16
 
 
 def autocast() -> torch.autocast:

@@ -1,1 +1,1 @@
-"""Settings, set-up, loop, checkpoints, pseudo-labels."""
+"""Training: settings, set-up, loop, checkpoints and pseudo-labels."""

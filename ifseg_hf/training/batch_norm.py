@@ -1,4 +1,4 @@
-"""Batch norms of the trunk, which are frozen everywhere else, while they learn their statistics."""
+"""Batch norms of the image trunk that learn their statistics; everywhere else they are frozen."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from ifseg_hf.modeling.trunk_ofa import OFAFrozenBatchNorm2d
 
 
 def train_batch_norm(trunk: nn.Module) -> nn.Module:
-    """Replace every frozen batch norm by one that learns its statistics; parameter names stay the same."""
+    """Replaces frozen batch norms by ones that learn their statistics; parameter names stay the same."""
     for name, module in list(trunk.named_modules()):
         if isinstance(module, OFAFrozenBatchNorm2d):
             norm = nn.BatchNorm2d(len(module.weight))
@@ -20,7 +20,7 @@ def train_batch_norm(trunk: nn.Module) -> nn.Module:
 
 
 def freeze_batch_norm(trunk: nn.Module) -> nn.Module:
-    """The reverse of [`train_batch_norm`]."""
+    """Replaces the batch norms of [`train_batch_norm`] by frozen ones."""
     for name, module in list(trunk.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             norm = OFAFrozenBatchNorm2d(module.num_features)
@@ -31,7 +31,7 @@ def freeze_batch_norm(trunk: nn.Module) -> nn.Module:
 
 
 def use_batch_statistics(trunk: nn.Module, on: bool) -> None:
-    """Whether the norms of [`train_batch_norm`] use and learn the statistics of batches, or the stored ones."""
+    """Lets the norms of [`train_batch_norm`] use and learn the statistics of batches, or use the stored ones."""
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1
@@ -39,18 +39,18 @@ def use_batch_statistics(trunk: nn.Module, on: bool) -> None:
 
 
 def trunk_state(trunk: nn.Module) -> dict[str, torch.Tensor]:
-    """What the trunk, or one norm of it, loads with frozen batch norm."""
+    """State dict of a trunk, or of one of its norms, for the same module with frozen batch norms."""
     return {name: value for name, value in trunk.state_dict().items() if "num_batches_tracked" not in name}
 
 
 @torch.no_grad()
 def calibrate_batch_norm(trunk: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:
-    """Set the running statistics of the norms of [`train_batch_norm`] to their mean over batches of `pixel_values`."""
+    """Sets the running statistics of the norms of [`train_batch_norm`] to their mean over batches of `pixel_values`."""
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None  # a plain mean over all batches
     trunk.train()
-    for pixels in batches:
-        trunk(pixels)
+    for pixel_values in batches:
+        trunk(pixel_values)
     return trunk.eval()

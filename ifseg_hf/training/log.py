@@ -1,4 +1,4 @@
-"""What training says at each step, in a file that any program can read: a JSON object a line."""
+"""The training log: a file with one JSON object per step."""
 
 import json
 import os
@@ -10,19 +10,21 @@ LOG_FILE = "training_log.jsonl"
 
 
 class TrainingLog(GeneralTracker):
-    """A tracker of accelerate that writes `{"step": 1, "loss": 2.3, ...}` lines to [`LOG_FILE`] in a folder.
+    """An accelerate tracker that writes `{"step": 1, "loss": 2.3, ...}` lines to [`LOG_FILE`] in a folder.
 
-    What the file has of steps up to `start` stays, if it is of the run that goes on from there (`goes_on`): a run that
-    was killed and resumed then leaves the same file as one that was left alone.
+    Args:
+        folder: the output folder of the run.
+        keep_until: the last step that an existing log keeps, for a resumed run: its log then equals that of an
+            uninterrupted run. By default an existing log is overwritten.
     """
 
     name = "training_log"
     requires_logging_directory = False
 
-    def __init__(self, folder: str | Path, start: int = 0, goes_on: bool = False):
+    def __init__(self, folder: str | Path, keep_until: int = -1):
         super().__init__()
         self.file = Path(folder) / LOG_FILE
-        self.kept = start if goes_on else -1
+        self.keep_until = keep_until
 
     @property
     def tracker(self) -> Path:
@@ -30,9 +32,10 @@ class TrainingLog(GeneralTracker):
 
     @on_main_process
     def start(self) -> None:
-        lines = read_log(self.file.parent) if self.kept >= 0 and self.file.exists() else []
+        lines = read_log(self.file.parent) if self.keep_until >= 0 and self.file.exists() else []
         incomplete = self.file.with_name(f"{LOG_FILE}.incomplete")
-        incomplete.write_text("".join(_line(line) for line in lines if line["step"] <= self.kept), encoding="utf-8")
+        kept = "".join(_line(line) for line in lines if line["step"] <= self.keep_until)
+        incomplete.write_text(kept, encoding="utf-8")
         incomplete.replace(self.file)
 
     @on_main_process
@@ -42,7 +45,7 @@ class TrainingLog(GeneralTracker):
 
 
 def read_log(folder: str | os.PathLike) -> list[dict]:
-    """The steps that training has logged in its output folder, without one that a kill has left half written.
+    """The logged steps of a training output folder, without a half-written last line.
 
     Raises `ValueError`, in one line, if there is no log.
     """
@@ -51,9 +54,9 @@ def read_log(folder: str | os.PathLike) -> list[dict]:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f'"{folder}" holds no {LOG_FILE} that can be read: {error.strerror}.') from None
-    whole = text[: text.rfind("\n") + 1]
+    complete = text[: text.rfind("\n") + 1]
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in complete.splitlines()]
     except ValueError:
         raise ValueError(f'"{file}" is damaged: it has a line that is not JSON.') from None
 

@@ -1,9 +1,9 @@
-"""Trainings that are killed at chosen moments, or run out of disk, and are gone on with. Prints what came of each.
+"""Runs of training that are killed at chosen moments, or run out of disk, and are resumed. Prints the outcomes as JSON.
 
     python killed_runs.py MODEL FOLDER
 
-Every training is a forked process of its own, so that torch is imported once; forking wants a process without threads,
-hence this file beside `tests/ifseg_hf/test_interruptions.py`, which runs it.
+Each run is a forked process, so that torch is imported once. Forking needs a process without threads: therefore
+`tests/ifseg_hf/training/test_interruptions.py` runs this file as a program.
 """
 
 import itertools
@@ -18,13 +18,13 @@ from pathlib import Path
 import accelerate.checkpointing
 import torch
 
-from ifseg_hf.training import loop as training
-from ifseg_hf.training.loop import TrainingConfig, TrainingError, train
+from ifseg_hf.training import checkpointing
+from ifseg_hf.training.loop import TrainingConfig, TrainingError, TrainingRun, train
 
 
 def settings(model: str, folder: Path, **changes) -> TrainingConfig:
-    """8 steps with checkpoints after 3 and 6, of which one is kept; dropout and drop path as published,
-    and noise on word maps, which is drawn from the same generator."""
+    """8 steps with checkpoints after 3 and 6, one of them kept, with all that draws random numbers: dropout, drop path
+    and noise on word maps."""
     quick = {"steps": 8, "batch_size": 2, "learning_rate": 1e-2, "word_noise": 0.5, "cpu": True}
     rare = {"checkpointing_steps": 3, "checkpoints_total_limit": 1}
     return TrainingConfig(["cat", "cup", "sky"], str(folder), model, **{**quick, **rare, **changes})
@@ -35,7 +35,7 @@ def die(*_):
 
 
 def at(owner, name: str, call: int, then=die) -> None:
-    """Lets `then` happen before a function is called for the `call`-th time."""
+    """Calls `then` before the `call`-th call of a function."""
     function, calls = getattr(owner, name), itertools.count(1)
 
     def wrapper(*args, **kwargs):
@@ -58,31 +58,31 @@ def delete_half(folder):
 
 
 def fill_the_disk(*_):
-    """No file may grow beyond this size any more, which is what a full disk is to a process."""
+    """Limits the size of files, which has the effect of a full disk on a process."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-# A checkpoint is three calls of accelerate's save (weights, optimiser, schedule), and seven of flush_to_disk: five
-# files, their folder, the folder around it.
+# A checkpoint takes three calls of accelerate's save (weights, optimiser, schedule) and seven of flush_to_disk: for
+# five files, their folder and its parent.
 MOMENTS = {
-    "before the first checkpoint": lambda: at(training, "check_finite", 2),
-    "in a step": lambda: at(training, "check_finite", 5),
+    "before the first checkpoint": lambda: at(TrainingRun, "check_finite", 2),
+    "in a step": lambda: at(TrainingRun, "check_finite", 5),
     "in the first checkpoint": lambda: at(accelerate.checkpointing, "save", 2),
     "weights written, optimiser not": lambda: at(accelerate.checkpointing, "save", 5),
     "half the optimiser written": lambda: at(accelerate.checkpointing, "save", 5, write_half),
-    "all written, without its name": lambda: at(training, "flush_to_disk", 13),
-    "named, with the old one there": lambda: at(training, "flush_to_disk", 14),
+    "all written, not yet renamed": lambda: at(checkpointing, "flush_to_disk", 13),
+    "renamed, old one not deleted": lambda: at(checkpointing, "flush_to_disk", 14),
     "half the old one deleted": lambda: at(shutil, "rmtree", 1, delete_half),
-    "no file of the result in place": lambda: at(Path, "replace", 1),
-    "some files of the result in place": lambda: at(Path, "replace", 4),
-    "disk full at the weights": lambda: at(training, "check_finite", 4, fill_the_disk),
+    "no file of the result moved": lambda: at(Path, "replace", 1),
+    "some files of the result moved": lambda: at(Path, "replace", 4),
+    "disk full at the weights": lambda: at(TrainingRun, "check_finite", 4, fill_the_disk),
     "disk full at the optimiser": lambda: at(accelerate.checkpointing, "save", 5, fill_the_disk),
-    "disk full at the result": lambda: at(training, "save", 1, fill_the_disk),
+    "disk full at the result": lambda: at(TrainingRun, "save", 1, fill_the_disk),
 }
 
 
 def in_a_process(work) -> dict:
-    """How the process ended that did it: the signal that killed it, and what it had to say."""
+    """Runs `work` in a forked process. Returns the signal that killed it, or 0, and its error message."""
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
@@ -90,35 +90,35 @@ def in_a_process(work) -> dict:
         os.dup2(1, 2)
         try:
             work()
-            said = ""
+            message = ""
         except TrainingError as error:
-            said = f"TrainingError: {error}"
+            message = f"TrainingError: {error}"
         except BaseException as error:
-            said = repr(error)
-        os.write(writer, said.encode())
+            message = repr(error)
+        os.write(writer, message.encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        said = pipe.read()
+        message = pipe.read()
     _, status = os.waitpid(process, 0)
-    return {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, "said": said}
+    return {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, "message": message}
 
 
 def main(model: str, folder: str) -> None:
     torch.set_num_threads(1)
-    told = {"whole": in_a_process(lambda: train(settings(model, Path(folder) / "whole")))}
+    outcomes = {"uninterrupted": in_a_process(lambda: train(settings(model, Path(folder) / "uninterrupted")))}
     for number, (moment, arrange) in enumerate(MOMENTS.items()):
         output = Path(folder) / str(number) / "out"
 
-        def disturbed(output=output, arrange=arrange):
+        def interrupted(output=output, arrange=arrange):
             arrange()
             train(settings(model, output))
 
-        ended = in_a_process(disturbed)
+        ended = in_a_process(interrupted)
         left = sorted(path.name for path in output.iterdir())
         resumed = in_a_process(lambda output=output: train(settings(model, output, resume="latest")))
-        told[moment] = {**ended, "left": left, "output": str(output), "resumed": resumed}
-    print(json.dumps(told))
+        outcomes[moment] = {**ended, "left": left, "output": str(output), "resumed": resumed}
+    print(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

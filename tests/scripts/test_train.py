@@ -1,4 +1,4 @@
-"""`scripts/train.py` as a person runs it: in a process of its own."""
+"""`scripts/train.py` as a program: training, resuming, several processes, and errors in arguments."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from hub_client import environment
@@ -18,14 +19,16 @@ from image_folders import save_masked_photos, save_tiny_segmenter
 from safetensors.torch import load_file
 from tiny_model import is_key_bias, save_tiny_model
 
+from ifseg_hf.training import loop
 from ifseg_hf.training.config import SETTINGS_FILE, checkpoints
 from ifseg_hf.training.log import read_log
 from ifseg_hf.training.loop import TrainingConfig, train
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "train.py")
 WORDS = ["--categories", "cat, cup, sky"]
-# Of the package, wherever it is installed, and with one thread a process, so that runs can be compared exactly.
+# With this checkout's package, and one thread per process, so that runs can be compared exactly.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -40,15 +43,15 @@ def run(*command, cwd=None, env=ENVIRONMENT):
 
 
 def messages_of(done):
-    """What a run with `-X importtime` says, and what it has imported."""
+    """The messages of a run with `-X importtime`, and the names of the modules it imported."""
     lines = done.stderr.splitlines()
-    said = [line for line in lines if not line.startswith("import time:")]
-    return said, {line.split()[-1] for line in lines if line.startswith("import time:")}
+    messages = [line for line in lines if not line.startswith("import time:")]
+    return messages, {line.split()[-1] for line in lines if line.startswith("import time:")}
 
 
 @pytest.mark.slow
-def test_accelerate_launch_tunes_a_model_that_runs_by_itself(tiny_model, tmp_path):
-    """With a published file of settings, and flags in place of what is too large here. It also ends on the Hub."""
+def test_accelerate_launch_trains_and_publishes_a_model(tiny_model, tmp_path):
+    """With a published settings file, and flags that override what is too large for a test."""
     config = ROOT / "scripts" / "configs" / "coco_stuff_coarse.yaml"
     settings = ["--model", tiny_model, "--steps", 25, "--batch-size", 4, "--learning-rate", 1e-2, "--max-cells", 2]
     out = tmp_path / "out"
@@ -62,17 +65,17 @@ def test_accelerate_launch_tunes_a_model_that_runs_by_itself(tiny_model, tmp_pat
     assert {"model.safetensors", "README.md", SETTINGS_FILE} <= set(hub.files("alice/tuned"))
     assert "25/25" in done.stderr  # the progress bar
     assert "step/s, loss=" in done.stderr
-    for told in ["25 steps in", "steps/s", "peak memory", str(out)]:
-        assert told in done.stdout
+    for expected in ["25 steps in", "steps/s", "peak memory", str(out)]:
+        assert expected in done.stdout
     resolved = json.loads((out / SETTINGS_FILE).read_text())
     assert resolved["categories"] == ["cat", "cup", "sky"]
     assert (resolved["steps"], resolved["weight_decay"]) == (25, 0.1)
 
-    # The two lines of Python that it ends with, on a photo.
+    # The two lines of Python in the last message, with an image.
     lines = [line.strip() for line in done.stdout.splitlines() if line.startswith("    ")]
     assert len(lines) == 2
-    photo = "import PIL.Image; PIL.Image.new('RGB', (50, 40)).save('photo.jpg')"
-    used = run("-c", "\n".join([photo, *lines, "print(sorted(mask['label'] for mask in masks))"]), cwd=tmp_path)
+    image = "import PIL.Image; PIL.Image.new('RGB', (50, 40)).save('image.jpg')"
+    used = run("-c", "\n".join([image, *lines, "print(sorted(mask['label'] for mask in masks))"]), cwd=tmp_path)
     assert used.returncode == 0, used.stderr
     assert set(eval(used.stdout)) <= {"cat", "cup", "sky"}
 
@@ -85,11 +88,11 @@ def assert_close_weights(one, other):
 
 
 @pytest.mark.slow
-def test_processes_accumulation_and_workers_change_nothing(tiny_model, tmp_path):
+def test_processes_accumulation_and_workers_lead_to_the_same_weights(tiny_model, tmp_path):
     """1 x 16 samples, and 2 processes with 8 each: the same 20 steps up to rounding.
 
-    So is what goes on half-way with 1 process, 2 accumulated batches and a worker. Key biases are left out: softmax
-    does not see them, so their gradient is rounding noise, of which Adam makes whole steps.
+    Also if resumed half-way with 1 process, 2 accumulated batches and a worker. Key biases are not compared: they
+    do not affect the softmax, and Adam scales the rounding noise in their gradients to whole steps.
     """
     quiet = {"steps": 20, "learning_rate": 1e-4, "dropout": 0.0, "drop_path": 0.0, "cpu": True}
     words = ["cat", "cup", "sky"]
@@ -110,17 +113,16 @@ def test_processes_accumulation_and_workers_change_nothing(tiny_model, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_label_and_train_as_one(tmp_path):
-    """Pseudo-labels to the byte; a run on them, word maps among the photos, labels made anew and evaluations, up to
-    rounding."""
+def test_two_processes_label_and_train_like_one(tmp_path):
+    """Equal pseudo-labels, and equal weights up to rounding with word maps, refreshed labels and evaluations."""
     pytest.importorskip("kornia")
-    model, photos = save_tiny_segmenter(tmp_path / "model"), save_masked_photos(tmp_path / "photos")
+    model, images = save_tiny_segmenter(tmp_path / "model"), save_masked_photos(tmp_path / "images")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29000 + os.getpid() % 2000]
-    write = [ROOT / "scripts" / "pseudo_label.py", "--model", model, "--dataset", photos, "--keep-labels", "--cpu"]
+    write = [ROOT / "scripts" / "pseudo_label.py", "--model", model, "--dataset", images, "--keep-labels", "--cpu"]
     write += ["--unseen", "sky, sea", "--output-dir"]
     flags = ["--stage", "self-training", "--freeze", "nothing", "--word-map-ratio", 0.25, "--refresh-every", 3]
     flags += ["--steps", 5, "--batch-size", 8, "--learning-rate", 1e-4, "--dropout", 0, "--drop-path", 0, "--cpu"]
-    flags += ["--model", model, "--crop-size", 32, "--eval-steps", 4, "--eval-dataset", photos]
+    flags += ["--model", model, "--crop-size", 32, "--eval-steps", 4, "--eval-dataset", images]
     for name, launch in [("one", []), ("two", launcher)]:
         labels = tmp_path / f"labels-{name}"
         for command in ([*write, labels], [SCRIPT, *flags, "--dataset", labels, "--output-dir", tmp_path / name]):
@@ -140,11 +142,15 @@ def test_two_processes_label_and_train_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_survives_ctrl_c_sigterm_and_kill(tiny_model, tmp_path):
-    """All three, one after the other, and it still ends with the weights of a run that was left alone, to the bit."""
+def test_a_run_resumes_after_ctrl_c_sigterm_and_kill(tiny_model, tmp_path):
+    """After all three in turn, the weights equal those of an uninterrupted run, bit for bit."""
     flags = ["--model", tiny_model, "--steps", 80, "--batch-size", 2, "--cpu", "--checkpointing-steps", 10, "--resume"]
     torch.set_num_threads(1)  # as in the other processes
-    train(TrainingConfig(["cat", "cup", "sky"], str(tmp_path / "alone"), tiny_model, steps=80, batch_size=2, cpu=True))
+    train(
+        TrainingConfig(
+            ["cat", "cup", "sky"], str(tmp_path / "uninterrupted"), tiny_model, steps=80, batch_size=2, cpu=True
+        )
+    )
 
     out = tmp_path / "out"
     command = [sys.executable, SCRIPT, *WORDS, "--output-dir", out, *flags]
@@ -156,26 +162,46 @@ def test_a_run_survives_ctrl_c_sigterm_and_kill(tiny_model, tmp_path):
         while process.poll() is None and max(checkpoints(out), default=0) == before:
             time.sleep(0.005)
         process.send_signal(number)
-        told, errors = process.communicate(timeout=600)
+        output, errors = process.communicate(timeout=600)
         assert process.returncode == status, errors
         assert "Traceback" not in errors
         last = max(checkpoints(out))
         assert before < last < 80
-        assert before or "There is no checkpoint" in told  # --resume begins a run where there is none
+        assert before or "There is no checkpoint" in output  # --resume also starts a run
         if number != signal.SIGKILL:
-            assert f"Stopped after {last} of 80 steps. Go on from {out / f'checkpoint-{last}'} with --resume." in told
-    refused = run(SCRIPT, *WORDS, "--output-dir", out, *flags, "--seed", 5)
-    assert refused.returncode == 2
-    assert "seed (was 0, is 5)" in refused.stderr
+            assert (
+                f"Stopped after {last} of 80 steps. Continue from {out / f'checkpoint-{last}'} with --resume." in output
+            )
+    rejected = run(SCRIPT, *WORDS, "--output-dir", out, *flags, "--seed", 5)
+    assert rejected.returncode == 2
+    assert "seed (was 0, is 5)" in rejected.stderr
     done = run(SCRIPT, *WORDS, "--output-dir", out, *flags)
     assert done.returncode == 0, done.stderr
-    assert f"Going on after step {last}" in done.stdout
-    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "alone", out))
+    assert f"Resuming after step {last}" in done.stdout
+    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "uninterrupted", out))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def test_a_missing_output_folder_is_reported(tiny_model):
+    done = run(SCRIPT, *WORDS, "--model", tiny_model)
+    assert done.returncode == 2
+    assert done.stderr == "train.py: --output-dir is required, as a flag or in the --config file.\n"
+
+
+@pytest.mark.parametrize("process", ["0", "1"])
+def test_only_the_main_process_publishes(process, tmp_path, monkeypatch):
+    script, published = load_script("train"), []
+    config = TrainingConfig(["cat", "cup"], str(tmp_path), push_to_hub="alice/tuned")
+    monkeypatch.setattr(script, "parse_arguments", lambda arguments: config)
+    monkeypatch.setattr(script, "publish", published.append)
+    monkeypatch.setattr(loop, "train", lambda config: None)
+    monkeypatch.setattr(PartialState, "is_main_process", process == "0")
+    assert script.main([]) == 0
+    assert published == ([config] if process == "0" else [])
+
+
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["--categories", ""], "no category"),
         (["--categories", "cat, , cup"], "place 2 is empty"),
@@ -205,7 +231,7 @@ def test_a_run_survives_ctrl_c_sigterm_and_kill(tiny_model, tmp_path):
         (["--output-dir", "full/file"], "cannot be made"),
         (["--output-dir", "full/file/out"], "cannot be made"),
         (["--stage", "supervise"], 'stage="supervise": choose'),
-        (["--stage", "supervised"], "stage=supervised needs photos"),
+        (["--stage", "supervised"], "stage=supervised needs images"),
         (["--crop-size", "32"], "crop_size belongs to stage=supervised or self-training"),
         (["--stage", "supervised", "--dataset", "full", "--crop-size", "40"], "crop_size=40: must be a multiple"),
         (
@@ -220,7 +246,7 @@ def test_a_run_survives_ctrl_c_sigterm_and_kill(tiny_model, tmp_path):
         (["--checkpoints-total-limit", "0"], "checkpoints_total_limit=0"),
     ],
 )
-def test_wrong_arguments_end_at_once_in_one_line(arguments, told, tiny_model, tmp_path):
+def test_wrong_arguments_are_reported_in_one_line(arguments, expected, tiny_model, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("somebody's")
     (tmp_path / "other").mkdir()
@@ -235,12 +261,12 @@ def test_wrong_arguments_end_at_once_in_one_line(arguments, told, tiny_model, tm
     messages, imported = messages_of(done)
     assert done.returncode == 2
     assert len(messages) == 1
-    assert told in messages[0]
+    assert expected in messages[0]
     assert not imported & {"torch", "numpy", "transformers"}  # they take seconds
     assert (tmp_path / "full" / "file").read_text() == "somebody's"
 
 
-def test_what_the_hub_would_refuse_is_told_before_training(tiny_model, tmp_path):
+def test_missing_hub_access_is_reported_before_training(tiny_model, tmp_path):
     command = ["-X", "importtime", SCRIPT, *WORDS, "--model", tiny_model, "--output-dir", tmp_path / "out"]
     with HubServer({"hf_alice": "alice"}) as hub:
         done = run(*command, "--push-to-hub", "alice/tuned", env=environment(hub, tmp_path / "home", token=None))
@@ -253,9 +279,9 @@ def test_what_the_hub_would_refuse_is_told_before_training(tiny_model, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("accelerate_multi_gpu", "MULTI_GPU"), ("accelerate_fsdp", "FSDP")])
-def test_accelerate_knows_what_is_in_its_examples(name, kind):
-    config = load_config_from_file(str(ROOT / "scripts" / "configs" / f"{name}.yaml"))  # refuses unknown names
+def test_accelerate_accepts_the_example_configurations(name, kind):
+    config = load_config_from_file(str(ROOT / "scripts" / "configs" / f"{name}.yaml"))  # rejects unknown names
     assert config.distributed_type.value == kind
     flags = vars(launch_command_parser().parse_args(["train.py"]))
-    flags["fsdp_ignored_modules"] = None  # read from a file, but no flag
+    flags["fsdp_ignored_modules"] = None  # read from the file, but not a flag
     assert set(config.fsdp_config) <= set(flags)

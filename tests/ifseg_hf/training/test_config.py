@@ -1,8 +1,8 @@
-"""Settings: what may be set, in a file or by hand, and with what a run may go on. Nothing is trained here."""
+"""Training settings: values, files, stages and resuming. Nothing is trained here."""
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from ifseg_hf.training.config import (
     STAGES,
     TrainingConfig,
     checkpoints,
+    private_settings,
     read_settings,
     resolve_model,
 )
@@ -23,7 +24,7 @@ CONFIGS = Path(__file__).parents[3] / "scripts" / "configs"
 
 @pytest.fixture
 def model(tmp_path):
-    """As much of a model as settings are checked with."""
+    """The part of a model folder that settings are checked against."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "ifseg", "image_size": 64}')
     return str(tmp_path / "model")
@@ -35,7 +36,7 @@ def settings(model, tmp_path):
 
 
 def write_checkpoint(settings, step, folder=None):
-    """What a checkpoint tells of itself, without the weights."""
+    """Writes a checkpoint without weights."""
     output = Path(settings.output_dir)
     folder = folder or output / f"checkpoint-{step}"
     folder.mkdir(parents=True)
@@ -63,25 +64,37 @@ def test_defaults_are_the_published_recipe():
     assert {name: recipe[name] for name in expected} == expected
 
 
+def test_every_setting_has_its_metadata():
+    """Metadata of a plain dataclass field would be empty."""
+    for field in fields(TrainingConfig):
+        assert field.metadata["help"]
+        assert set(field.metadata["stages"]) <= set(STAGES)
+
+
+def test_private_settings_are_not_those_of_the_recipe():
+    assert {"output_dir", "model", "data_dir", "report_to", "push_to_hub"} <= private_settings()
+    assert not {"categories", "steps", "learning_rate", "mixed_precision", "stage"} & private_settings()
+
+
 # Settings in a file ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["coco_stuff_unseen", "coco_stuff", "coco_stuff_coarse", "ade20k"])
-def test_published_settings_are_the_recipe_with_their_words(name):
+def test_published_settings_are_the_recipe_with_its_words(name):
     given = read_settings(str(CONFIGS / f"{name}.yaml"))
     recipe = TrainingConfig(given["categories"], given["output_dir"], "ofa-base")
     assert TrainingConfig(**given) == recipe
     assert read_categories(given["categories"]) == read_categories(name.replace("_", "-"))
 
 
-def test_the_embedded_models_settings():
+def test_settings_for_the_embedded_model():
     given = read_settings(str(CONFIGS / "nano.yaml"))
     assert given["model"] == "ifseg-ofa-nano"
     assert (given["batch_size"], given["learning_rate"], given["weight_decay"]) == (8, 2e-3, 0.01)
     assert len(read_categories(given["categories"])) >= 2
 
 
-def test_a_file_of_settings(tmp_path):
+def test_settings_are_read_from_a_file(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("learning-rate: 5e-5\nbatch_size: 8\ncategories:\n  animal: [cat]\nprompt: null\ncpu: true\n")
     expected = {"learning_rate": 5e-5, "batch_size": 8, "categories": {"animal": ["cat"]}, "prompt": None, "cpu": True}
@@ -91,7 +104,7 @@ def test_a_file_of_settings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("", "holds no settings"),
         ("- 1", "holds no settings"),
@@ -108,11 +121,11 @@ def test_a_file_of_settings(tmp_path):
         ("categories: 5", "must be text"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(text, told, tmp_path):
+def test_a_wrong_setting_in_a_file_is_named(text, expected, tmp_path):
     (tmp_path / "settings.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"settings\.yaml") as caught:
         read_settings(str(tmp_path / "settings.yaml"))
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -120,25 +133,25 @@ def test_what_is_wrong_in_a_file_is_named(text, told, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["owner/name", "OFA-Sys/ofa-base", "a_b/c.d"])
-def test_a_name_with_an_owner_is_on_the_hub(name):
+def test_a_name_with_an_owner_is_a_hub_id(name):
     assert resolve_model(name) == name
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "~/nowhere", "/nowhere", "a/b/c", "a\\b", "", Path("a/b")])
-def test_any_other_name_is_a_folder_that_must_be_there(name, settings):
+def test_any_other_name_must_be_an_existing_folder(name, settings):
     with pytest.raises(FileNotFoundError, match="no model folder"):
         resolve_model(name)
     with pytest.raises(ValueError, match="no model folder"):
         replace(settings, model=name).check()
 
 
-def test_a_folder_that_looks_like_a_name_on_the_hub(tmp_path, monkeypatch):
+def test_an_existing_folder_precedes_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert resolve_model("owner/name") == Path("owner/name")
 
 
-def test_an_output_folder_that_cannot_be_written_to_is_refused(settings, monkeypatch):
+def test_an_output_folder_without_write_access_is_rejected(settings, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(ValueError, match="cannot be written to"):
         settings.check()
@@ -147,23 +160,23 @@ def test_an_output_folder_that_cannot_be_written_to_is_refused(settings, monkeyp
 # Stages ---------------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_stage_freezes_unless_told(settings):
+def test_the_stage_decides_what_is_frozen_by_default(settings):
     assert [replace(settings, stage=stage).frozen for stage in STAGES] == ["trunk", "nothing", "words"]
     assert replace(settings, stage="supervised", freeze="trunk").frozen == "trunk"
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_photos_need_no_categories_but_a_data_set(stage, settings):
-    replace(settings, stage=stage, dataset="photos", categories=None).check()
-    replace(settings, dataset="photos", categories=None).check()
+def test_a_dataset_replaces_the_categories(stage, settings):
+    replace(settings, stage=stage, dataset="images", categories=None).check()
+    replace(settings, dataset="images", categories=None).check()
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"stage": "tuning"}, 'stage="tuning": choose word-maps, supervised or self-training.'),
-        ({"stage": "supervised"}, "needs photos: give a dataset"),
-        ({"categories": None}, "There are no categories: give a dataset"),
+        ({"stage": "supervised"}, "needs images: give a dataset"),
+        ({"categories": None}, "There are no categories: give some"),
         ({"freeze": "nothing"}, "freeze belongs to stage=supervised or self-training, not to word-maps"),
         ({"unseen": "cat"}, "unseen belongs to stage=supervised"),
         ({"from_scratch": True}, "from_scratch belongs to"),
@@ -171,22 +184,21 @@ def test_photos_need_no_categories_but_a_data_set(stage, settings):
         ({"stage": "self-training", "dataset": "d", "unseen": "cat"}, "unseen belongs to stage=supervised"),
         ({"stage": "self-training", "dataset": "d", "refresh_every": 5}, '"d" is no folder of scripts/pseudo_label.py'),
         ({"stage": "self-training", "dataset": "d", "refresh_every": -1}, "refresh_every=-1"),
-        ({"stage": "supervised", "dataset": "d", "freeze": "all"}, 'freeze="all": choose nothing, words, trunk.'),
+        ({"stage": "supervised", "dataset": "d", "freeze": "all"}, 'freeze="all": choose nothing, words or trunk.'),
         ({"stage": "supervised", "dataset": "d", "word_map_ratio": 1.0}, "word_map_ratio=1.0"),
         ({"stage": "supervised", "dataset": "d", "crop_size": 24}, "crop_size=24: must be a multiple"),
         ({"stage": "supervised", "dataset": "d", "short_side": 0}, "short_side=0"),
     ],
 )
-def test_settings_that_do_not_fit_the_stage_are_told(changes, told, settings):
+def test_a_setting_that_does_not_fit_the_stage_is_rejected(changes, expected, settings):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         replace(settings, **changes).check()
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("photos_*.yaml")), ids=lambda file: file.stem)
-def test_published_settings_for_photos(file, tmp_path, monkeypatch):
-    """They pass every check, with a model and pseudo-labels in the places that they name."""
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("images_*.yaml")), ids=lambda file: file.stem)
+def test_published_settings_for_images_are_valid(file, tmp_path, monkeypatch):
     given = read_settings(str(file))
     monkeypatch.chdir(tmp_path)
     for folder in (given["model"], given["dataset"]):
@@ -198,38 +210,38 @@ def test_published_settings_for_photos(file, tmp_path, monkeypatch):
     assert given["stage"] in STAGES[1:]
 
 
-# Going on -------------------------------------------------------------------------------------------------------------
+# Resuming -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_latest_checkpoint_is_the_one_of_the_last_step(settings):
+def test_resume_finds_the_checkpoint_of_the_last_step(settings):
     latest = replace(settings, resume="latest")
-    latest.check()  # with none there
-    assert latest.checkpoint() is None
+    latest.check()  # without any checkpoint
+    assert latest.find_checkpoint() is None
     for step in (9, 10, 100):
         write_checkpoint(settings, step)
     output = Path(settings.output_dir)
-    (output / "checkpoint-200").mkdir()  # what is not whole does not count
+    (output / "checkpoint-200").mkdir()  # incomplete, and so ignored
     write_checkpoint(settings, 300, output / "checkpoint-300.incomplete")
     assert list(checkpoints(output)) == [9, 10, 100]
-    assert latest.checkpoint() == output / "checkpoint-100"
+    assert latest.find_checkpoint() == output / "checkpoint-100"
     latest.check()
-    assert replace(settings, resume=str(output)).checkpoint() == output / "checkpoint-100"
-    assert replace(settings, resume=str(output / "checkpoint-9")).checkpoint() == output / "checkpoint-9"
+    assert replace(settings, resume=str(output)).find_checkpoint() == output / "checkpoint-100"
+    assert replace(settings, resume=str(output / "checkpoint-9")).find_checkpoint() == output / "checkpoint-9"
 
 
 def test_checkpoints_of_an_earlier_run_are_not_overwritten(settings):
     write_checkpoint(settings, 9)
-    with pytest.raises(ValueError, match="go on from them with --resume"):
+    with pytest.raises(ValueError, match="continue from them with --resume"):
         settings.check()
 
 
-def test_a_folder_without_checkpoints_is_refused_by_name(settings, tmp_path):
+def test_resuming_from_a_folder_without_checkpoints_is_rejected(settings, tmp_path):
     with pytest.raises(ValueError, match=r"nothing-here.*no checkpoint"):
         replace(settings, resume=str(tmp_path / "nothing-here")).check()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"step": 5}', '{"step": "x", "settings": {}}'])
-def test_a_damaged_checkpoint_is_told(text, settings):
+def test_a_damaged_checkpoint_is_rejected(text, settings):
     (write_checkpoint(settings, 9) / CHECKPOINT_FILE).write_text(text)
     with pytest.raises(ValueError, match=r"checkpoint-9.*damaged"):
         replace(settings, resume="latest").check()
@@ -260,9 +272,9 @@ def test_a_damaged_checkpoint_is_told(text, settings):
         ("dataset", "others"),
     ],
 )
-def test_a_changed_setting_is_refused_by_name(name, value, settings):
+def test_a_changed_setting_is_rejected_by_name(name, value, settings):
     write_checkpoint(settings, 9)
-    with pytest.raises(ValueError, match=f"cannot go on with other settings: {name} \\(was ") as caught:
+    with pytest.raises(ValueError, match=f"cannot be resumed with other settings: {name} \\(was ") as caught:
         replace(settings, resume="latest", **{name: value}).check()
     assert "\n" not in str(caught.value)
 
@@ -285,12 +297,12 @@ def test_every_changed_setting_is_named(settings):
         ("checkpoints_total_limit", 5),
     ],
 )
-def test_what_changes_nothing_that_is_learnt_may_change(name, value, settings):
+def test_a_setting_that_does_not_affect_the_weights_may_change(name, value, settings):
     write_checkpoint(settings, 9)
     replace(settings, resume="latest", **{name: value}).check()
 
 
-def test_a_run_may_go_on_in_another_folder_and_with_another_path_to_its_model(settings, tmp_path, monkeypatch):
+def test_resuming_with_other_output_dir_and_model_path(settings, tmp_path, monkeypatch):
     checkpoint = write_checkpoint(settings, 9)
     monkeypatch.chdir(tmp_path)
     replace(settings, resume=str(checkpoint), output_dir=str(tmp_path / "other"), model="model").check()

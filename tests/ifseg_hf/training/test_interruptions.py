@@ -1,4 +1,4 @@
-"""Trainings that die at any moment and go on as if nothing had happened: real processes, real kills."""
+"""Runs of training that are killed at any moment, in real processes, and resumed to the same weights."""
 
 import json
 import os
@@ -18,11 +18,11 @@ KILLED = [
     "in the first checkpoint",
     "weights written, optimiser not",
     "half the optimiser written",
-    "all written, without its name",
-    "named, with the old one there",
+    "all written, not yet renamed",
+    "renamed, old one not deleted",
     "half the old one deleted",
-    "no file of the result in place",
-    "some files of the result in place",
+    "no file of the result moved",
+    "some files of the result moved",
 ]
 FULL_DISK = ["disk full at the weights", "disk full at the optimiser", "disk full at the result"]
 
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reas
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What became of every run of `killed_runs.py`; "whole" is the one that nothing happened to."""
+    """The outcome of every run of `killed_runs.py`, and of an uninterrupted one."""
     folder = tmp_path_factory.mktemp("runs")
     model = save_tiny_model(folder / "model")
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
@@ -39,10 +39,10 @@ def runs(tmp_path_factory):
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "killed_runs.py"), model, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["whole"] == {"signal": 0, "said": ""}
-    told["whole"]["output"] = str(folder / "whole")
-    return told
+    outcomes = json.loads(done.stdout)
+    assert outcomes["uninterrupted"] == {"signal": 0, "message": ""}
+    outcomes["uninterrupted"]["output"] = str(folder / "uninterrupted")
+    return outcomes
 
 
 def weights(output: str) -> dict[str, bytes]:
@@ -50,33 +50,33 @@ def weights(output: str) -> dict[str, bytes]:
         return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
 
-def assert_went_on_as_if_nothing_had_happened(run: dict, runs: dict) -> None:
-    assert run["resumed"] == {"signal": 0, "said": ""}
-    assert weights(run["output"]) == weights(runs["whole"]["output"])  # every bit
-    assert sorted(os.listdir(run["output"])) == sorted(os.listdir(runs["whole"]["output"]))
+def assert_resumed_like_uninterrupted(run: dict, runs: dict) -> None:
+    assert run["resumed"] == {"signal": 0, "message": ""}
+    assert weights(run["output"]) == weights(runs["uninterrupted"]["output"])  # bit for bit
+    assert sorted(os.listdir(run["output"])) == sorted(os.listdir(runs["uninterrupted"]["output"]))
 
 
 @pytest.mark.parametrize("moment", KILLED)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(runs, moment):
+def test_a_killed_run_resumes_to_the_same_weights(runs, moment):
     run = runs[moment]
     assert run["signal"] == signal.SIGKILL
-    assert_went_on_as_if_nothing_had_happened(run, runs)
+    assert_resumed_like_uninterrupted(run, runs)
 
 
 @pytest.mark.parametrize("moment", FULL_DISK)
-def test_a_full_disk_is_told_and_leaves_the_checkpoint_before_it(runs, moment):
+def test_a_full_disk_is_reported_and_spares_earlier_checkpoints(runs, moment):
     run = runs[moment]
     last = "checkpoint-6" if "result" in moment else "checkpoint-3"
     assert run["signal"] == 0
-    assert run["said"].startswith("TrainingError")
-    assert run["output"] in run["said"]
-    assert "File too large" in run["said"] or "is the disk full?" in run["said"]
+    assert run["message"].startswith("TrainingError")
+    assert run["output"] in run["message"]
+    assert "File too large" in run["message"] or "is the disk full?" in run["message"]
     assert last in run["left"]
-    assert last in run["said"]
-    assert not any(name.endswith(".incomplete") for name in run["left"])  # a full disk is not left full
-    assert_went_on_as_if_nothing_had_happened(run, runs)
+    assert last in run["message"]
+    assert not any(name.endswith(".incomplete") for name in run["left"])  # they would keep the disk full
+    assert_resumed_like_uninterrupted(run, runs)
 
 
 def test_one_checkpoint_is_kept(runs):
-    assert "checkpoint-6" in os.listdir(runs["whole"]["output"])
-    assert "checkpoint-3" not in os.listdir(runs["whole"]["output"])
+    assert "checkpoint-6" in os.listdir(runs["uninterrupted"]["output"])
+    assert "checkpoint-3" not in os.listdir(runs["uninterrupted"]["output"])

@@ -1,4 +1,4 @@
-"""Tuning on words alone, on a model of a few thousand parameters."""
+"""Training on words alone, with a model of a few thousand parameters."""
 
 import json
 import os
@@ -13,21 +13,21 @@ from safetensors.torch import load_file
 from tiny_model import is_key_bias, save_tiny_model
 
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
+from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
-from ifseg_hf.training import loop as training
+from ifseg_hf.training import setup, signals
 from ifseg_hf.training.config import CHECKPOINT_FILE, SETTINGS_FILE, checkpoints
 from ifseg_hf.training.log import LOG_FILE, TrainingLog, read_log
 from ifseg_hf.training.loop import (
     SettingError,
     TrainingConfig,
     TrainingError,
+    TrainingRun,
     TrainingStopped,
-    make_accelerator,
-    samples_per_batch,
-    stop_signals,
     train,
 )
+from ifseg_hf.training.setup import make_accelerator, samples_per_batch
+from ifseg_hf.training.signals import stop_signals
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def assert_equal_weights(one, other):
     assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
 
 
-def test_loss_goes_down_and_only_what_the_method_trains_moves(tiny_model, tmp_path):
+def test_training_lowers_the_loss_and_keeps_frozen_parameters(tiny_model, tmp_path):
     short = train(settings(tiny_model, tmp_path / "short", steps=1))
     result = train(settings(tiny_model, tmp_path / "out", steps=80, batch_size=8, max_cells=2))
     assert result.steps == 80
@@ -64,7 +64,7 @@ def test_loss_goes_down_and_only_what_the_method_trains_moves(tiny_model, tmp_pa
     assert {name for name in trained - moved if not is_key_bias(name)} == set()
 
 
-def test_the_result_carries_its_words_and_runs_by_itself(tiny_model, tmp_path):
+def test_the_result_carries_its_words_processor_and_settings(tiny_model, tmp_path):
     train(settings(tiny_model, tmp_path / "out"))
     model = IFSegForSemanticSegmentation.from_pretrained(tmp_path / "out").eval()
     assert model.config.id2label == {0: "cat", 1: "cup", 2: "sky"}
@@ -75,8 +75,8 @@ def test_the_result_carries_its_words_and_runs_by_itself(tiny_model, tmp_path):
     assert TrainingConfig(**saved) == settings(tiny_model, tmp_path / "out")
 
 
-def test_same_seed_same_weights(tiny_model, tmp_path):
-    """A loader worker changes nothing, another seed does; training again into a result of training is allowed."""
+def test_weights_depend_on_the_seed_and_not_on_workers(tiny_model, tmp_path):
+    """Training into the folder of an earlier result is allowed."""
     train(settings(tiny_model, tmp_path / "one", seed=5))
     train(settings(tiny_model, tmp_path / "two", seed=6))
     name = "model.encoder.layers.0.fc1.weight"
@@ -85,7 +85,7 @@ def test_same_seed_same_weights(tiny_model, tmp_path):
     assert_equal_weights(tmp_path / "one", tmp_path / "two")
 
 
-def test_word_noise_is_part_of_training_and_of_what_is_saved(tiny_model, tmp_path):
+def test_word_noise_is_trained_with_and_saved(tiny_model, tmp_path):
     quiet = {"dropout": 0.0, "drop_path": 0.0}
     for name, noise in [("none", 0.0), ("one", 0.5), ("two", 0.5)]:
         train(settings(tiny_model, tmp_path / name, word_noise=noise, **quiet))
@@ -95,17 +95,17 @@ def test_word_noise_is_part_of_training_and_of_what_is_saved(tiny_model, tmp_pat
     assert IFSegForSemanticSegmentation.from_pretrained(tmp_path / "one").config.word_noise == 0.5
 
 
-def test_accumulated_batches_make_the_same_step(tiny_model, tmp_path):
+def test_gradient_accumulation_leads_to_the_same_weights(tiny_model, tmp_path):
     quiet = {"dropout": 0.0, "drop_path": 0.0, "learning_rate": 1e-3}
     train(settings(tiny_model, tmp_path / "one", **quiet))
     train(settings(tiny_model, tmp_path / "two", gradient_accumulation_steps=2, **quiet))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
-        if not is_key_bias(name):  # Adam makes whole steps of rounding noise
+        if not is_key_bias(name):  # Adam scales their rounding noise to whole steps
             torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
 
 
-def test_hierarchical_categories(tiny_model, tmp_path):
+def test_training_with_hierarchical_categories(tiny_model, tmp_path):
     changed = settings(tiny_model, tmp_path / "out")
     changed.categories = {"animal": ["cat", "dog"], "sky": ["cloud"]}
     train(changed)
@@ -115,27 +115,27 @@ def test_hierarchical_categories(tiny_model, tmp_path):
     assert len(config.word_ids) == 3
 
 
-def test_starts_from_a_plain_ofa(tmp_path):
-    ofa = save_tiny_model(tmp_path / "ofa", OFAForConditionalGeneration)
+def test_training_starts_from_a_plain_ofa(tmp_path):
+    ofa = save_tiny_model(tmp_path / "ofa", IFSegForConditionalGeneration)
     train(settings(ofa, tmp_path / "one"))
     train(settings(ofa, tmp_path / "two"))
     assert "segmentation_positions.embed_positions.weight" in weights(tmp_path / "one")
     assert_equal_weights(tmp_path / "one", tmp_path / "two")  # the new positions too
 
 
-def test_a_loss_that_is_not_finite_stops_at_its_step(tiny_model, tmp_path):
+def test_a_loss_that_is_not_finite_stops_training(tiny_model, tmp_path):
     with pytest.raises(TrainingError, match=r"not finite at step [23], after [12] good"):
         train(settings(tiny_model, tmp_path / "out", learning_rate=1e30))
     assert not (tmp_path / "out" / "model.safetensors").exists()
     train(settings(tiny_model, tmp_path / "out", steps=1))  # the folder may be used again
 
 
-def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tiny_model, tmp_path):
+def test_the_error_of_a_loss_names_the_last_checkpoint(tiny_model, tmp_path):
     with pytest.raises(TrainingError, match=r"not finite at step ([23]), after [12] good.*checkpoint-[12]\. "):
         train(settings(tiny_model, tmp_path / "out", learning_rate=1e30, checkpointing_steps=1))
 
 
-def test_a_result_that_cannot_be_saved_is_told(tiny_model, tmp_path, monkeypatch):
+def test_a_full_disk_at_saving_is_reported(tiny_model, tmp_path, monkeypatch):
     def disk_full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -144,7 +144,7 @@ def test_a_result_that_cannot_be_saved_is_told(tiny_model, tmp_path, monkeypatch
         train(settings(tiny_model, tmp_path / "out", steps=1))
 
 
-def test_what_only_the_tokenizer_knows_is_refused_before_the_weights(tiny_model, tmp_path, monkeypatch):
+def test_a_too_long_prompt_is_rejected_before_weights_are_loaded(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(IFSegForSemanticSegmentation, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     changed = settings(tiny_model, tmp_path / "out")
     changed.categories = ["cat", "a" * 200]
@@ -155,18 +155,18 @@ def test_what_only_the_tokenizer_knows_is_refused_before_the_weights(tiny_model,
 @pytest.mark.parametrize(
     ("batch_size", "processes", "accumulated", "expected"), [(16, 1, 1, 16), (16, 2, 1, 8), (16, 4, 2, 2)]
 )
-def test_a_step_has_the_same_samples_for_any_number_of_processes(batch_size, processes, accumulated, expected):
+def test_batch_size_of_a_process(batch_size, processes, accumulated, expected):
     changed = TrainingConfig(["a", "b"], "", batch_size=batch_size, gradient_accumulation_steps=accumulated)
     assert samples_per_batch(changed, processes) == expected
 
 
-def test_a_batch_that_cannot_be_divided_is_refused():
+def test_an_indivisible_batch_size_is_rejected():
     with pytest.raises(SettingError, match="3 processes"):
         samples_per_batch(TrainingConfig(["a", "b"], ""), 3)
 
 
-def test_trackers_follow_the_run(tiny_model, tmp_path):
-    """And a run that is refused leaves no file of theirs in the way of the next."""
+def test_trackers_log_the_run(tiny_model, tmp_path):
+    """A run that is rejected leaves no tracker files, which would make its folder unusable."""
     pytest.importorskip("tensorboard")
     changed = settings(tiny_model, tmp_path / "out", report_to="tensorboard")
     with pytest.raises(SettingError, match="120 positions"):
@@ -175,102 +175,102 @@ def test_trackers_follow_the_run(tiny_model, tmp_path):
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize(("name", "told"), [("nonesuch", "nonesuch"), ("dvclive", "report_to=dvclive")])
-def test_a_tracker_that_is_not_there_is_told(name, told, tiny_model, tmp_path):
-    with pytest.raises(SettingError, match=told):
+@pytest.mark.parametrize(("name", "expected"), [("nonesuch", "nonesuch"), ("dvclive", "report_to=dvclive")])
+def test_a_missing_tracker_is_reported(name, expected, tiny_model, tmp_path):
+    with pytest.raises(SettingError, match=expected):
         train(settings(tiny_model, tmp_path / "out", report_to=name))
 
 
-@pytest.mark.parametrize("asked", [{"mixed_precision": "bf16"}, {}])
-def test_bfloat16_gives_way_to_float32_where_a_cpu_is_slower_in_it(asked, tmp_path, monkeypatch, capsys):
-    """Whether the settings ask for it or `accelerate launch` does; a CPU that gains from it keeps it."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if asked else "bf16")
-    for computes, precision in [(False, "no"), (True, "bf16")]:
-        monkeypatch.setattr(training, "cpu_gains_from_bfloat16", lambda computes=computes: computes)
+@pytest.mark.parametrize("requested", [{"mixed_precision": "bf16"}, {}])
+def test_float32_is_used_on_a_cpu_slow_in_bfloat16(requested, tmp_path, monkeypatch, capsys):
+    """bfloat16 is requested by the settings or by `accelerate launch`; a CPU that is faster in it uses it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if requested else "bf16")
+    for faster, precision in [(False, "no"), (True, "bf16")]:
+        monkeypatch.setattr(setup, "cpu_gains_from_bfloat16", lambda faster=faster: faster)
         AcceleratorState._reset_state(reset_partial_state=True)
-        assert make_accelerator(settings("model", tmp_path, **asked)).mixed_precision == precision
-        assert ("In float32: this CPU is slower in bfloat16" in capsys.readouterr().out) is not computes
+        assert make_accelerator(settings("model", tmp_path, **requested)).mixed_precision == precision
+        assert ("In float32: this CPU is slower in bfloat16" in capsys.readouterr().out) is not faster
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-# Checkpoints. What no kill may spoil is tested in test_interruptions.py. ----------------------------------------------
+# Checkpoints (killed runs: test_interruptions.py) ---------------------------------------------------------------------
 
 
-def test_checkpoints_come_every_n_steps_and_the_oldest_go(tiny_model, tmp_path):
+def test_old_checkpoints_are_deleted(tiny_model, tmp_path):
     changed = settings(tiny_model, tmp_path / "out", steps=7, checkpointing_steps=2, checkpoints_total_limit=2)
     train(changed)
     assert list(checkpoints(tmp_path / "out")) == [4, 6]
-    told = json.loads((tmp_path / "out" / "checkpoint-6" / CHECKPOINT_FILE).read_text())
-    assert TrainingConfig(**told["settings"]) == changed
+    metadata = json.loads((tmp_path / "out" / "checkpoint-6" / CHECKPOINT_FILE).read_text())
+    assert TrainingConfig(**metadata["settings"]) == changed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(number, tiny_model, tmp_path, monkeypatch, capfd):
-    def signalled(loss, norm, step, *rest):
-        if step == 3:
+def test_a_signal_stops_after_its_step_with_a_checkpoint(number, tiny_model, tmp_path, monkeypatch, capfd):
+    def send_signal(run, norm):
+        if run.step == 2:
             os.kill(os.getpid(), number)
 
-    train(settings(tiny_model, tmp_path / "whole", steps=6))
-    monkeypatch.setattr(training, "check_finite", signalled)
+    train(settings(tiny_model, tmp_path / "complete", steps=6))
+    monkeypatch.setattr(TrainingRun, "check_finite", send_signal)
     with pytest.raises(TrainingStopped) as stopped:
         train(settings(tiny_model, tmp_path / "out", steps=6))
     assert stopped.value.signal_number == number
     step = max(checkpoints(tmp_path / "out"))
-    assert step in (3, 4)  # it arrives after this step's collective, or in the next step
+    assert step in (3, 4)  # the signal counts from this step's reduction on, or from the next
     assert f"Stopped after {step} of 6 steps" in capfd.readouterr().out
 
     monkeypatch.undo()
     result = train(settings(tiny_model, tmp_path / "out", steps=6, resume="latest"))
     assert f"{6 - step} steps (the last {6 - step} of 6)" in str(result)
-    assert_equal_weights(tmp_path / "whole", tmp_path / "out")
+    assert_equal_weights(tmp_path / "complete", tmp_path / "out")
 
 
-def test_without_checkpoints_a_stopped_run_saves_nothing(tiny_model, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(training, "check_finite", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+def test_a_stopped_run_without_checkpoints_saves_nothing(tiny_model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(TrainingRun, "check_finite", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(TrainingStopped):
         train(settings(tiny_model, tmp_path / "out", checkpointing_steps=0))
     assert "Nothing was saved" in capfd.readouterr().out
     assert set(os.listdir(tmp_path / "out")) == {SETTINGS_FILE, LOG_FILE}
 
 
-def test_a_launcher_may_repeat_a_signal_but_a_person_who_does_means_it(monkeypatch):
-    before = signal.getsignal(signal.SIGINT)  # a shell starts what runs in the background with it ignored
+def test_only_a_late_second_signal_interrupts_immediately(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)  # ignored in background jobs of a shell
     now = time.monotonic()
     with stop_signals() as received:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGINT, signal.SIGINT, signal.SIGTERM]
-        monkeypatch.setattr(training.time, "monotonic", lambda: now + 60)
+        monkeypatch.setattr(signals.time, "monotonic", lambda: now + 60)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_every_step_is_logged_once_whatever_happens(tiny_model, tmp_path):
-    """A run that lost its machine leaves steps that no checkpoint has, and half a line."""
+def test_a_resumed_run_logs_every_step_once(tiny_model, tmp_path):
+    """A killed run may have logged steps after its last checkpoint, and half a line."""
     rare = {"steps": 5, "checkpointing_steps": 3}
-    result = train(settings(tiny_model, tmp_path / "whole", **rare))
-    whole = read_log(tmp_path / "whole")
-    assert [line["step"] for line in whole] == [1, 2, 3, 4, 5]
-    assert whole[-1]["loss"] == result.loss
-    assert whole[0]["learning_rate"] == 1e-2
-    file = tmp_path / "whole" / LOG_FILE
+    result = train(settings(tiny_model, tmp_path / "complete", **rare))
+    log = read_log(tmp_path / "complete")
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
+    assert log[-1]["loss"] == result.loss
+    assert log[0]["learning_rate"] == 1e-2
+    file = tmp_path / "complete" / LOG_FILE
     text = file.read_text()
     file.write_text(text + '{"step": 6, "lo')
-    train(settings(tiny_model, tmp_path / "whole", resume="latest", **rare))
+    train(settings(tiny_model, tmp_path / "complete", resume="latest", **rare))
     assert file.read_text() == text
-    # What another run left in the folder is not taken over.
+    # The log of another run in the folder is overwritten.
     other = tmp_path / "other"
     train(settings(tiny_model, other, steps=2, seed=1))
-    resume = str(tmp_path / "whole" / "checkpoint-3")
+    resume = str(tmp_path / "complete" / "checkpoint-3")
     train(settings(tiny_model, other, resume=resume, **rare))
-    assert read_log(other) == whole[3:]
+    assert read_log(other) == log[3:]
     with pytest.raises(ValueError, match=r"holds no training_log\.jsonl"):
         read_log(tmp_path)
 
 
-def test_a_log_that_cannot_be_written_ends_the_run(tiny_model, tmp_path, monkeypatch):
+def test_a_full_disk_at_logging_stops_the_run(tiny_model, tmp_path, monkeypatch):
     def disk_full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -279,7 +279,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(tiny_model, tmp_path, monkeyp
         train(settings(tiny_model, tmp_path / "out"))
 
 
-def test_a_finished_run_may_go_on_for_no_step(tiny_model, tmp_path):
+def test_a_finished_run_may_be_resumed(tiny_model, tmp_path):
     first = train(settings(tiny_model, tmp_path / "out", checkpointing_steps=3))
     before = weights(tmp_path / "out")
     again = train(settings(tiny_model, tmp_path / "out", resume="latest"))
@@ -287,7 +287,7 @@ def test_a_finished_run_may_go_on_for_no_step(tiny_model, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "out").items())
 
 
-def test_another_precision_is_refused_by_name(tiny_model, tmp_path):
+def test_resuming_with_another_precision_is_rejected(tiny_model, tmp_path):
     train(settings(tiny_model, tmp_path / "out", checkpointing_steps=2))
     file = tmp_path / "out" / "checkpoint-2" / CHECKPOINT_FILE
     file.write_text(file.read_text().replace('"mixed_precision": "no"', '"mixed_precision": "bf16"'))
@@ -295,21 +295,21 @@ def test_another_precision_is_refused_by_name(tiny_model, tmp_path):
         train(settings(tiny_model, tmp_path / "out", resume="latest"))
 
 
-def test_a_damaged_checkpoint_is_told(tiny_model, tmp_path):
+def test_a_damaged_checkpoint_is_reported(tiny_model, tmp_path):
     train(settings(tiny_model, tmp_path / "out", checkpointing_steps=2))
     os.truncate(tmp_path / "out" / "checkpoint-2" / "optimizer.bin", 100)
     with pytest.raises(SettingError, match=r"checkpoint-2.* cannot be loaded; delete it"):
         train(settings(tiny_model, tmp_path / "out", resume="latest"))
 
 
-def test_a_folder_that_turned_read_only_is_told_with_the_checkpoint_before(tiny_model, tmp_path, monkeypatch):
+def test_a_read_only_folder_is_reported_with_the_last_checkpoint(tiny_model, tmp_path, monkeypatch):
     def read_only(self, folder):
         if "checkpoint-2" not in str(folder):
             raise OSError(30, "Read-only file system")
         return save_state(self, folder)
 
-    save_state = training.Accelerator.save_state
-    monkeypatch.setattr(training.Accelerator, "save_state", read_only)
+    save_state = setup.Accelerator.save_state
+    monkeypatch.setattr(setup.Accelerator, "save_state", read_only)
     with pytest.raises(TrainingError, match=r"step 4 .*checkpoint-2\. .*Read-only file system\."):
         train(settings(tiny_model, tmp_path / "out", steps=5, checkpointing_steps=2))
     assert list(checkpoints(tmp_path / "out")) == [2]

@@ -1,4 +1,4 @@
-"""transformers' Trainer on the same model, stream and collator as our own loop."""
+"""Training with transformers' Trainer, compared with our own loop on the same samples."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def tiny_model(tmp_path_factory) -> str:
 
 
 def trainer(folder: str, output, categories=WORDS, dropout: float = 0.0, **arguments) -> Trainer:
-    """What a person would write; without dropout and weight decay, unless told otherwise, so that runs compare."""
+    """A Trainer as users write it; by default without dropout and weight decay, so that runs can be compared."""
     set_seed(0)
     processor = IFSegProcessor.from_pretrained(folder)
     rates = {"dropout": dropout, "drop_path_rate": dropout}
@@ -71,13 +71,13 @@ def assert_same(run: Trainer, ours: tuple[dict, float], atol: float = 1e-5):
     assert losses(run)[-1] == pytest.approx(last_loss, abs=1e-3)
     found = run.model.state_dict()
     for name, tensor in weights.items():
-        if not is_key_bias(name):  # Adam makes whole steps of rounding noise
+        if not is_key_bias(name):  # Adam scales their rounding noise to whole steps
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=atol)
 
 
 @pytest.fixture(scope="module")
 def ours(tiny_model, tmp_path_factory) -> tuple[dict, float]:
-    """The weights and the last loss of our own loop, from the same numbers."""
+    """Weights and last loss of our own loop with the same settings."""
     folder = str(tmp_path_factory.mktemp("ours"))
     numbers = {"steps": STEPS, "batch_size": BATCH, "learning_rate": RATE}
     quiet = {"dropout": 0.0, "drop_path": 0.0, "weight_decay": 0.0, "cpu": True}
@@ -85,21 +85,21 @@ def ours(tiny_model, tmp_path_factory) -> tuple[dict, float]:
     return load_file(f"{folder}/model.safetensors"), result.loss
 
 
-def test_learns_what_our_loop_learns(tiny_model, ours, tmp_path):
+def test_trainer_learns_the_weights_of_our_loop(tiny_model, ours, tmp_path):
     run = trainer(tiny_model, tmp_path)
     run.train()
     assert losses(run)[-1] < losses(run)[0]
     assert_same(run, ours)
 
 
-def test_accumulated_batches_make_the_same_step(tiny_model, ours, tmp_path):
-    """Trainer would add up the losses of a model that says it divides them by the number of labels."""
+def test_gradient_accumulation_leads_to_the_same_weights(tiny_model, ours, tmp_path):
+    """Trainer would sum the losses of a model that claims to divide them by the number of labels."""
     run = trainer(tiny_model, tmp_path, per_device_train_batch_size=BATCH // 2, gradient_accumulation_steps=2)
     run.train()
     assert_same(run, ours, atol=1e-4)
 
 
-def test_a_loader_worker_changes_nothing(tiny_model, ours, tmp_path):
+def test_a_loader_worker_leads_to_the_same_weights(tiny_model, ours, tmp_path):
     run = trainer(tiny_model, tmp_path, dataloader_num_workers=1)
     run.train()
     assert_same(run, ours)
@@ -107,17 +107,19 @@ def test_a_loader_worker_changes_nothing(tiny_model, ours, tmp_path):
 
 @torch.no_grad()
 def mean_iou(model: IFSegForSemanticSegmentation) -> float:
-    """Of word maps that no training has seen, in per cent."""
+    """Mean IoU in per cent on word maps that training has not seen."""
     config = model.eval().config
     words = len(config.category_ids)
     stream = word_map_stream(words, seed=99, grid_size=config.grid_size, length=64)
     batch = WordMapCollator(config.image_size)(list(stream))
-    guesses = [resized_argmax(logits, batch["labels"].shape[1:]) for logits in model(word_map=batch["word_map"]).logits]
-    pairs = (batch["labels"] * words + torch.stack(guesses)).flatten()
+    predictions = [
+        resized_argmax(logits, batch["labels"].shape[1:]) for logits in model(word_map=batch["word_map"]).logits
+    ]
+    pairs = (batch["labels"] * words + torch.stack(predictions)).flatten()
     return 100 * scores(pairs.bincount(minlength=words**2).view(words, words).numpy())["mean_iou"]
 
 
-def test_tunes_the_nano_checkpoint_as_well_as_our_loop(tmp_path):
+def test_trainer_tunes_the_nano_checkpoint_as_our_loop(tmp_path):
     nano, ours = str(at_size(NANO, 64, 64, tmp_path / "nano")), str(tmp_path / "ours")
     words = ["cat", "dog", "sky", "grass", "road"]
     quiet = {"dropout": 0.0, "drop_path": 0.0, "weight_decay": 0.0, "cpu": True, "mixed_precision": "no"}
@@ -131,18 +133,18 @@ def test_tunes_the_nano_checkpoint_as_well_as_our_loop(tmp_path):
     assert mean_iou(run.model) == pytest.approx(expected, abs=1)
 
 
-def test_the_result_is_a_model_like_any_other(tiny_model, tmp_path):
+def test_the_result_runs_in_a_pipeline(tiny_model, tmp_path):
     run = trainer(tiny_model, tmp_path / "run", categories={"animal": ["cat", "dog"], "sky": ["cloud"]}, dropout=0.1)
     run.train()
     run.save_model(tmp_path / "model")
     pipe = pipeline("image-segmentation", model=str(tmp_path / "model"))
     assert pipe.model.config.id2label == {0: "animal", 1: "sky"}
     assert pipe.model.config.word_categories == [0, 0, 1]
-    photo = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
-    assert {segment["label"] for segment in pipe(photo)} <= {"animal", "sky"}
+    image = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    assert {segment["label"] for segment in pipe(image)} <= {"animal", "sky"}
 
 
-def test_evaluation_sees_logits_alone(tiny_model, tmp_path):
+def test_evaluation_gets_logits_alone(tiny_model, tmp_path):
     run = trainer(tiny_model, tmp_path)
     shapes = []
 
@@ -151,14 +153,14 @@ def test_evaluation_sees_logits_alone(tiny_model, tmp_path):
         return {"accuracy": 0.0}
 
     run.compute_metrics = metrics
-    photos = [{"pixel_values": torch.zeros(3, 64, 64), "labels": torch.zeros(64, 64).long()} for _ in range(3)]
+    images = [{"pixel_values": torch.zeros(3, 64, 64), "labels": torch.zeros(64, 64).long()} for _ in range(3)]
     run.data_collator = torch.utils.data.default_collate
-    report = run.evaluate(photos)
+    report = run.evaluate(images)
     assert shapes == [((3, 3, 4, 4), (3, 64, 64))]
     assert report["eval_loss"] > 0
 
 
-def test_a_column_that_trainer_dropped_is_missed_by_name(tiny_model, tmp_path):
+def test_a_column_dropped_by_trainer_is_reported(tiny_model, tmp_path):
     run = trainer(tiny_model, tmp_path, remove_unused_columns=True)
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         run.train()
