@@ -24,7 +24,7 @@ EVALUATED = ("--eval-steps", "{eval_steps}", "--eval-dataset", "{dataset}")
 STEPS: dict[str, tuple[str, ...]] = {
     "image-free": (*("train.py", "--config", "{configs}/nano.yaml", "--model", "{model}", "--categories", "{words}"),),
     "labels": (
-        *("pseudo_label.py", "--model", "{out}/image-free-{seed}", "--photos", "{dataset}/train/images"),
+        *("pseudo_label.py", "--model", "{out}/image-free-{seed}", "--images", "{dataset}/train/images"),
         *("--categories", "{words}", "--min-confidence", "0.3"),
     ),
     "self-training": (

@@ -28,7 +28,8 @@ from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration, IFSegT
 from ifseg_hf.nano.scenes import HELD_OUT, Photos, Scene, SceneMaker, cells, load_photos, load_streets, reading_order
 from ifseg_hf.pretrained import resolve_model
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor
-from ifseg_hf.processing.processing_ifseg import PROMPT, UNKNOWN, IFSegProcessor
+from ifseg_hf.processing.processing_ifseg import IFSegProcessor
+from ifseg_hf.processing.prompt_ifseg import PROMPT_TEMPLATE
 from ifseg_hf.training.batch_norm import (
     calibrate_batch_norm,
     freeze_batch_norm,
@@ -74,7 +75,8 @@ def train_tokenizer(names: list[str], max_length: int = 512) -> BartTokenizer:
     It encodes any text; words it was not made for fall into pieces, at worst into bytes. Texts of up to `max_length`
     tokens fit the model.
     """
-    prompts = [PROMPT, UNKNOWN, CAPTION_PROMPT, INFILLING_PROMPT.format("a")]
+    before, _, after = PROMPT_TEMPLATE.partition("{categories}")
+    prompts = [before, after.strip(), CAPTION_PROMPT, INFILLING_PROMPT.format("a")]
     sentences = [*prompts, "a photo of a", "there is a in the image"]
     texts = [f" {text}" for text in names + sentences] + ['"', "?", ".", ","]
     tokenizer = Tokenizer(models.BPE())
