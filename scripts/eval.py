@@ -193,7 +193,7 @@ def write(folder: Path, results: dict, tables: str) -> None:
         skipped = f"{len(results['skipped'])} images were left out:\n{'; '.join(results['skipped'])}\n\n"
     images = f"{results['images']} images, {results['seconds']} s in the last run; {versions}."
     (folder / "results.md").write_text(f"    {results['command']}\n\n{images}\n\n{skipped}{tables}", encoding="utf-8")
-    print(f"\n{results['images']} images, in per cent:\n\n{tables}\n{skipped}")
+    print(f"\n{results['images']} images, in per cent:\n\n{tables}\n{skipped}", end="")
     print(f"Written to {folder / 'results.json'} and .md.")
 
 
