@@ -55,9 +55,9 @@ class IFSegSegmenter:
     # Words ------------------------------------------------------------------------------------------------------------
 
     def check_words(self) -> None:
-        """Raises `ValueError` if the model has no words of its own."""
+        """Raises `ValueError` if the model was not tuned for words and none were set."""
         if self.model.config.category_ids is None:
-            raise ValueError('This model has no words of its own yet: pass some, as in categories=["cat", "grass"].')
+            raise ValueError('This model has no words yet: pass some, as in categories=["cat", "grass"].')
 
     def encode_words(self, categories=None, prompt: str | None = None) -> dict:
         """

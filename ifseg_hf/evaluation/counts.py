@@ -20,7 +20,7 @@ class Counts:
     """
     Confusion matrices and counted images of this process and, in `folder`, of all other processes and earlier runs.
 
-    Every process writes a file of its own, which is replaced as a whole. The sum over all files is the state: nothing
+    Every process writes a separate file, which is replaced as a whole. The sum over all files is the state: nothing
     is merged, moved or deleted, so a killed process leaves no half-done change.
 
     Args:

@@ -159,7 +159,7 @@ def test_errors(pipe, model, small_processor, tmp_path):
         task="image-segmentation",
     )
     wordless.model.config.category_ids = None
-    with pytest.raises(ValueError, match="no words of its own"):
+    with pytest.raises(ValueError, match="no words yet"):
         wordless(make_image())
     with pytest.raises(ValueError, match="tokenizer"):
         wordless(make_image(), categories=["cat"])

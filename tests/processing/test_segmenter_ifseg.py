@@ -100,9 +100,9 @@ def test_a_model_without_a_prompt_takes_the_processors_template(segmenter):
 
 def test_missing_words_and_tokenizer_are_named(segmenter, images):
     segmenter.model.config.category_ids = None
-    with pytest.raises(ValueError, match="no words of its own"):
+    with pytest.raises(ValueError, match="no words yet"):
         segmenter(segmenter.preprocess(images))
-    with pytest.raises(ValueError, match="no words of its own"):
+    with pytest.raises(ValueError, match="no words yet"):
         segmenter.encode_words(prompt="what?")
     segmenter.processor.tokenizer = None
     with pytest.raises(ValueError, match="need a tokenizer"):
