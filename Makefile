@@ -2,7 +2,7 @@
 #
 # Every target first makes its own environment in .venv, with the tested versions; nothing after that needs a network
 # but common-tests, which gets transformers' own tests from the package index, once.
-#   make demo PHOTO=a.jpg CATEGORIES="cat, grass"    your own photo and words
+#   make demo IMAGE=a.jpg CATEGORIES="cat, grass"    your own image and words
 #   make test PYTHON=python3.12                      another Python (3.11 or newer)
 #   make test CONSTRAINTS=                           whatever versions pip finds, where a tested one has no build
 # On Linux PyPI's torch is the CUDA build. A smaller one for the CPU alone:
@@ -17,13 +17,13 @@ COMMON_STAMP := .venv/installed-common-tests
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
 # The shell reads these from the environment, so quotes and spaces in them arrive as they were typed.
-export PHOTO CATEGORIES
+export IMAGE CATEGORIES
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test common-tests quality bench clean
 
 demo: $(STAMP)
-	@$(BIN)/python scripts/demo.py $${PHOTO:+--photo "$$PHOTO"} $${CATEGORIES:+--categories "$$CATEGORIES"}
+	@$(BIN)/python scripts/demo.py $${IMAGE:+--image "$$IMAGE"} $${CATEGORIES:+--categories "$$CATEGORIES"}
 
 # One thread for each of the processes: threads that outnumber the cores make torch slower, not faster.
 test: $(STAMP)

@@ -1,7 +1,7 @@
 """Configuration of an IFSeg model: the words that it segments into, and the configuration of its backbone."""
 
 import copy
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -38,7 +38,7 @@ class IFSegConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["encoder_last_hidden_state", "image_features", "patch_mask"]
     pipelines: ClassVar[dict] = PIPELINES
 
-    backbone_config: PreTrainedConfig | dict | None = None
+    backbone_config: Any = None
     prompt: str | None = None
     prompt_ids: list[int] | None = None
     category_ids: list[list[int]] | None = None

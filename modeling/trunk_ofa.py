@@ -68,7 +68,8 @@ class OFAResNetBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         shortcut = hidden_states
         if self.downsample is not None:
-            shortcut = conv_norm(*self.downsample, hidden_states)
+            conv, norm = self.downsample
+            shortcut = conv_norm(conv, norm, hidden_states)
         hidden_states = conv_norm(self.conv1, self.bn1, hidden_states).relu_()
         hidden_states = conv_norm(self.conv2, self.bn2, hidden_states).relu_()
         return conv_norm(self.conv3, self.bn3, hidden_states).add_(shortcut).relu_()

@@ -1,4 +1,7 @@
-"""Prompt, categories, pixels, post-processing: what a Hub checkpoint carries. Imported as `ifseg_hf.processing`."""
+"""Prompt, categories, pixels, segmentation, post-processing: what a Hub checkpoint carries.
+
+Imported as `ifseg_hf.processing`.
+"""
 
 from .image_processing_ifseg import IFSegImageProcessor
 from .pipeline_ifseg import IFSegImageSegmentationPipeline
@@ -11,12 +14,16 @@ from .post_processing_ifseg import (
     smooth_probabilities,
 )
 from .processing_ifseg import IFSegProcessor
+from .prompt_ifseg import PROMPT_TEMPLATE
+from .segmenter_ifseg import IFSegSegmenter
 from .sliding_window_ifseg import sliding_window_outputs
 
 __all__ = [
+    "PROMPT_TEMPLATE",
     "IFSegImageProcessor",
     "IFSegImageSegmentationPipeline",
     "IFSegProcessor",
+    "IFSegSegmenter",
     "nearest_patches",
     "patch_scores",
     "resize_scores",

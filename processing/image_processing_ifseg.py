@@ -1,4 +1,4 @@
-"""Photos and segmentation maps to tensors: the reference's resize, exactly, and transformers' conventions around it."""
+"""Images and segmentation maps to tensors: the reference's resize, exactly, and transformers' conventions around it."""
 
 import os
 
@@ -18,23 +18,24 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
+from .post_processing_ifseg import SMOOTHING_ITERATIONS, SMOOTHING_NEIGHBORS
 from .post_processing_ifseg import segmentation_maps as maps_from_outputs
 
 logger = logging.get_logger(__name__)
 
-IGNORE_INDEX = -100  # the label of pixels that count nowhere, as in torch's cross-entropy
+IGNORE_INDEX = -100  # label of ignored pixels, as in torch's cross-entropy
 
 
 def read_image(source, timeout: float | None = None) -> Image.Image:
     """
-    Opens an image without changing its mode, so that nothing is lost before the conversion.
+    Opens an image without changing its mode, so that the conversion to RGB loses nothing.
 
     Args:
         source (`str` or `os.PathLike`): a file, a URL, or base64 text.
         timeout (`float`, *optional*): seconds to wait for a URL.
 
     Raises:
-        `ValueError` naming the source when it is missing, damaged or no image.
+        `ValueError` with the source's name if it is missing, damaged or no image.
     """
     name = str(source) if len(str(source)) <= 200 else str(source)[:200] + "..."
     try:
@@ -45,18 +46,19 @@ def read_image(source, timeout: float | None = None) -> Image.Image:
         return image
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is no image that Pillow can read.") from error
-    except Exception as error:  # whatever a damaged file, a connection or a decoder comes up with
+    except Exception as error:  # a damaged file, a connection and a decoder raise errors of many kinds
         raise ValueError(f"Can't read the image {name}: {error}") from error
 
 
 def to_array(image, input_data_format: str | ChannelDimension | None = None) -> np.ndarray:
     """
-    Any image as an RGB array.
+    Returns an image of any kind as an RGB array.
 
     Args:
         image: a PIL image of any mode (turned upright by its EXIF orientation; of an animation the current frame, which
             is the first one unless `seek` was called), or an array or tensor of shape `(H, W)`, `(H, W, C)` or
-            `(C, H, W)` with C = 1, 3 or 4. 16-bit values become 8-bit ones; transparency is laid on white.
+            `(C, H, W)` with C = 1, 3 or 4. 16-bit values become 8-bit values; transparent pixels are blended with
+            white.
         input_data_format (`str`, *optional*): "channels_first" or "channels_last", for shapes that fit both.
 
     Returns:
@@ -121,10 +123,10 @@ def _to_uint8_or_float(image: np.ndarray) -> np.ndarray:
 
 def output_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     """
-    Height and width after the resize.
+    Returns height and width after the resize.
 
-    `{"shortest_edge": s, "longest_edge": l}` keeps the ratio: the short side becomes `s` unless the long one would
-    exceed `l`; one of the two alone is allowed. `{"height": h, "width": w}` does not keep it.
+    `{"shortest_edge": s, "longest_edge": l}` keeps the ratio: the short side becomes `s` unless the long side
+    would exceed `l`; one of the two keys is enough. `{"height": h, "width": w}` does not keep the ratio.
     """
     if size.height and size.width:
         return size.height, size.width
@@ -140,8 +142,8 @@ def output_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
 
 
 def _source_of(target: int, source: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `target` positions along an axis of `source`: the two neighbours (not clamped) and the second's
-    weight, float32 as in OpenCV."""
+    """Returns, for each of `target` positions along an axis of length `source`, the indices of the two source pixels
+    beside it (not clamped) and the weight of the second, float32 as in OpenCV."""
     position = ((np.arange(target) + 0.5) * (1 / (target / source)) - 0.5).astype(np.float32)
     first = np.floor(position)
     return first.astype(np.int64), first.astype(np.int64) + 1, position - first
@@ -149,7 +151,7 @@ def _source_of(target: int, source: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
-    OpenCV's `INTER_LINEAR`: bilinear without antialiasing, for uint8 in its integer arithmetic, bit for bit.
+    Resizes as OpenCV's `INTER_LINEAR`: bilinear without antialiasing; uint8 bit for bit, in OpenCV's integers.
 
     Args:
         image (`np.ndarray` of shape `(H, W, C)`, uint8 or float32).
@@ -160,7 +162,8 @@ def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
     left, right, weight_x = _source_of(width, image.shape[1])
-    # Off the edge horizontally the weights become 1 and 0; vertically the rows are clamped and the weights kept.
+    # As in OpenCV: beyond the left and right edges the weights become 1 and 0; beyond the top and bottom edges the rows
+    # are clamped and the weights stay.
     weight_x = np.where((left < 0) | (right >= image.shape[1]), np.float32(0), weight_x)
     left, right = left.clip(0, image.shape[1] - 1), right.clip(0, image.shape[1] - 1)
     top, bottom, weight_y = _source_of(height, image.shape[0])
@@ -173,7 +176,7 @@ def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     x0, x1, y0, y1 = x0[:, None], x1[:, None], y0[:, None, None], y1[:, None, None]
 
     resized = np.empty((height, width, image.shape[2]), image.dtype)
-    for start in range(0, height, 32):  # in blocks that stay in the cache
+    for start in range(0, height, 32):  # in blocks that fit into the CPU's cache
         block = slice(start, start + 32)
         rows, inverse = np.unique(np.concatenate([top[block], bottom[block]]), return_inverse=True)
         source = image[rows].astype(x0.dtype)
@@ -187,7 +190,7 @@ def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """`(H, W)` labels at another size: each pixel takes the label under its centre."""
+    """Resizes `(H, W)` labels: each pixel takes the label under its centre."""
     rows, columns = (
         ((2 * np.arange(target) + 1) * source // (2 * target))
         for target, source in zip((height, width), labels.shape, strict=True)
@@ -198,7 +201,7 @@ def resize_nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
 class IFSegImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     r"""
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
-        Whether label 0 of a segmentation map means "no category" (ADE20K): 0 is ignored, the others become one less.
+        Whether label 0 of a segmentation map means "no category" (ADE20K): 0 is ignored, all others are lowered by 1.
         As in transformers' SegFormer, 255 of an 8-bit map is then ignored as well.
     ignore_index (`int`, *optional*, defaults to `self.ignore_index`):
         A value in segmentation maps that marks pixels without a label; they become -100.
@@ -210,25 +213,25 @@ class IFSegImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
 
 class IFSegImageProcessor(PilBackend):
     r"""
-    Photos to `pixel_values` and `pixel_mask`, segmentation maps to `labels`, model outputs to segmentation maps.
+    Turns images into `pixel_values` and `pixel_mask`, segmentation maps into `labels`, outputs into segmentation maps.
 
-    Needs NumPy and Pillow only. The resize is OpenCV's bilinear one (no antialiasing), bit for bit, which the published
-    results were computed with.
+    Needs NumPy and Pillow only. The resize is OpenCV's bilinear resize (no antialiasing), bit for bit, with which the
+    published results were computed.
 
     Args:
         do_resize (`bool`, defaults to `True`), size (`dict`, defaults to `{"shortest_edge": 512, "longest_edge":
-            2048}`): the short side becomes 512 pixels unless the long one would exceed 2048; the ratio is kept.
+            2048}`): the short side becomes 512 pixels unless the long side would exceed 2048; the ratio is kept.
         do_rescale (`bool`, defaults to `True`), rescale_factor (`float`, defaults to 1/255).
         do_normalize (`bool`, defaults to `True`), image_mean, image_std (default to 0.5 for each channel).
-        do_pad (`bool`, defaults to `True`), pad_size (`dict`, *optional*): photos are padded at the right and bottom
+        do_pad (`bool`, defaults to `True`), pad_size (`dict`, *optional*): images are padded at the right and bottom
             with 0 to the largest height and width among them, or to `pad_size`.
         do_reduce_labels (`bool`, defaults to `False`), ignore_index (`int`, *optional*): see
             [`IFSegImageProcessorKwargs`].
-        smoothing_neighbors (`int`, defaults to 3), smoothing_iterations (`int`, defaults to 25): what
-            [`~IFSegImageProcessor.post_process_semantic_segmentation`] does when it is not told. A model that was
-            trained on photos has 0 iterations here: it needs no smoothing.
-        sliding_window (`int`, *optional*): side of the crops that the model was trained on, which the pipeline then
-            takes photos in; by default it takes them whole.
+        smoothing_neighbors (`int`, defaults to 3), smoothing_iterations (`int`, defaults to 25): smoothing that the
+            model needs; the default of [`~IFSegImageProcessor.post_process_semantic_segmentation`] and of
+            [`IFSegSegmenter`]. 0 iterations for a model that was trained on images: it needs no smoothing.
+        sliding_window (`int`, *optional*): side in pixels of the crops that the model was trained on.
+            [`IFSegSegmenter`] then segments images in such crops; by default it segments whole images.
     """
 
     _auto_class = "AutoImageProcessor"  # saved with its code, wherever it was loaded from
@@ -248,9 +251,8 @@ class IFSegImageProcessor(PilBackend):
     do_pad = True
     do_reduce_labels = False
     ignore_index = None
-    # What post-processing and the pipeline do unless they are told otherwise; saved with the rest.
-    smoothing_neighbors = 3
-    smoothing_iterations = 25
+    smoothing_neighbors = SMOOTHING_NEIGHBORS
+    smoothing_iterations = SMOOTHING_ITERATIONS
     sliding_window: int | None = None
 
     def __init__(self, **kwargs: Unpack[IFSegImageProcessorKwargs]):
@@ -259,9 +261,9 @@ class IFSegImageProcessor(PilBackend):
     def preprocess(self, images, segmentation_maps=None, **kwargs: Unpack[IFSegImageProcessorKwargs]) -> BatchFeature:
         """
         Args:
-            images: a photo or a list of them: PIL images, paths, URLs, arrays or tensors (see [`to_array`] for what
+            images: an image or a list of images: PIL images, paths, URLs, arrays or tensors (see [`to_array`] for what
                 they may hold), or one array or tensor of shape `(batch, ...)`.
-            segmentation_maps (*optional*): one map a photo, of the photo's size: PIL images, paths, arrays or tensors
+            segmentation_maps (*optional*): one map per image, of the image's size: PIL images, paths, arrays or tensors
                 of shape `(H, W)` with integer labels.
             return_tensors (`str`, *optional*): "pt" for torch tensors, "np" for NumPy arrays.
             **kwargs: any argument of the constructor, for this call.
@@ -270,77 +272,77 @@ class IFSegImageProcessor(PilBackend):
             [`BatchFeature`] with
 
             - **pixel_values** (batch, 3, H, W), float32: normalised RGB.
-            - **pixel_mask** (batch, H, W), int64: 1 where there is photo, 0 where there is padding. Always there, so
-              that outputs can be joined into larger batches.
-            - **labels** (batch, H, W), int64, with `segmentation_maps`: -100 is ignored (padding is).
+            - **pixel_mask** (batch, H, W), int64: 1 inside the image, 0 in the padding. Always present, so that
+              several results can be joined into one batch.
+            - **labels** (batch, H, W), int64, with `segmentation_maps`: -100 is ignored, as in the padding.
 
         Raises:
             `ValueError` for an image that can't be read or has a wrong number of channels, and for a map whose size
-            is not its photo's.
+            differs from its image's size.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
     def fetch_images(self, images):
-        """Opens what is a path, URL or base64 text; passes on what is an image already."""
+        """Opens paths, URLs and base64 texts; returns images unchanged."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         return read_image(images) if isinstance(images, (str, os.PathLike)) else images
 
     def process_image(self, image, input_data_format=None, **kwargs) -> np.ndarray:
-        """One image of any kind as a `(3, H, W)` array; see [`to_array`]."""
+        """Returns an image of any kind as a `(3, H, W)` array; see [`to_array`]."""
         return to_array(image, input_data_format).transpose(2, 0, 1)
 
     def resize(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
-        """A `(3, H, W)` array at the size that [`output_size`] gives."""
+        """Resizes a `(3, H, W)` array to the size that [`output_size`] returns."""
         height, width = output_size(image.shape[1], image.shape[2], size)
         return resize_bilinear(image.transpose(1, 2, 0), height, width).transpose(2, 0, 1)
 
     def _validate_preprocess_kwargs(self, **kwargs):
         super()._validate_preprocess_kwargs(**kwargs)
         if kwargs.get("resample") not in (None, PILImageResampling.BILINEAR):
-            raise ValueError("IFSegImageProcessor resizes photos bilinearly; other values of `resample` don't exist.")
+            raise ValueError("IFSegImageProcessor resizes images bilinearly: leave out `resample`.")
         if kwargs.get("do_center_crop"):
-            raise ValueError("IFSegImageProcessor doesn't crop: the model takes photos of any size and ratio.")
+            raise ValueError("IFSegImageProcessor doesn't crop: the model takes images of any size and ratio.")
 
     def _preprocess_image_like_inputs(
         self, images, segmentation_maps, input_data_format=None, return_tensors=None, **kwargs
     ) -> BatchFeature:
-        photos = [self.process_image(image, input_data_format) for image in _flatten(self.fetch_images(images))]
-        if not photos:
+        images = [self.process_image(image, input_data_format) for image in _flatten(self.fetch_images(images))]
+        if not images:
             raise ValueError("There is no image to process.")
-        sizes = [photo.shape[1:] for photo in photos]
-        photos = [self._preprocess_photo(photo, **kwargs) for photo in photos]
+        sizes = [image.shape[1:] for image in images]
+        images = [self._preprocess_image(image, **kwargs) for image in images]
         labels = None
         if segmentation_maps is not None:
-            labels = self._preprocess_maps(segmentation_maps, sizes, [photo.shape[1:] for photo in photos], **kwargs)
+            labels = self._preprocess_maps(segmentation_maps, sizes, [image.shape[1:] for image in images], **kwargs)
 
-        masks = [np.ones(photo.shape[1:], np.int64) for photo in photos]
+        masks = [np.ones(image.shape[1:], np.int64) for image in images]
         if kwargs["do_pad"]:
             pad_size = kwargs["pad_size"]
-            photos, masks = self.pad(photos, pad_size, return_mask=True)
+            images, masks = self.pad(images, pad_size, return_mask=True)
             labels = labels and [
                 padded[0] for padded in self.pad([label[None] for label in labels], pad_size, IGNORE_INDEX)
             ]
-        data = {"pixel_values": photos, "pixel_mask": masks} | ({"labels": labels} if labels else {})
+        data = {"pixel_values": images, "pixel_mask": masks} | ({"labels": labels} if labels else {})
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _preprocess_photo(
-        self, photo, do_resize, size, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **kwargs
+    def _preprocess_image(
+        self, image, do_resize, size, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **kwargs
     ) -> np.ndarray:
         if do_resize:
-            photo = self.resize(photo, size)
-        if do_rescale and photo.dtype != np.uint8 and photo.max() <= 1:
+            image = self.resize(image, size)
+        if do_rescale and image.dtype != np.uint8 and image.max() <= 1:
             logger.warning_once(
-                "An image with floating-point values from 0 to 1 is divided by 255 once more. "
+                "An image with floating-point values from 0 to 1 is divided by 255 again. "
                 "If that is not what you want, pass do_rescale=False."
             )
-        photo = np.ascontiguousarray(photo, dtype=np.float32)
+        image = np.ascontiguousarray(image, dtype=np.float32)
         if do_rescale:
-            photo = photo * np.float32(rescale_factor)
+            image = image * np.float32(rescale_factor)
         if do_normalize:
             mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (image_mean, image_std))
-            photo = (photo - mean) / std
-        return photo
+            image = (image - mean) / std
+        return image
 
     def _preprocess_maps(self, maps, sizes, new_sizes, do_reduce_labels, ignore_index, **kwargs) -> list[np.ndarray]:
         maps = [_to_labels(values) for values in _flatten(self.fetch_images(maps), dimensions=2)]
@@ -361,6 +363,11 @@ class IFSegImageProcessor(PilBackend):
             processed.append(resize_nearest(labels, *new_size))
         return processed
 
+    def smoothing(self, neighbors: int | None = None, iterations: int | None = None) -> tuple[int, int]:
+        """Returns neighbours and iterations of the smoothing; this processor's where they are `None`."""
+        neighbors = self.smoothing_neighbors if neighbors is None else neighbors
+        return neighbors, self.smoothing_iterations if iterations is None else iterations
+
     def post_process_semantic_segmentation(
         self,
         outputs,
@@ -370,27 +377,26 @@ class IFSegImageProcessor(PilBackend):
         return_segmentation_scores: bool = False,
     ) -> list[Tensor] | list[BatchFeature]:
         """
-        A category for every pixel.
+        Returns label maps: a category for every pixel.
 
         The probabilities of each patch are averaged with those of its `smoothing_neighbors` most similar patches,
         itself included, `smoothing_iterations` times; then resized bilinearly; then the largest wins. Without
-        smoothing, which is right for a model trained on real photos, the logits are resized instead.
+        smoothing, which is right for a model trained on images, the logits are resized instead.
 
         Args:
-            outputs ([`IFSegSegmentationOutput`]): what the model returned for these photos.
-            target_sizes (list of `(height, width)` or `Tensor` of shape `(batch, 2)`, *optional*): the sizes of the
-                maps wanted, usually those of the photos before processing. Without it a map has one label a patch.
+            outputs ([`IFSegSegmentationOutput`]): the model's outputs for a batch of images.
+            target_sizes (list of `(height, width)` or `Tensor` of shape `(batch, 2)`, *optional*): sizes of the
+                label maps, usually the images' sizes before processing. Without it a map has one label per patch.
             smoothing_neighbors (`int`, *optional*), smoothing_iterations (`int`, *optional*): 0 iterations do not
-                smooth. Default: this processor's own, 3 and 25 unless its model was trained on photos.
+                smooth. Default: this processor's `smoothing_neighbors` and `smoothing_iterations`.
             return_segmentation_scores (`bool`, defaults to `False`): return the scores of all categories as well.
 
         Returns:
-            `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories, one map a photo. Or, with
+            `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories, one map per image. With
             the scores, `list` of [`BatchFeature`] with **segmentation**, such a map, and **segmentation_scores**
             (categories, height, width): probabilities, or logits without smoothing.
         """
-        neighbors = self.smoothing_neighbors if smoothing_neighbors is None else smoothing_neighbors
-        iterations = self.smoothing_iterations if smoothing_iterations is None else smoothing_iterations
+        neighbors, iterations = self.smoothing(smoothing_neighbors, smoothing_iterations)
         maps = maps_from_outputs(outputs, target_sizes, neighbors, iterations, return_segmentation_scores)
         if not return_segmentation_scores:
             return maps
@@ -398,7 +404,7 @@ class IFSegImageProcessor(PilBackend):
 
 
 def _flatten(images, dimensions: int = 3) -> list:
-    """A flat list of single images of a nested list, a batch (an array of one dimension more), or one image."""
+    """Returns a flat list of single images from a nested list, a batch (one more dimension) or one image."""
     if isinstance(images, (list, tuple)):
         return [single for image in images for single in _flatten(image, dimensions)]
     return list(images) if getattr(images, "ndim", 0) > dimensions else [images]

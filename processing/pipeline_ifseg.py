@@ -1,5 +1,6 @@
 """`pipeline("image-segmentation", ...)` for IFSeg: any words at call time, smoothing, a score for every mask."""
 
+import copy
 import os
 
 import torch
@@ -9,9 +10,9 @@ from transformers import ImageSegmentationPipeline
 from transformers.utils import ModelOutput
 
 from .image_processing_ifseg import read_image
-from .post_processing_ifseg import patch_scores, resize_scores, resized_argmax
-from .processing_ifseg import IFSegProcessor
-from .sliding_window_ifseg import sliding_window_outputs
+from .post_processing_ifseg import resize_scores, resized_argmax
+from .prompt_ifseg import PROMPT_TEMPLATE
+from .segmenter_ifseg import IFSegSegmenter
 
 
 class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
@@ -20,12 +21,14 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
 
     ```python
     pipe = pipeline("image-segmentation", model="path/or/name")
-    pipe("photo.jpg")                                   # the words the model was tuned for
-    pipe("photo.jpg", categories=["cat", "sofa"])       # any others
+    pipe("image.jpg")                                   # the words the model was tuned for
+    pipe("image.jpg", categories=["cat", "sofa"])       # any others
     ```
 
     Registered for the task in place of [`ImageSegmentationPipeline`] it leaves other models to that class.
     """
+
+    _load_processor = None  # loaded where there is one, for its prompt template
 
     def __new__(cls, model=None, *args, **kwargs):
         if getattr(getattr(model, "config", None), "model_type", "ifseg") != "ifseg":
@@ -33,31 +36,41 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         return super().__new__(cls)
 
     def check_model_type(self, supported_models):
-        """Nothing to check: transformers compares with the names of the classes in its own package."""
+        """Does nothing: transformers compares with the names of the classes in its own package."""
 
     def __call__(self, inputs=None, **kwargs):
         """
         Args:
-            inputs: a photo or a list of them: paths, URLs, PIL images, arrays or tensors. A dataset or generator is
-                consumed lazily, `batch_size` photos at a time, of any sizes.
+            inputs: an image or a list of them: paths, URLs, PIL images, arrays or tensors. A dataset or generator is
+                consumed lazily, `batch_size` images at a time, of any sizes.
             categories (`list[str]` or `dict[str, list[str]]`, *optional*): the words to choose from, instead of those
                 in the model's configuration.
-            prompt (`str`, *optional*): the question before the words, instead of the one in the configuration.
+            prompt (`str`, *optional*): a template with `{categories}` or the question before the words, instead of the
+                prompt in the configuration.
             smoothing_neighbors (`int`, *optional*), smoothing_iterations (`int`, *optional*): see
                 [`IFSegImageProcessor.post_process_semantic_segmentation`]. 0 iterations do not smooth.
-            inference (`str`, *optional*): "whole" takes a photo at once, "slide" in overlapping square crops, averaged.
-                Default: "slide" for a model that was trained on crops, as its image processor knows.
+            inference (`str`, *optional*): "whole" images or "slide" for overlapping square crops; see
+                [`IFSegSegmenter`].
             subtask (`str`, *optional*): only "semantic" exists.
             timeout (`float`, *optional*): seconds to wait for a URL.
 
         Returns:
-            `list[dict]`, or a list of such lists for several photos: one dict for each category that wins a pixel,
+            `list[dict]`, or a list of such lists for several images: one dict for each category that wins a pixel,
 
             - **label** (`str`): the category.
             - **score** (`float`): mean probability of the category over its mask.
-            - **mask** (`PIL.Image.Image` of the photo's size, mode "L"): 255 where the category wins.
+            - **mask** (`PIL.Image.Image` of the image's size, mode "L"): 255 where the category wins.
         """
         return super().__call__(inputs, **kwargs)
+
+    @property
+    def prompt_template(self) -> str:
+        """The processor's template for models whose configuration has no prompt."""
+        return getattr(self.processor, "prompt_template", PROMPT_TEMPLATE)
+
+    def _segmenter(self, inference: str | None = None) -> IFSegSegmenter:
+        """Returns a segmenter of the present model and image processor, which may be replaced at any time."""
+        return IFSegSegmenter(self.model, self, inference, self.device)
 
     def _sanitize_parameters(self, **kwargs):
         preprocess = {"timeout": kwargs["timeout"]} if "timeout" in kwargs else {}
@@ -66,49 +79,25 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         if kwargs.get("subtask") not in (None, "semantic"):
             raise ValueError(f'subtask="{kwargs["subtask"]}": IFSeg predicts semantic masks only.')
         if kwargs.get("inference") is not None:
-            if kwargs["inference"] not in ("whole", "slide"):
-                raise ValueError(f'inference="{kwargs["inference"]}": choose "whole" or "slide".')
-            forward["inference"] = kwargs["inference"]
+            forward["inference"] = self._segmenter(kwargs["inference"]).inference
         if kwargs.get("categories") is not None or kwargs.get("prompt") is not None:
-            forward["words"], postprocess["labels"] = self._words(kwargs.get("categories"), kwargs.get("prompt"))
+            segmenter = self._segmenter()
+            words = segmenter.encode_words(kwargs.get("categories"), kwargs.get("prompt"))
+            forward["words"], postprocess["labels"] = segmenter.word_inputs(words), words["id2label"]
         return preprocess, forward, postprocess
-
-    def _words(self, categories, prompt: str | None) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
-        """The model's inputs for other words than those in its configuration, and the names of the categories."""
-        if self.tokenizer is None:
-            raise ValueError("Other words need a tokenizer, and this pipeline has none: pass it tokenizer=...")
-        config, processor = self.model.config, IFSegProcessor(self.image_processor, self.tokenizer)
-        if categories is None:
-            self._check_words()
-            categories = [config.id2label[index] for index in range(len(config.category_ids))]
-        prompt = config.prompt if prompt is None else prompt
-        append_unknown = config.prompt_ids is None or processor.ends_with_unknown(config.prompt_ids)
-        inputs = processor(categories=categories, prompt=prompt, append_unknown=append_unknown, return_tensors="pt")
-        return dict(inputs), processor.encode_categories(categories, prompt, append_unknown)["id2label"]
-
-    def _check_words(self):
-        if self.model.config.category_ids is None:
-            raise ValueError('This model has no words of its own yet: pass some, as in categories=["cat", "grass"].')
 
     def preprocess(self, image, timeout: float | None = None) -> dict:
         if isinstance(image, (str, os.PathLike)):
             image = read_image(image, timeout)
-        photo = self.image_processor.process_image(image)
-        inputs = self.image_processor(photo, input_data_format="channels_first", return_tensors="pt").to(self.dtype)
-        # In a list, because transformers' collation would refuse photos of several sizes; _forward pads them.
-        return {"photos": [inputs], "target_size": [photo.shape[1:]]}
+        image = self.image_processor.process_image(image)
+        inputs = self.image_processor(image, input_data_format="channels_first", return_tensors="pt").to(self.dtype)
+        # In a list, because transformers' collation would refuse images of several sizes; _forward pads them.
+        return {"images": [inputs], "target_size": [image.shape[1:]]}
 
     def _forward(
         self, model_inputs: dict, words: dict[str, torch.Tensor] | None = None, inference: str | None = None
     ) -> ModelOutput:
-        if words is None:
-            self._check_words()
-        words = {name: tensor.to(self.device) for name, tensor in (words or {}).items()}
-        photos, crop = _join(model_inputs["photos"]), self.image_processor.sliding_window
-        if inference == "slide" or (inference is None and crop):
-            outputs = sliding_window_outputs(self.model, **photos, crop=crop, **words)
-        else:
-            outputs = self.model(**photos, **words)
+        outputs = self._segmenter(inference)(_pad_batch(model_inputs["images"]), words)
         needed = {name: outputs[name] for name in ("logits", "image_features", "patch_mask")}
         return ModelOutput({**needed, "target_size": model_inputs["target_size"]})
 
@@ -121,10 +110,8 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
     ) -> list[dict]:
         (size,) = model_outputs.target_size
         labels = self.model.config.id2label if labels is None else labels
-        own = self.image_processor
-        neighbors = own.smoothing_neighbors if smoothing_neighbors is None else smoothing_neighbors
-        iterations = own.smoothing_iterations if smoothing_iterations is None else smoothing_iterations
-        (scores,) = patch_scores(model_outputs, neighbors, iterations)
+        neighbors, iterations = self.image_processor.smoothing(smoothing_neighbors, smoothing_iterations)
+        (scores,) = self._segmenter().patch_scores(model_outputs, neighbors, iterations)
         segmentation = resized_argmax(scores, size)
         probabilities = scores if iterations else scores.softmax(0)
         segments = []
@@ -138,19 +125,21 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
     def save_pretrained(self, save_directory, **kwargs):
         """Saves model, processor and the code of this pipeline."""
         super().save_pretrained(save_directory, **kwargs)
-        if self.tokenizer is not None:
-            IFSegProcessor(self.image_processor, self.tokenizer).save_pretrained(save_directory)
+        if self.processor is not None:
+            processor = copy.copy(self.processor)
+            processor.image_processor, processor.tokenizer = self.image_processor, self.tokenizer
+            processor.save_pretrained(save_directory)
 
 
-def _join(photos: list) -> dict[str, torch.Tensor]:
-    """One batch from batches of one photo each, padded at the right and bottom; the list may be one of lists."""
-    photos = [photo for item in photos for photo in (item if isinstance(item, list) else [item])]
-    height, width = (max(photo["pixel_mask"].shape[axis] for photo in photos) for axis in (1, 2))
+def _pad_batch(images: list) -> dict[str, torch.Tensor]:
+    """Returns one batch of batches of one image each, padded at the right and bottom; lists may be nested once."""
+    images = [image for item in images for image in (item if isinstance(item, list) else [item])]
+    height, width = (max(image["pixel_mask"].shape[axis] for image in images) for axis in (1, 2))
 
     def padded(tensor: torch.Tensor) -> torch.Tensor:
         return pad(tensor, (0, width - tensor.shape[-1], 0, height - tensor.shape[-2]))
 
-    return {name: torch.cat([padded(photo[name]) for photo in photos]) for name in ("pixel_values", "pixel_mask")}
+    return {name: torch.cat([padded(image[name]) for image in images]) for name in ("pixel_values", "pixel_mask")}
 
 
 __all__ = ["IFSegImageSegmentationPipeline"]

@@ -1,7 +1,7 @@
-"""From the model's output to a label for every pixel: smoothing over similar patches, resizing, argmax.
+"""From the model's outputs to a label for every pixel: smoothing over similar patches, resizing, argmax.
 
-Section 2.4 of the paper: a model tuned on word maps alone has never seen a photo, so its prediction for a patch is
-averaged with those for the patches that look alike in the trunk's features.
+Section 2.4 of the paper: a model tuned on word maps alone has never seen an image, so its prediction for a patch is
+averaged with its predictions for the patches whose image features are most similar.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, interpolate, normalize
 
-# Entries of the largest temporary tensor (8 MiB of float32): rows of the similarity matrix, of the resized photo.
+SMOOTHING_NEIGHBORS, SMOOTHING_ITERATIONS = 3, 25  # the paper's, for models that were tuned on word maps
+
+# Entries of the largest temporary tensor (8 MiB of float32): rows of the similarity matrix, of the resized image.
 _BLOCK = 2**21
 
 
 def nearest_patches(features: Tensor, neighbors: int) -> Tensor:
     """
-    The patches that look most like each patch, itself always among them.
+    Returns the most similar patches of each patch, the patch itself always among them.
 
     Args:
         features (`Tensor` of shape `(patches, channels)`): image features, any floating type.
-        neighbors (`int`): how many, at least 1; a photo of fewer patches has that many.
+        neighbors (`int`): how many, at least 1; an image of fewer patches has all of them.
 
     Returns:
         `Tensor` of shape `(patches, neighbors)`, int64: indices of the patches of highest cosine similarity.
@@ -34,25 +36,30 @@ def nearest_patches(features: Tensor, neighbors: int) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         features = normalize(features.float().contiguous(), dim=-1)
         rows = max(1, _BLOCK // patches)
-        # Filled, not collected: small tensors between the blocks would keep each from taking the last one's memory.
+        # Written in place: small tensors between the blocks would keep a block from reusing the last block's memory.
         indices = features.new_empty(patches, min(neighbors, patches), dtype=torch.int64)
         for start, nearest in zip(range(0, patches, rows), indices.split(rows), strict=True):
             similarity = features[start : start + rows] @ features.T
-            # Above any cosine: of patches that are exactly alike (a blank photo) the patch itself comes first.
+            # Above any cosine: among exactly equal patches (a blank image) the patch itself comes first.
             similarity.diagonal(start).fill_(2)
             nearest.copy_(similarity.topk(nearest.shape[1]).indices)
     return indices
 
 
-def smooth_probabilities(probabilities: Tensor, features: Tensor, neighbors: int = 3, iterations: int = 25) -> Tensor:
+def smooth_probabilities(
+    probabilities: Tensor,
+    features: Tensor,
+    neighbors: int = SMOOTHING_NEIGHBORS,
+    iterations: int = SMOOTHING_ITERATIONS,
+) -> Tensor:
     """
-    Repeats `p_i = mean of p_j over the neighbours j of patch i`.
+    Smooths probabilities by repeating `p_i = mean of p_j over the neighbours j of patch i`.
 
     Args:
         probabilities (`Tensor` of shape `(patches, categories)`).
-        features (`Tensor` of shape `(patches, channels)`): what the patches are compared by.
+        features (`Tensor` of shape `(patches, channels)`): image features, whose cosine similarity is compared.
         neighbors (`int`, defaults to 3): the most similar patches, the patch itself included.
-        iterations (`int`, defaults to 25): 0 returns the probabilities as they are.
+        iterations (`int`, defaults to 25): 0 returns the probabilities unchanged.
 
     Returns:
         `Tensor` of shape `(patches, categories)`, float32.
@@ -64,25 +71,27 @@ def smooth_probabilities(probabilities: Tensor, features: Tensor, neighbors: int
 
 
 def _repeat_mean(probabilities: Tensor, neighbors_of: Tensor, iterations: int) -> Tensor:
-    """`smooth_probabilities` over the neighbours (patches, neighbors) of every patch."""
+    """Repeats the mean over the neighbours (patches, neighbors) of every patch."""
     for _ in range(iterations):
         probabilities = embedding_bag(neighbors_of, probabilities, mode="mean")
     return probabilities
 
 
-def patch_scores(outputs, neighbors: int = 3, iterations: int = 25) -> Iterator[Tensor]:
+def patch_scores(
+    outputs, neighbors: int = SMOOTHING_NEIGHBORS, iterations: int = SMOOTHING_ITERATIONS
+) -> Iterator[Tensor]:
     """
-    What the categories of each photo are compared by, patch by patch.
+    Yields the scores of each image's patches: smoothed probabilities, or logits without smoothing.
 
     Args:
-        outputs: what the model returned, with `logits` `(batch, categories, h, w)`; `image_features`
-            `(batch, channels, h, w)` unless `iterations` is 0; and `patch_mask` `(batch, h, w)` or `None`: the patches
-            that belong to the photo (the rest, at its right and bottom, pads it to the size of its neighbours).
+        outputs: the model's outputs, with `logits` `(batch, categories, h, w)`; `image_features`
+            `(batch, channels, h, w)` unless `iterations` is 0; and `patch_mask` `(batch, h, w)` or `None`: true for the
+            patches of the image, false for the padding at its right and bottom.
         neighbors, iterations (`int`): see [`smooth_probabilities`].
 
     Yields:
-        For each photo a `Tensor` of shape `(categories, h, w)`, float32, without padding: smoothed probabilities, or
-        the logits when `iterations` is 0.
+        For each image a `Tensor` of shape `(categories, h, w)`, float32, without padding: smoothed probabilities, or
+        the logits if `iterations` is 0.
     """
     for (scores,) in smoothing_sweep(outputs, [(neighbors, iterations)]):
         yield scores
@@ -90,10 +99,10 @@ def patch_scores(outputs, neighbors: int = 3, iterations: int = 25) -> Iterator[
 
 def smoothing_sweep(outputs, settings: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
     """
-    [`patch_scores`] for several pairs of neighbours and iterations, which share the search for neighbours.
+    Yields [`patch_scores`] for several pairs of neighbours and iterations, which share the search for neighbours.
 
     Yields:
-        For each photo a list of `Tensor` of shape `(categories, h, w)`, one for each of the `settings`.
+        For each image a list of `Tensor` of shape `(categories, h, w)`, one for each of the `settings`.
     """
     for _, iterations in settings:
         if iterations < 0:
@@ -102,8 +111,7 @@ def smoothing_sweep(outputs, settings: Sequence[tuple[int, int]]) -> Iterator[li
     mask = getattr(outputs, "patch_mask", None)
     if any(iterations for _, iterations in settings) and getattr(outputs, "image_features", None) is None:
         raise ValueError(
-            "Smoothing compares patches by outputs.image_features, which are missing: a word map has none. "
-            "Pass smoothing_iterations=0."
+            "Smoothing compares patches by outputs.image_features, which word maps lack. Pass smoothing_iterations=0."
         )
     for index, logits in enumerate(outputs.logits.float()):
         height, width = logits.shape[1:]
@@ -113,7 +121,7 @@ def smoothing_sweep(outputs, settings: Sequence[tuple[int, int]]) -> Iterator[li
         scores = {(neighbors, 0): logits.contiguous() for neighbors, iterations in settings if not iterations}
         if len(scores) < len(settings):
             patches = outputs.image_features[index, :, :height, :width].flatten(1).T
-            neighbors_of = nearest_patches(patches, most)  # the most alike first
+            neighbors_of = nearest_patches(patches, most)  # the most similar first
             done, probabilities = (0, 0), None
             for neighbors, iterations in sorted(setting for setting in set(settings) if setting[1]):
                 if neighbors != done[0]:
@@ -126,23 +134,23 @@ def smoothing_sweep(outputs, settings: Sequence[tuple[int, int]]) -> Iterator[li
 
 
 def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """`(categories, h, w)` scores at `size` `(height, width)`, bilinearly (`align_corners=False`)."""
-    # with a pixel's categories side by side in memory: half the time, and half for the argmax over them
+    """Resizes `(categories, h, w)` scores to `size` `(height, width)`, bilinearly (`align_corners=False`)."""
+    # With a pixel's categories side by side in memory, this and the argmax over them take half the time.
     scores = scores[None].contiguous(memory_format=torch.channels_last)
     return interpolate(scores, size=size, mode="bilinear", align_corners=False)[0]
 
 
 def _linear_weights(size: int, new_size: int, scores: Tensor) -> Tensor:
-    """What each of `size` places counts for at each of `new_size`, `(new_size, size)`, as `interpolate` has it."""
+    """Returns the weights of linear resizing from `size` to `new_size` values, a matrix `(new_size, size)`."""
     basis = torch.eye(size, dtype=torch.float64, device="cpu")
     return interpolate(basis[None], size=new_size, mode="linear", align_corners=False)[0].T.to(scores)
 
 
 def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """
-    `resize_scores(scores, size).argmax(0)`, in memory that does not grow with the number of categories.
+    Returns `resize_scores(scores, size).argmax(0)`, in memory that does not grow with the number of categories.
 
-    Bilinear resizing is a product with the weights of the rows and one with those of the columns.
+    Bilinear resizing is a product with the weights of the rows and a product with the weights of the columns.
 
     Args:
         scores (`Tensor` of shape `(categories, h, w)`), size (`(height, width)`).
@@ -152,7 +160,7 @@ def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """
     categories, h, w = scores.shape
     to_rows, to_columns = _linear_weights(h, size[0], scores), _linear_weights(w, size[1], scores)
-    # an absent category has the smallest logit there is; a sum of it must not become infinite, zero times that is none
+    # An absent category has the smallest possible logit: unclamped, its sums would be infinite, their products NaN.
     lines = scores.permute(1, 2, 0).flatten(1).clamp(min=torch.finfo(scores.dtype).min / 4)
     labels = scores.new_empty(size, dtype=torch.int64)
     count = max(1, _BLOCK // (size[1] * categories))
@@ -164,25 +172,29 @@ def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def segmentation_maps(
-    outputs, target_sizes=None, neighbors: int = 3, iterations: int = 25, with_scores: bool = False
+    outputs,
+    target_sizes=None,
+    neighbors: int = SMOOTHING_NEIGHBORS,
+    iterations: int = SMOOTHING_ITERATIONS,
+    with_scores: bool = False,
 ) -> list:
     """
-    A category for every pixel of every photo.
+    Returns label maps: a category for every pixel of every image.
 
     Args:
         outputs: see [`patch_scores`].
-        target_sizes (list of `(height, width)` or `Tensor` of shape `(batch, 2)`, *optional*): the sizes wanted, one a
-            photo, usually the original ones. Without it a map has one label a patch.
+        target_sizes (list of `(height, width)` or `Tensor` of shape `(batch, 2)`, *optional*): sizes of the label
+            maps, usually the images' original sizes. Without it a map has one label per patch.
         neighbors, iterations (`int`): see [`smooth_probabilities`].
-        with_scores (`bool`, defaults to `False`): return pairs of a map and its scores.
+        with_scores (`bool`, defaults to `False`): return pairs of a label map and its scores.
 
     Returns:
         `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories; or of pairs of such a map and
-        a `Tensor` of shape `(categories, height, width)`: what the categories were compared by.
+        a `Tensor` of shape `(categories, height, width)`: the resized scores.
     """
     if target_sizes is not None and len(target_sizes) != len(outputs.logits):
         raise ValueError(
-            f"{len(target_sizes)} target_sizes for {len(outputs.logits)} photos: give one (height, width) a photo."
+            f"{len(target_sizes)} target_sizes for {len(outputs.logits)} images: give one (height, width) per image."
         )
     maps = []
     for index, scores in enumerate(patch_scores(outputs, neighbors, iterations)):
@@ -193,6 +205,8 @@ def segmentation_maps(
 
 
 __all__ = [
+    "SMOOTHING_ITERATIONS",
+    "SMOOTHING_NEIGHBORS",
     "nearest_patches",
     "patch_scores",
     "resize_scores",

@@ -1,4 +1,4 @@
-"""Inference in square crops, for models that were trained on crops of photos."""
+"""Inference in overlapping square crops, for models that were trained on crops of images."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from transformers.utils import ModelOutput
 
 
 def window_starts(patches: int, window: int, stride: int) -> list[int]:
-    """Where windows of `window` patches begin so that they cover `patches`: every `stride`, the last at the end."""
+    """Returns the starts of windows of `window` patches that cover `patches`: every `stride`, the last at the end."""
     last = max(0, patches - window)
     return [*range(0, last, stride), last]
 
@@ -23,10 +23,11 @@ def sliding_window_outputs(
     **words: Tensor,
 ) -> ModelOutput:
     """
-    What the model says of every patch, averaged over the square crops that the patch lies in.
+    Returns the model's outputs for every patch, averaged over the square crops that contain the patch.
 
-    Crops begin at patches, and the last of a row or column ends where the photo does: every patch is covered, and the
-    logits are those of a whole photo in shape. A photo smaller than a crop is one crop of its own size.
+    Crops begin at patches, and the last crop of a row or column ends at the image's edge: every patch is covered, and
+    the outputs have the shapes of outputs for whole images. An image smaller than a crop is one crop of the image's
+    size.
 
     Args:
         model ([`IFSegForSemanticSegmentation`]): in evaluation mode.
@@ -34,10 +35,10 @@ def sliding_window_outputs(
             *optional*): as the model takes them.
         crop (`int`, *optional*): side in pixels, a multiple of the model's patches. Default: `config.image_size`.
         stride (`int`, *optional*): pixels from crop to crop, rounded down to whole patches. Default: two thirds of
-            `crop`, of which a third then overlaps.
-        batch_size (`int`, defaults to 8): crops that go through the model at once.
-        **words: `input_ids`, `attention_mask`, `category_ids`, `category_mask` for other words than the model's own;
-            the same for all photos (a leading dimension of 1).
+            `crop`: neighbouring crops then overlap by a third.
+        batch_size (`int`, defaults to 8): crops in one batch.
+        **words: `input_ids`, `attention_mask`, `category_ids`, `category_mask` in place of the model's own words;
+            the same for all images (a first dimension of 1).
 
     Returns:
         [`ModelOutput`] with **logits** (batch, categories, h, w), **image_features** (batch, channels, h, w), both
@@ -45,7 +46,7 @@ def sliding_window_outputs(
         [`IFSegImageProcessor.post_process_semantic_segmentation`] takes them.
 
     Raises:
-        `ValueError` for a crop or stride that is no multiple of a patch, or words of their own for each photo.
+        `ValueError` for a crop or stride out of range, or different words for each image.
     """
     patch = model.config.patch_size
     crop = model.config.image_size if crop is None else crop
@@ -55,12 +56,12 @@ def sliding_window_outputs(
     if not patch <= stride <= crop:
         raise ValueError(f"stride={stride}: must be from {patch}, one patch, to crop={crop}.")
     if any(len(tensor) != 1 for tensor in words.values()):
-        raise ValueError("Crops take the same words for all photos: pass tensors with a first dimension of 1.")
+        raise ValueError("Crops take the same words for all images: pass tensors with a first dimension of 1.")
     outputs = []
-    for index, photo in enumerate(pixel_values):
-        if pixel_mask is not None:  # without what pads it at the right and bottom
-            photo = photo[:, : pixel_mask[index].any(1).sum(), : pixel_mask[index].any(0).sum()]
-        outputs.append(_average_over_windows(model, photo, crop // patch, stride // patch, batch_size, words))
+    for index, image in enumerate(pixel_values):
+        if pixel_mask is not None:  # without the padding at the right and bottom
+            image = image[:, : pixel_mask[index].any(1).sum(), : pixel_mask[index].any(0).sum()]
+        outputs.append(_average_over_windows(model, image, crop // patch, stride // patch, batch_size, words))
     height, width = (max(logits.shape[axis] for logits, _ in outputs) for axis in (1, 2))
 
     def joined(tensors) -> Tensor:
@@ -72,37 +73,40 @@ def sliding_window_outputs(
 
 
 def _average_over_windows(
-    model, photo: Tensor, window: int, stride: int, batch_size: int, words: dict[str, Tensor]
+    model, image: Tensor, window: int, stride: int, batch_size: int, words: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Logits (categories, h, w) and image features (channels, h, w) of a photo (3, H, W); sizes here in patches."""
+    """Returns logits (categories, h, w) and image features (channels, h, w) of an image (3, H, W).
+
+    `window` and `stride` are in patches.
+    """
     patch = model.config.patch_size
-    height, width = (-(-side // patch) for side in photo.shape[1:])
+    height, width = (-(-side // patch) for side in image.shape[1:])
     corners = [(y, x) for y in window_starts(height, window, stride) for x in window_starts(width, window, stride)]
-    count = torch.zeros(height, width, device=photo.device)
+    count = torch.zeros(height, width, device=image.device)
     for y, x in corners:
         count[y : y + window, x : x + window] += 1
     sums: list[Tensor] = []
     for start in range(0, len(corners), batch_size):
         some = corners[start : start + batch_size]
-        outputs = model(**_crops(photo, some, window * patch, patch), **words)
+        outputs = model(**_crops(image, some, window * patch, patch), **words)
         for row, (y, x) in enumerate(some):
-            place = count[y : y + window, x : x + window]  # smaller than a window where the photo is
+            place = count[y : y + window, x : x + window]  # smaller than a window if the image is
             found = [outputs.logits[row].float(), outputs.image_features[row].float()]
             if not sums:
                 sums = [tensor.new_zeros(len(tensor), height, width) for tensor in found]
             for total, tensor in zip(sums, found, strict=True):
                 area = total[:, y : y + window, x : x + window]
-                # Divided first: the logits of categories that a photo lacks are the lowest number there is.
+                # Divided before the sum: an absent category has the smallest possible logit, its sum would be infinite.
                 area += tensor[:, : place.shape[0], : place.shape[1]] / place
     return sums[0], sums[1]
 
 
-def _crops(photo: Tensor, corners: list[tuple[int, int]], side: int, patch: int) -> dict[str, Tensor]:
-    """A batch of crops; those that end with the photo, between two patches, are padded."""
-    crops = [photo[:, y * patch : y * patch + side, x * patch : x * patch + side] for y, x in corners]
+def _crops(image: Tensor, corners: list[tuple[int, int]], side: int, patch: int) -> dict[str, Tensor]:
+    """Returns a batch of crops; crops that end at the image's edge, between two patches, are padded."""
+    crops = [image[:, y * patch : y * patch + side, x * patch : x * patch + side] for y, x in corners]
     height, width = (max(crop.shape[axis] for crop in crops) for axis in (1, 2))
     margins = [(0, width - crop.shape[2], 0, height - crop.shape[1]) for crop in crops]
-    inside = [torch.ones(crop.shape[1:], dtype=torch.long, device=photo.device) for crop in crops]
+    inside = [torch.ones(crop.shape[1:], dtype=torch.long, device=image.device) for crop in crops]
     return {
         "pixel_values": torch.stack([pad(crop, margin) for crop, margin in zip(crops, margins, strict=True)]),
         "pixel_mask": torch.stack([pad(mask, margin) for mask, margin in zip(inside, margins, strict=True)]),

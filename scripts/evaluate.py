@@ -1,7 +1,7 @@
 """Former name of eval.py; the command still works.
 
-Python puts the folder of a script first on its path, so any script here that imports the package `evaluate` finds this
-file instead and is given the package.
+Python puts the folder of a script first on its path. A script here that imports the package `evaluate` therefore finds
+this file instead, which then loads the package in its place.
 """
 
 import importlib.util

@@ -1,1 +1,1 @@
-"""Segmenters, metrics, evaluation, baselines."""
+"""Segmenter protocol, metrics, evaluation, baselines."""

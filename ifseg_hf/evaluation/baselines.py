@@ -1,7 +1,7 @@
-"""CLIP and MaskCLIP, which the paper compares with (section 3), as segmenters that are called as IFSeg is.
+"""CLIP and MaskCLIP, which the paper compares with (section 3), as segmenters with the interface of IFSeg's.
 
-Patch features of CLIP's vision transformer are compared with the embeddings of the words. Neither is tuned. What comes
-out has the fields of an IFSeg model's output, so smoothing, resizing and argmax are the same code for all.
+Patch features of CLIP's vision transformer are compared with the embeddings of the words. Neither baseline is tuned.
+Their outputs have the fields of an IFSeg model's outputs: smoothing, resizing and argmax are the same code for all.
 """
 
 import re
@@ -36,19 +36,21 @@ TEMPLATES = (
     "a scene with a {} in it.",
     "{}.",
 )
-"""A word's embedding is the mean over these sentences."""
+"""Sentences over which the embeddings of a word are averaged."""
 
 _RESNET = re.compile(r"(clip[-_])?(rn|resnet)[-_]?\d+.*", re.IGNORECASE)
 _EXAMPLE = "openai/clip-vit-base-patch16"
 
 
 class CLIPSegmenter:
-    """CLIP's patches against words; [`load_baseline`] makes one.
+    """Segmenter that compares CLIP's patch features with word embeddings; see [`load_baseline`].
 
     Args:
-        model (`CLIPModel`): used in evaluation mode and without gradients, wherever it is.
-        processor (`CLIPProcessor`): its tokenizer, and its mean and standard deviation of photos.
+        model (`CLIPModel`): is put into evaluation mode and used without gradients, on its device.
+        processor (`CLIPProcessor`): gives the tokenizer, and mean and standard deviation of images.
     """
+
+    inference = "whole"
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor):
         self.model = model.eval().requires_grad_(False)
@@ -60,21 +62,26 @@ class CLIPSegmenter:
         self.image_processor.patch_size = self.config.vision_config.patch_size
         self.word_embeddings: Tensor | None = None
 
+    @property
+    def smoothing(self) -> tuple[int, int]:
+        """Neighbours and iterations of the smoothing: the same as for an IFSeg model that was tuned on words."""
+        return self.image_processor.smoothing()
+
     @torch.no_grad()
     def set_words(self, categories: list[str] | dict[str, list[str]]) -> None:
         """
-        Sets what the patches are compared with.
+        Sets the categories, whose embeddings the patches are compared with.
 
         The embedding of a name is the mean of its unit-length text features over [`TEMPLATES`], scaled to unit length.
 
         Args:
-            categories (`list[str]` or `dict[str, list[str]]`): names; or the fine names of each category, whose
-                embedding is then the mean of theirs, scaled to unit length (its own name is not among them unless it
-                is listed).
+            categories (`list[str]` or `dict[str, list[str]]`): names; or the fine names of each category. The
+                category's embedding is then the mean of its fine names' embeddings, scaled to unit length (the
+                category's own name takes part only if it is listed).
 
         Raises:
-            `ValueError` for no, an empty or a double name, and for one that the tokenizer does not know or that is too
-            long for the model.
+            `ValueError` for no, an empty or a double name, and for a name that the tokenizer does not know or that is
+            too long for the model.
         """
         categories = read_categories(categories)
         fine = list(categories.values()) if isinstance(categories, Mapping) else [[name] for name in categories]
@@ -84,18 +91,18 @@ class CLIPSegmenter:
 
     def preprocess(self, images: list[np.ndarray]) -> BatchFeature:
         """
-        Photos as the model reads them: whole, never cropped.
+        Returns images as the model reads them: whole, never cropped.
 
-        The short side becomes 512 pixels unless the long one would exceed 2048; then each side is rounded to the
+        The short side becomes 512 pixels unless the long side would exceed 2048; then each side is rounded to the
         nearest multiple of the patch size, at least one patch, which changes the ratio by half a patch at most. The
-        resize is the one of [`IFSegImageProcessor`]; mean and standard deviation are the checkpoint's.
+        resize is [`IFSegImageProcessor`]'s; mean and standard deviation are the checkpoint's.
 
         Args:
             images (list of `np.ndarray` of shape `(H, W, 3)`, uint8): RGB, of any sizes.
 
         Returns:
             [`BatchFeature`] with **pixel_values** (batch, 3, H, W), float32, padded with 0 at the right and bottom,
-            and **pixel_mask** (batch, H, W), int64: 1 where there is photo.
+            and **pixel_mask** (batch, H, W), int64: 1 inside the image.
         """
         return self.image_processor(images, input_data_format="channels_last", return_tensors="pt")
 
@@ -103,19 +110,19 @@ class CLIPSegmenter:
     def __call__(self, inputs: Mapping[str, Tensor]) -> IFSegSegmentationOutput:
         """
         Args:
-            inputs: what [`preprocess`] returned, on any device.
+            inputs: result of [`preprocess`], on any device.
 
         Returns:
             [`IFSegSegmentationOutput`] with
 
             - **logits** (batch, categories, h, w), float32: cosine of patch and word, times CLIP's learned scale.
             - **image_features** (batch, C, h, w), float32: the patch features at unit length, for smoothing.
-            - **patch_mask** (batch, h, w), bool: the patches of each photo. The others are 0 everywhere.
+            - **patch_mask** (batch, h, w), bool: the patches of each image. Outputs of other patches are 0.
 
-            Each photo gets what it would get alone: those of one size run together.
+            Every image gets the outputs that it gets alone: images of one size run as a batch.
         """
         if self.word_embeddings is None:
-            raise ValueError("There are no words to compare the photos with: call set_words first.")
+            raise ValueError("There are no words to compare the images with: call set_words first.")
         device = self.model.device
         return self._segment(inputs["pixel_values"].to(device), inputs["pixel_mask"].to(device))
 
@@ -131,7 +138,7 @@ class CLIPSegmenter:
         return IFSegSegmentationOutput(logits=logits, image_features=features, patch_mask=mask)
 
     def _embed_name(self, name: str) -> Tensor:
-        """The embedding of a name, (C,), at unit length."""
+        """Returns the embedding of a name, (C,), at unit length."""
         ids = self.tokenizer(name, add_special_tokens=False)["input_ids"]
         if not ids or self.tokenizer.unk_token_id in ids:
             raise ValueError(f'The tokenizer has no tokens for "{name}": use another word.')
@@ -144,7 +151,7 @@ class CLIPSegmenter:
 
 
 class _WholePatches(IFSegImageProcessor):
-    """Resizes to multiples of `patch_size`: CLIP's patch embedding would leave out the rest."""
+    """Resizes images to multiples of `patch_size`: CLIP's patch embedding would ignore the remaining pixels."""
 
     patch_size: int
 
@@ -157,7 +164,7 @@ class _WholePatches(IFSegImageProcessor):
 
 
 class _ValueAttention(nn.Module):
-    """MaskCLIP's attention: no queries, no keys, every position has weight 1 for itself. (batch, L, d) -> same."""
+    """MaskCLIP's attention, without queries and keys: each position attends to itself. (batch, L, d) -> same."""
 
     def __init__(self, attention: nn.Module):
         super().__init__()
@@ -169,25 +176,25 @@ class _ValueAttention(nn.Module):
 
 def load_baseline(kind: str, model_name_or_path: str | Path, device: str | torch.device = "cpu") -> CLIPSegmenter:
     """
-    A segmenter that was never tuned for segmentation; give it words with `set_words`.
+    Loads a segmenter that was never tuned for segmentation; `set_words` sets its words.
 
     - `"clip"`: the last hidden states of the patches, normalised (`post_layernorm`) and projected (`visual_projection`)
       as CLIP does with its class token.
     - `"maskclip"`: the same, but the last layer's attention is its value path alone, `out_proj(v_proj(x))`, so that a
-      patch is not mixed with the others there. MaskCLIP defines this for the attention pooling that ends CLIP's ResNet,
-      which has neither residual nor MLP; its published implementation for vision transformers keeps both of the last
-      layer, without which the features would leave the space that `post_layernorm` and the projection were trained on.
-      So does this. Its two refinements of the result (key smoothing, prompt denoising) are left out, as the paper's
-      smoothing takes their place.
+      patch is not mixed with other patches there. MaskCLIP defines this for the attention pooling at the end of CLIP's
+      ResNet, which has neither residual nor MLP. MaskCLIP's published implementation for vision transformers keeps the
+      residual and the MLP of the last layer, without which the features would leave the space that `post_layernorm` and
+      the projection were trained on; this implementation keeps them, too. MaskCLIP's two refinements of the result (key
+      smoothing, prompt denoising) are left out, as the paper's smoothing takes their place.
 
     Args:
         kind (`str`): `"clip"` or `"maskclip"`.
         model_name_or_path (`str` or `Path`): folder or Hub id of a `CLIPModel` with its processor. transformers has
-            CLIP's vision transformers only; the ResNet variants are refused.
+            CLIP's vision transformers only: ResNet variants raise an error.
         device (`str` or `torch.device`, defaults to `"cpu"`): where the model computes, in float32.
 
     Raises:
-        `ValueError` for another kind, or for what is not a whole CLIP; `FileNotFoundError` for a missing folder.
+        `ValueError` for another kind, or for an incomplete or other model; `FileNotFoundError` for a missing folder.
     """
     if kind not in BASELINES:
         raise ValueError(f'There is no baseline "{kind}": choose from {", ".join(BASELINES)}.')
@@ -200,7 +207,9 @@ def load_baseline(kind: str, model_name_or_path: str | Path, device: str | torch
     try:
         path = resolve_model(name)
     except FileNotFoundError:
-        message = f'There is no model folder "{name}". Give that of a saved CLIP, or a name on the Hub: {_EXAMPLE}.'
+        message = (
+            f'There is no model folder "{name}". Give the folder of a saved CLIP, or a name on the Hub: {_EXAMPLE}.'
+        )
         raise FileNotFoundError(message) from None
     try:
         model_type = CLIPConfig.get_config_dict(path)[0].get("model_type")

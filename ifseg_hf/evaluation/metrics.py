@@ -1,7 +1,7 @@
-"""Mean intersection over union as an `evaluate.Metric`: one confusion matrix, whatever the number and size of the maps.
+"""Mean intersection over union as an `evaluate.Metric`, computed from one confusion matrix.
 
-The paper's protocol: the pixels of the whole set are counted together, and a mean is over the categories that occur in
-the truth.
+The paper's protocol: pixels of all images are counted together, and means are over the categories that occur in the
+truth.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Mean intersection over union (mIoU) of semantic segmentation, with mean accuracy, the accuracy of all pixels, and both
-measures of every category. Pixels of all photos are counted in one confusion matrix; those of the ignored label count
-nowhere; means are over the categories that occur in the truth.
+measures of every category. Pixels of all images are counted in one confusion matrix, without pixels of the ignored
+label; means are over the categories that occur in the truth.
 """
 _CITATION = """\
 @inproceedings{yun2023ifseg,
@@ -29,8 +29,8 @@ _CITATION = """\
 }
 """
 _INPUTS = """
-Maps are (height, width) arrays or tensors of whole numbers, a predicted and a true one of the same size for each photo;
-photos may differ in size.
+Maps are (height, width) arrays or tensors of whole numbers, a predicted and a true map of the same size for each
+image; images may differ in size.
 """
 
 
@@ -38,16 +38,16 @@ class MeanIoU(evaluate.Metric):
     """
     Counts the pixels of each pair of a true and a predicted category, and computes [`scores`] of the counts.
 
-    Nothing is downloaded or written to disk, and memory does not grow with the number of maps. In several processes
-    each counts its own photos, then all call [`~MeanIoU.reduce`], then any calls [`~MeanIoU.compute`].
+    Nothing is downloaded or written to disk, and memory does not grow with the number of maps. With several
+    processes, each counts its own images, then all call [`~MeanIoU.reduce`], then any calls [`~MeanIoU.compute`].
 
     Args:
         num_labels (`int`): categories; labels are `0 ... num_labels - 1`.
-        ignore_index (`int`, defaults to -100): the label of pixels of the truth that count nowhere.
+        ignore_index (`int`, defaults to -100): label of pixels of the truth that are left out.
 
     Attributes:
         confusion_matrix (`np.ndarray` of shape `(num_labels, num_labels)`, int64): pixels so far, by true category
-            (row) and predicted one (column). `scores(metric.confusion_matrix)` is the result so far.
+            (row) and predicted category (column). `scores(metric.confusion_matrix)` is the result so far.
     """
 
     def __init__(self, num_labels: int, ignore_index: int = -100):
@@ -71,22 +71,22 @@ class MeanIoU(evaluate.Metric):
         )
 
     def _build_data_dir(self) -> None:
-        """Makes no folder: the base class would, for the maps that it collects in files."""
+        """Makes no folder; the base class makes one for the maps that it collects in files."""
 
     def add(self, *, prediction, reference) -> None:
-        """Counts the pixels of one photo.
+        """Counts the pixels of one image.
 
         Args:
             prediction, reference: arrays or tensors of shape `(H, W)`, of integers.
 
         Raises:
             `ValueError`: for maps of different sizes, or a label that is neither a category nor, in `reference`, the
-                ignored one. Nothing of this call is then counted.
+                ignored label. No pixel of this call is then counted.
         """
         self.confusion_matrix += self._count(prediction, reference)
 
     def add_batch(self, *, predictions: Iterable, references: Iterable) -> None:
-        """Counts the pixels of several photos.
+        """Counts the pixels of several images.
 
         Args:
             predictions, references: lists of maps, which may differ in size, or arrays or tensors of shape
@@ -97,7 +97,9 @@ class MeanIoU(evaluate.Metric):
         """
         predictions, references = list(predictions), list(references)
         if len(predictions) != len(references):
-            raise ValueError(f"{len(predictions)} predictions for {len(references)} references: give one a reference.")
+            raise ValueError(
+                f"{len(predictions)} predictions for {len(references)} references: give one for each reference."
+            )
         counts = np.zeros_like(self.confusion_matrix)
         for prediction, reference in zip(predictions, references, strict=True):
             counts += self._count(prediction, reference)
@@ -109,27 +111,27 @@ class MeanIoU(evaluate.Metric):
         self.confusion_matrix = accelerator.reduce(counts, "sum").cpu().numpy()
 
     def compute(self, *, predictions=None, references=None, subsets: Mapping[str, Sequence[int]] | None = None) -> dict:
-        """[`scores`] of what was added; the next `add` starts anew, as in every metric of `evaluate`.
+        """Returns [`scores`] of the maps added so far and resets the counts, as every metric of `evaluate` does.
 
         Args:
-            predictions, references (*optional*): maps to add before, as in [`~MeanIoU.add_batch`].
+            predictions, references (*optional*): maps to add first, as in [`~MeanIoU.add_batch`].
             subsets (*optional*): see [`scores`].
         """
         if predictions is not None or references is not None:
             if predictions is None or references is None:
-                raise ValueError("Give both predictions and references, or none of them.")
+                raise ValueError("Give both predictions and references, or neither.")
             self.add_batch(predictions=predictions, references=references)
         result = scores(self.confusion_matrix, subsets)
         self.confusion_matrix = np.zeros_like(self.confusion_matrix)
         return result
 
     def _count(self, prediction, reference) -> np.ndarray:
-        """The confusion matrix of one photo."""
+        """Returns the confusion matrix of one image."""
         prediction, reference = _label_map(prediction, "prediction"), _label_map(reference, "reference")
         if prediction.shape != reference.shape:
             raise ValueError(
                 f"A prediction of shape {prediction.shape} for a reference of shape {reference.shape}: "
-                "both must have the height and width of the photo."
+                "both must have the height and width of the image."
             )
         counted = reference != self.ignore_index
         for labels, what in ((prediction, "prediction"), (reference, "reference")):
@@ -139,7 +141,7 @@ class MeanIoU(evaluate.Metric):
                 if what == "reference":
                     right += f" or, to be ignored, {self.ignore_index}"
                 raise ValueError(f"The {what} holds label {labels[wrong][0]}; it should be one of {right}.")
-        # Pixels that are ignored get a bin of their own: cheaper than taking them out of both maps.
+        # Ignored pixels get an extra bin: cheaper than removing them from both maps.
         pairs = reference * self.num_labels + prediction
         pairs[~counted] = self.confusion_matrix.size
         counts = np.bincount(pairs.ravel(), minlength=self.confusion_matrix.size + 1)
@@ -147,7 +149,7 @@ class MeanIoU(evaluate.Metric):
 
 
 def _label_map(labels, what: str) -> np.ndarray:
-    """A `(H, W)` array of integers of an array, a tensor on any device, or nested lists."""
+    """Returns an array, a tensor on any device, or nested lists as a `(H, W)` array of integers."""
     labels = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise ValueError(
@@ -160,7 +162,7 @@ def _label_map(labels, what: str) -> np.ndarray:
 
 def scores(confusion_matrix: np.ndarray, subsets: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
     """
-    What a confusion matrix says. All numbers are floats from 0 to 1, or nan where there is nothing to average.
+    Returns the scores of a confusion matrix. All are floats from 0 to 1, or nan where there is nothing to average.
 
     Args:
         confusion_matrix (`np.ndarray` of shape `(N, N)`, integers): pixels by true (row) and predicted (column)
@@ -172,14 +174,14 @@ def scores(confusion_matrix: np.ndarray, subsets: Mapping[str, Sequence[int]] | 
 
         - **mean_iou**: mean of `right / (true + predicted - right)` over the categories that occur in the truth;
         - **mean_accuracy**: mean of `right / true` over the same;
-        - **overall_accuracy**: part of all pixels that is right;
+        - **overall_accuracy**: share of all pixels that are right;
         - **per_category_iou**, **per_category_accuracy**: lists of N, nan for categories that do not occur;
-        - **mean_iou_<name>** of each subset: of the same intersections and unions, so predictions of categories outside
-          the subset count as wrong;
-        - **harmonic_mean_iou** of the two, if there are exactly two subsets (hIoU of zero-shot transfer).
+        - **mean_iou_<name>** of each subset: mean of the same IoUs, so predictions of categories outside the subset
+          count as wrong;
+        - **harmonic_mean_iou** of the subsets' means, if there are exactly two subsets (hIoU of zero-shot transfer).
 
     Raises:
-        `ValueError`: for a matrix that is not square, or a subset with something that is no category.
+        `ValueError`: for a matrix that is not square, or a subset with an unknown category.
     """
     matrix = np.asarray(confusion_matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -209,7 +211,7 @@ def scores(confusion_matrix: np.ndarray, subsets: Mapping[str, Sequence[int]] | 
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of what is not nan, which of nothing is nan."""
+    """Returns the mean of the values that are not nan; nan if there is none."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else float("nan")
 

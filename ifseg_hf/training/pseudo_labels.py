@@ -1,4 +1,4 @@
-"""Labels that a model makes of photos itself, for self-training (sections 4.2, A.2 and A.3 of the paper)."""
+"""Pseudo-labels: labels that a model predicts for images to be trained on (sections 4.2, A.2 and A.3 of the paper)."""
 
 import json
 import os
@@ -17,35 +17,37 @@ from tqdm import tqdm
 
 from ifseg_hf.data.crops import NO_LABEL, find_labels
 from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
+from ifseg_hf.evaluation.segmenter import load_segmenter
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.pretrained import resolve_model
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, read_image, to_array
-from ifseg_hf.processing.post_processing_ifseg import patch_scores, resize_scores
+from ifseg_hf.processing.post_processing_ifseg import resize_scores
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
+from ifseg_hf.processing.segmenter_ifseg import IFSegSegmenter
 from ifseg_hf.training.config import INCOMPLETE, PSEUDO_LABELS
 
-GIVEN = "given"  # folder of masks beside the labels: 255 where a label was given, 0 where it is the model's guess
+GIVEN = "given"  # folder of masks beside the labels: 255 where a label was given, 0 where the model predicted it
 
 
 @dataclass
 class PseudoLabelConfig:
-    """How a model guesses labels.
+    """Settings of the prediction of labels.
 
     Args:
-        smoothing_neighbors, smoothing_iterations: as in post-processing; 0 iterations do not smooth.
+        smoothing_neighbors, smoothing_iterations: of the model's predictions; 0 iterations do not smooth. `None`: the
+            setting that the model needs, as its image processor says.
         min_confidence: from 0 to 1; a pixel whose best category has a lower probability gets no label.
-        guessed: names of the categories to guess, such as the unseen ones; None for all.
+        predicted: names of the categories to predict, such as the unseen categories; `None` for all.
     """
 
-    smoothing_neighbors: int = 3
-    smoothing_iterations: int = 25
+    smoothing_neighbors: int | None = None
+    smoothing_iterations: int | None = None
     min_confidence: float = 0.0
-    guessed: list[str] | None = None
+    predicted: list[str] | None = None
 
     def __post_init__(self):
-        if self.smoothing_neighbors < 1:
+        if self.smoothing_neighbors is not None and self.smoothing_neighbors < 1:
             raise ValueError(f"smoothing_neighbors={self.smoothing_neighbors}: must be at least 1.")
-        if self.smoothing_iterations < 0:
+        if self.smoothing_iterations is not None and self.smoothing_iterations < 0:
             raise ValueError(f"smoothing_iterations={self.smoothing_iterations}: must be at least 0.")
         if not 0 <= self.min_confidence < 1:
             raise ValueError(f"min_confidence={self.min_confidence}: must be from 0 to less than 1.")
@@ -54,92 +56,82 @@ class PseudoLabelConfig:
 def confident_labels(
     probabilities: torch.Tensor, size: tuple[int, int], min_confidence: float = 0.0, candidates: Sequence[int] = ()
 ) -> torch.Tensor:
-    """The likeliest category of each pixel.
+    """Returns the most probable category of each pixel.
 
     Args:
         probabilities: (categories, h, w), resized bilinearly to `size` (height, width).
-        min_confidence: pixels of which no candidate is as likely become -100.
+        min_confidence: pixels where no candidate is as probable get -100.
         candidates: the categories to choose from; by default all.
 
     Returns:
-        int64 of shape `size`; of equally likely categories the first wins.
+        int64 of shape `size`; of equally probable categories the first wins.
     """
     best = torch.full(size, -1.0, device=probabilities.device)
     labels = torch.full(size, IGNORE_INDEX, device=probabilities.device)
-    for category in candidates or range(len(probabilities)):  # one at a time: there may be many, of many pixels
+    for category in candidates or range(len(probabilities)):  # one at a time, to save memory
         resized = resize_scores(probabilities[category, None], size)[0]
         better = (resized > best) & (resized >= min_confidence)
         best[better], labels[better] = resized[better], category
     return labels
 
 
-@torch.no_grad()
 def predict_labels(
-    model: IFSegForSemanticSegmentation,
-    processor: IFSegProcessor,
-    photo: np.ndarray,
-    guess: PseudoLabelConfig,
-    names: list[str],
+    segmenter: IFSegSegmenter, image: np.ndarray, config: PseudoLabelConfig, names: list[str]
 ) -> np.ndarray:
-    """Labels of a photo uint8 (H, W, 3), indices into `names`, as int64 (H, W), by a model in evaluation mode.
+    """Returns predicted labels of an image uint8 (H, W, 3): indices into `names`, int64 (H, W).
 
-    The model's words include those to guess, and no other is chosen. It gets the photo in crops if the processor has a
-    sliding window, as that of a supervised model has.
+    The segmenter's words include the categories to predict, and no other word is chosen.
     """
-    inputs = processor(images=photo, return_tensors="pt").to(model.device)
-    sliding = processor.image_processor.sliding_window is not None
-    outputs = processor.sliding_window(model, **inputs) if sliding else model(**inputs)
-    (scores,) = patch_scores(outputs, guess.smoothing_neighbors, guess.smoothing_iterations)
-    probabilities = scores if guess.smoothing_iterations else scores.softmax(0)
-    guessed = guess.guessed or names
-    own = [model.config.label2id[name] for name in guessed]
-    labels = confident_labels(probabilities, photo.shape[:2], guess.min_confidence, own).cpu().numpy()
+    outputs = segmenter(segmenter.preprocess([image]))
+    neighbors, iterations = segmenter.image_processor.smoothing(config.smoothing_neighbors, config.smoothing_iterations)
+    (scores,) = segmenter.patch_scores(outputs, neighbors, iterations)
+    probabilities = scores if iterations else scores.softmax(0)
+    predicted = config.predicted or names
+    own = [segmenter.model.config.label2id[name] for name in predicted]
+    labels = confident_labels(probabilities, image.shape[:2], config.min_confidence, own).cpu().numpy()
     label_of = np.full(len(probabilities), IGNORE_INDEX)
-    label_of[own] = [names.index(name) for name in guessed]
+    label_of[own] = [names.index(name) for name in predicted]
     return np.where(labels == IGNORE_INDEX, IGNORE_INDEX, label_of[labels.clip(0)])
 
 
 def label_images(
-    model: IFSegForSemanticSegmentation,
-    processor: IFSegProcessor,
+    segmenter: IFSegSegmenter,
     data: SegmentationDataset,
-    guess: PseudoLabelConfig,
+    config: PseudoLabelConfig,
     indices: Iterable[int],
     given: Callable[[dict, np.ndarray], np.ndarray],
     write: Callable[[dict, np.ndarray, np.ndarray], None],
 ) -> np.ndarray:
-    """Labels of the samples `indices` of `data`: those given, and the model's guesses elsewhere.
+    """Labels the samples `indices` of `data`: given labels stay, the model predicts the others.
 
     Args:
-        given: from a sample and its labels, bool (H, W): which labels are to be kept.
-        write: gets the sample, its new labels int64 (H, W) and what `given` returned.
+        given: returns, for a sample and its labels, bool (H, W): which labels are kept.
+        write: is called with the sample, its new labels int64 (H, W) and the result of `given`.
 
     Returns:
-        int64 (3,): how many pixels have a given label, a guess, none.
+        int64 (3,): numbers of pixels with a given label, a predicted label, and no label.
     """
-    counts, training = np.zeros(3, np.int64), model.training
-    model.eval()
+    counts = np.zeros(3, np.int64)
     for index in indices:
         sample = data.samples[index]
-        photo, labels = data.read(sample)
+        image, labels = data.read(sample)
         kept = given(sample, labels)
         if not kept.all():
-            labels = np.where(kept, labels, predict_labels(model, processor, photo, guess, data.names))
+            labels = np.where(kept, labels, predict_labels(segmenter, image, config, data.names))
         write(sample, labels, kept)
         labelled = labels != IGNORE_INDEX
         counts += [(kept & labelled).sum(), (~kept & labelled).sum(), (~labelled).sum()]
-    model.train(training)
     return counts
 
 
 def save_labels(labels: np.ndarray, file: Path) -> None:
-    """Writes int64 (H, W) as an 8-bit PNG, -100 as 255. The file is whole or not there."""
+    """Writes labels int64 (H, W) as an 8-bit PNG, -100 as 255. The file is complete or does not exist."""
     incomplete = file.with_name(file.name + INCOMPLETE)
     Image.fromarray(np.where(labels == IGNORE_INDEX, NO_LABEL, labels).astype(np.uint8)).save(incomplete, format="png")
     incomplete.replace(file)
 
 
-# Anew, during training ------------------------------------------------------------------------------------------------
+# During training ------------------------------------------------------------------------------------------------------
 
 
 def refresh_labels(
@@ -150,49 +142,52 @@ def refresh_labels(
     output: Path,
     state: PartialState,
 ) -> None:
-    """Writes `output/ID.png` for each sample of this process: labels that were given to it, and new guesses.
+    """Writes `output/ID.png` for each sample of this process: its given labels, and new predictions elsewhere.
 
     Args:
         data: read from `folder`, which [`write_pseudo_labels`] made.
-        state: which samples are this process's.
+        state: tells which samples are this process's.
 
-    The guesses are not smoothed: the model has seen photos by now.
+    The predictions are not smoothed: the model has been trained on images by now.
     """
-    told = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))[PSEUDO_LABELS]
-    guessed = [name for name in told["guessed"] or data.names if name in data.names]
-    guess = PseudoLabelConfig(smoothing_iterations=0, min_confidence=told["min_confidence"], guessed=guessed)
+    settings = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))[PSEUDO_LABELS]
+    predicted = settings["predicted"] if "predicted" in settings else settings["guessed"]  # the key in version 0.1.0
+    predicted = [name for name in predicted or data.names if name in data.names]
+    config = PseudoLabelConfig(smoothing_iterations=0, min_confidence=settings["min_confidence"], predicted=predicted)
 
     def given(sample: dict, labels: np.ndarray) -> np.ndarray:
         file = folder / GIVEN / f"{sample['id']}.png"
-        return np.asarray(Image.open(file)) > 0 if told["keep_labels"] else np.zeros(labels.shape, bool)
+        return np.asarray(Image.open(file)) > 0 if settings["keep_labels"] else np.zeros(labels.shape, bool)
 
     def write(sample: dict, labels: np.ndarray, kept: np.ndarray) -> None:
         save_labels(labels, output / f"{sample['id']}.png")
 
+    training = model.training
     indices = range(state.process_index, len(data.samples), state.num_processes)
-    label_images(model, processor, data, guess, indices, given, write)
+    label_images(IFSegSegmenter(model, processor), data, config, indices, given, write)
+    model.train(training)
 
 
-# As a data set --------------------------------------------------------------------------------------------------------
+# As a dataset -------------------------------------------------------------------------------------------------------
 
 
 class UnlabelledImages(SegmentationDataset):
-    """Photos without masks: each has no label anywhere."""
+    """Images without masks: no pixel has a label."""
 
     def read(self, sample) -> tuple[np.ndarray, np.ndarray]:
         try:
-            photo = to_array(read_image(sample["image"]["path"]))
+            image = to_array(read_image(sample["image"]["path"]))
         except ValueError as error:
             raise SampleError(str(error)) from error
-        return photo, np.full(photo.shape[:2], IGNORE_INDEX)
+        return image, np.full(image.shape[:2], IGNORE_INDEX)
 
 
 def load_images(folder: str | Path, names: list[str]) -> UnlabelledImages:
-    """All images in a folder, as a data set of the categories `names`. Raises `ValueError` if there is none."""
+    """Returns all images in a folder as a dataset of the categories `names`. Raises `ValueError` if there is none."""
     endings = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
     files = {file.stem: str(file) for file in sorted(Path(folder).glob("*")) if file.suffix.lower() in endings}
     if not files:
-        raise ValueError(f'There is no photo in "{folder}".')
+        raise ValueError(f'There is no image in "{folder}".')
     column = datasets.Image(decode=False)
     features = datasets.Features(id=datasets.Value("string"), image=column, mask=column)
     columns = {"id": list(files), "image": list(files.values()), "mask": [None] * len(files)}
@@ -204,69 +199,74 @@ def write_pseudo_labels(
     model: str,
     data: SegmentationDataset,
     output_dir: str | Path,
-    guess: PseudoLabelConfig | None = None,
+    config: PseudoLabelConfig | None = None,
     keep_labels: bool = False,
     unseen: str | None = None,
     cpu: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
-    """Writes a data set of photos and labels: `images/`, `masks/`, `dataset.json`, and `given/` with `keep_labels`.
+    """Writes a dataset of images and labels: `images/`, `masks/`, `dataset.json`, and `given/` with `keep_labels`.
 
-    Call it under `accelerate launch` to share the photos among several processes. A run that was stopped goes on when
-    it is started again.
+    Call it under `accelerate launch` to share the images among several processes. A stopped run resumes when it is
+    started again.
 
     Args:
-        model: folder or Hub id. It is asked for the words it was tuned for if those to guess are among them, else for
-            those to guess.
-        data: what to label; of its own labels only those that `keep_labels` keeps are looked at.
-        guess: see [`PseudoLabelConfig`]. With `unseen`, those are the categories to guess.
-        keep_labels: keep the labels that there are, and guess where there is none.
+        model: folder or Hub id. It chooses among the words it was tuned for if they include the categories to predict,
+            else among the categories to predict.
+        data: images to label, and labels, which are read only with `keep_labels`.
+        config: see [`PseudoLabelConfig`]. With `unseen`, these are the categories to predict.
+        keep_labels: keep the labels of `data`, and predict labels for the other pixels.
         unseen: categories whose labels count as none; see [`find_labels`].
 
     Raises:
-        `ValueError`: a wrong argument, a folder that holds something else, or a model that cannot be loaded.
-        `SampleError`: a photo that cannot be used.
+        `ValueError`: a wrong argument, a folder with other files, or a model that cannot be loaded.
+        `SampleError`: an image that cannot be used.
     """
-    guess = guess or PseudoLabelConfig()
+    config = config or PseudoLabelConfig()
     if len(data.names) >= NO_LABEL:
         raise ValueError(f"{len(data.names)} categories do not fit into masks of 8 bits: {NO_LABEL - 1} do.")
     hidden = find_labels(data, unseen)
     if hidden:
-        guess = replace(guess, guessed=[data.names[label] for label in hidden])
-    told = {"model": str(model), "keep_labels": keep_labels, **asdict(guess)}
-    content = {"categories": data.names, "ignore_index": NO_LABEL, PSEUDO_LABELS: told}
+        config = replace(config, predicted=[data.names[label] for label in hidden])
     output, state = Path(output_dir), PartialState(cpu=cpu)
+    segmenter = load_segmenter(model, device=state.device, trust_remote_code=trust_remote_code)
+    words = config.predicted or data.names
+    if segmenter.model.config.category_ids is None or not set(words) <= segmenter.model.config.label2id.keys():
+        segmenter.set_words(words)
+    neighbors, iterations = segmenter.image_processor.smoothing(config.smoothing_neighbors, config.smoothing_iterations)
+    config = replace(config, smoothing_neighbors=neighbors, smoothing_iterations=iterations)
+    settings = {"model": str(model), "keep_labels": keep_labels, **asdict(config)}
+    content = {"categories": data.names, "ignore_index": NO_LABEL, PSEUDO_LABELS: settings}
     begun = output / f"dataset.json{INCOMPLETE}"
     if begin(output, begun, content, state):
         state.print(f"{output} is complete already.")
         return output
-    segmenter, processor = load_segmenter(model, guess.guessed or data.names)
-    segmenter.to(state.device)
 
     def given(sample: dict, labels: np.ndarray) -> np.ndarray:
         return (labels != IGNORE_INDEX) & ~np.isin(labels, hidden) & keep_labels
 
     def write(sample: dict, labels: np.ndarray, kept: np.ndarray) -> None:
-        copy_photo(sample, output / "images")
+        copy_image(sample, output / "images")
         if keep_labels:
             save_labels(kept * 255, output / GIVEN / f"{sample['id']}.png")
-        save_labels(labels, output / "masks" / f"{sample['id']}.png")  # the last: with it the sample is done
+        save_labels(labels, output / "masks" / f"{sample['id']}.png")  # the last file: it marks the sample as done
 
     done = {file.stem for file in (output / "masks").glob("*.png")}
-    state.wait_for_everyone()  # all have seen the same masks: only then may the first of them write another
+    state.wait_for_everyone()  # every process has seen the same masks: only now may one of them write another
     todo = [index for index, name in enumerate(data.samples["id"]) if name not in done]
-    mine = tqdm(todo[state.process_index :: state.num_processes], unit="photo", disable=not state.is_main_process)
-    counts = label_images(segmenter, processor, data, guess, mine, given, write)
+    mine = tqdm(todo[state.process_index :: state.num_processes], unit="image", disable=not state.is_main_process)
+    counts = label_images(segmenter, data, config, mine, given, write)
     shares = reduce(torch.from_numpy(counts).to(state.device), "sum").double()
     if state.is_main_process:
         begun.replace(output / "dataset.json")
     shares = (100 * shares / shares.sum().clamp(min=1)).tolist()
-    given_share, guessed_share, none = (f"{share:.1f} %" for share in shares)
-    state.print(f"{len(todo)} photos in {output}: labels given {given_share}, guessed {guessed_share}, none {none}.")
+    given_share, predicted, none = (f"{share:.1f} %" for share in shares)
+    state.print(f"{len(todo)} images in {output}: labels given {given_share}, predicted {predicted}, none {none}.")
     return output
 
 
 def begin(output: Path, begun: Path, content: dict, state: PartialState) -> bool:
-    """Makes the folder, or finds it begun with the same settings. Returns whether it is complete."""
+    """Makes the folder, or resumes a folder with the same settings. Returns whether the dataset is complete."""
     for file in (output / "dataset.json", begun):
         if file.is_file():
             if json.loads(file.read_text(encoding="utf-8")) != content:
@@ -274,7 +274,7 @@ def begin(output: Path, begun: Path, content: dict, state: PartialState) -> bool
             return file != begun
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f'The output folder "{output}" holds other files: choose another.')
-    state.wait_for_everyone()  # before the first of them writes there
+    state.wait_for_everyone()  # before any process writes there
     try:
         for name in ("images", "masks", *([GIVEN] if content[PSEUDO_LABELS]["keep_labels"] else [])):
             (output / name).mkdir(parents=True, exist_ok=True)
@@ -286,24 +286,8 @@ def begin(output: Path, begun: Path, content: dict, state: PartialState) -> bool
     return False
 
 
-def load_segmenter(model: str, names: list[str]) -> tuple[IFSegForSemanticSegmentation, IFSegProcessor]:
-    """A model in evaluation mode whose words include `names`, or are `names`; and its processor."""
-    try:
-        folder = resolve_model(model)
-        processor = IFSegProcessor.from_pretrained(folder)
-        segmenter = IFSegForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f'"{model}" can\'t be loaded: {" ".join(str(error).split())}'[:500]) from error
-    config = segmenter.config
-    if config.category_ids is not None and set(names) <= config.label2id.keys():
-        return segmenter.eval(), processor
-    append_unknown = config.prompt_ids is None or processor.ends_with_unknown(config.prompt_ids)
-    segmenter.set_words(**processor.encode_categories(names, config.prompt, append_unknown))
-    return segmenter.eval(), processor
-
-
-def copy_photo(sample: dict, folder: Path) -> None:
-    """Puts the photo's file there under the sample's id: a second name for it where the disk allows that."""
+def copy_image(sample: dict, folder: Path) -> None:
+    """Copies the image's file to a folder, named after the sample's id; as a hard link where the disk allows it."""
     image = sample["image"]
     file = folder / (sample["id"] + (Path(image["path"] or "").suffix or ".jpg"))
     if image.get("bytes") is not None:

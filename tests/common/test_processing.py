@@ -84,14 +84,14 @@ class ImageSegmentationPipelineTests:
             dtype=dtype,
         )
         rng = np.random.default_rng(0)
-        photos = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in [(50, 70), (40, 40)]]
-        return pipeline, photos
+        images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in [(50, 70), (40, 40)]]
+        return pipeline, images
 
     def run_pipeline_test(self, pipeline, examples):
-        for photo, segments in zip(examples, pipeline(examples), strict=True):
-            assert segments == pipeline(photo)
+        for image, segments in zip(examples, pipeline(examples), strict=True):
+            assert segments == pipeline(image)
             assert all(segment.keys() == {"label", "score", "mask"} for segment in segments)
-            assert all(segment["mask"].size == photo.size for segment in segments)
+            assert all(segment["mask"].size == image.size for segment in segments)
             assert (sum(np.asarray(segment["mask"]).astype(int) for segment in segments) == 255).all()
 
 

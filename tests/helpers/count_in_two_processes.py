@@ -1,9 +1,9 @@
-"""Counts the pixels of five photos, in two processes and in one.
+"""Counts the pixels of five images, in two processes and in one.
 
     python count_in_two_processes.py FOLDER
 
-writes the confusion matrices 0.npy, 1.npy (of the two) and alone.npy. A program of its own, because forking, which
-spares the processes their imports, wants a process without threads.
+writes the confusion matrices 0.npy, 1.npy (of the two processes) and alone.npy. A separate program: forking, which
+saves the imports of each process, needs a process without threads.
 """
 
 import sys
@@ -19,8 +19,8 @@ BATCHES = [[0, 1], [2, 3], [4]]
 def count(batches: list[list[int]], many: bool) -> MeanIoU:
     metric = MeanIoU(171)
     for batch in batches:
-        photos = [np.random.default_rng(photo).integers(0, 171, (2, 20 + photo, 30 - photo)) for photo in batch]
-        predictions, references = zip(*photos, strict=True)
+        maps = [np.random.default_rng(image).integers(0, 171, (2, 20 + image, 30 - image)) for image in batch]
+        predictions, references = zip(*maps, strict=True)
         references = [np.where(reference % 10 == 3, -100, reference) for reference in references]
         metric.add_batch(predictions=predictions, references=references)
     metric.confusion_matrix += 2**53 + 1 if many else 0  # odd numbers that a float64 cannot hold

@@ -1,4 +1,4 @@
-"""A folder of small photos with masks, in which the colour tells the category, for training in tests."""
+"""A folder of small images with masks, in which the colour shows the category, for training in tests."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ IGNORE = 9
 
 
 def save_tiny_segmenter(folder: Path) -> str:
-    """The model of tiny_model.py, with photos as small as its own: not 512 pixels."""
+    """Saves the model of tiny_model.py with an image size of 48 pixels, and returns the folder's name."""
     save_tiny_model(folder)
     processor = IFSegProcessor.from_pretrained(folder)
     processor.image_processor.size = {"shortest_edge": 48, "longest_edge": 192}
@@ -32,15 +32,15 @@ def random_mask(random: np.random.Generator, height: int, width: int) -> np.ndar
 
 
 def save_masked_photos(folder: Path, count: int = 6, split: str | None = "train", height: int = 48, width: int = 60):
-    """Photos as PNG, so that their colours are exact; an ignored pixel is black. Returns the folder's name."""
+    """Saves images as PNG, so that their colours are exact; ignored pixels are black. Returns the folder's name."""
     random = np.random.default_rng(0)
     part = folder / split if split else folder
     for name in ("images", "masks"):
         (part / name).mkdir(parents=True)
     for number in range(count):
         mask = random_mask(random, height + number, width)
-        photo = np.where((mask == IGNORE)[..., None], 0, COLOURS[np.minimum(mask, len(NAMES) - 1)]).astype(np.uint8)
-        Image.fromarray(photo).save(part / "images" / f"{number}.png")
+        image = np.where((mask == IGNORE)[..., None], 0, COLOURS[np.minimum(mask, len(NAMES) - 1)]).astype(np.uint8)
+        Image.fromarray(image).save(part / "images" / f"{number}.png")
         Image.fromarray(mask).save(part / "masks" / f"{number}.png")
     (folder / "dataset.json").write_text(json.dumps({"categories": NAMES, "ignore_index": IGNORE}))
     return str(folder)

@@ -1,8 +1,8 @@
-"""Pseudo-labels of two processes, of which the second takes its time to load the model.
+"""Pseudo-labels of two processes, of which the second is late.
 
-    python label_in_two_processes.py MODEL PHOTOS OUTPUT
+    python label_in_two_processes.py MODEL IMAGES OUTPUT
 
-A program of its own, because forking, which spares the processes their imports, wants a process without threads.
+A separate program: forking, which saves the imports of each process, needs a process without threads.
 """
 
 import sys
@@ -14,16 +14,17 @@ from ifseg_hf.data.crops import load_training_dataset
 from ifseg_hf.training import pseudo_labels
 
 
-def label(model: str, photos: str, output: str) -> None:
+def label(model: str, images: str, output: str) -> None:
     assert PartialState(cpu=True).num_processes == 2
-    load = pseudo_labels.load_segmenter
+    begin = pseudo_labels.begin
 
-    def load_late(*args):
+    def begin_late(*arguments):
+        complete = begin(*arguments)
         time.sleep(3 * PartialState().process_index)
-        return load(*args)
+        return complete
 
-    pseudo_labels.load_segmenter = load_late
-    pseudo_labels.write_pseudo_labels(model, load_training_dataset(photos), output, cpu=True)
+    pseudo_labels.begin = begin_late
+    pseudo_labels.write_pseudo_labels(model, load_training_dataset(images), output, cpu=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from ifseg_hf.processing import IFSegImageProcessor
 from ifseg_hf.processing.image_processing_ifseg import output_size, resize_bilinear, resize_nearest, to_array
 
 
-def photo(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+def random_image(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     shape = (height, width, channels) if channels else (height, width)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
@@ -40,7 +40,7 @@ def resize_by_loops(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return result
 
 
-@pytest.mark.skipif(SHARED is None, reason="needs the reference's photos")
+@pytest.mark.skipif(SHARED is None, reason="needs the reference's images")
 @pytest.mark.parametrize(
     ("name", "file"),
     [("cat_dog", "cat_dog.jpg"), ("camvid_0016E5_07959", "camvid/val/images/0016E5_07959.jpg")],
@@ -56,7 +56,7 @@ def test_resize_is_the_reference_resize(name, file):
 @settings(max_examples=30, deadline=None)
 @given(*[st.integers(1, 24)] * 4, st.integers(0, 100))
 def test_resize_is_opencvs_arithmetic(height, width, new_height, new_width, seed):
-    image = photo(height, width, seed=seed)
+    image = random_image(height, width, seed=seed)
     resized = resize_bilinear(image, new_height, new_width)
     assert resized.dtype == np.uint8
     np.testing.assert_array_equal(resized, resize_by_loops(image, new_height, new_width))
@@ -65,7 +65,7 @@ def test_resize_is_opencvs_arithmetic(height, width, new_height, new_width, seed
 @settings(max_examples=30, deadline=None)
 @given(*[st.integers(1, 24)] * 4)
 def test_resize_of_floats_is_bilinear_without_antialiasing(height, width, new_height, new_width):
-    image = photo(height, width).astype(np.float32) / 255
+    image = random_image(height, width).astype(np.float32) / 255
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(image).permute(2, 0, 1)[None], size=(new_height, new_width), mode="bilinear"
     )[0].permute(1, 2, 0)
@@ -96,12 +96,12 @@ def test_output_size(height, width):
     ],
 )
 def test_sizes_that_transformers_knows(size, expected):
-    inputs = IFSegImageProcessor(size=size)(photo(200, 400), return_tensors="pt")
+    inputs = IFSegImageProcessor(size=size)(random_image(200, 400), return_tensors="pt")
     assert inputs.pixel_values.shape == (1, 3, *expected)
 
 
 def test_normalises_to_minus_one_to_one():
-    image = photo(64, 96)
+    image = random_image(64, 96)
     processor = IFSegImageProcessor(size={"shortest_edge": 64, "longest_edge": 256})
     inputs = processor(Image.fromarray(image), return_tensors="pt")
     assert inputs.pixel_values.dtype == torch.float32
@@ -111,7 +111,7 @@ def test_normalises_to_minus_one_to_one():
 
 
 def test_flags():
-    image = photo(30, 40)
+    image = random_image(30, 40)
     processor = IFSegImageProcessor(do_resize=False, do_normalize=False)
     plain = processor(image, do_rescale=False, return_tensors="np")["pixel_values"]
     np.testing.assert_array_equal(plain[0], image.transpose(2, 0, 1))
@@ -124,11 +124,11 @@ def test_flags():
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(8, 60), st.integers(8, 60)), min_size=1, max_size=4))
-def test_a_padded_photo_is_what_it_is_alone(sizes):
+def test_padding_changes_no_pixel_of_an_image(sizes):
     processor = IFSegImageProcessor(size={"shortest_edge": 16, "longest_edge": 64})
-    photos = [photo(*size, seed=index) for index, size in enumerate(sizes)]
-    inputs = processor(photos, return_tensors="pt")
-    for image, pixels, mask in zip(photos, inputs.pixel_values, inputs.pixel_mask, strict=True):
+    images = [random_image(*size, seed=index) for index, size in enumerate(sizes)]
+    inputs = processor(images, return_tensors="pt")
+    for image, pixels, mask in zip(images, inputs.pixel_values, inputs.pixel_mask, strict=True):
         alone = processor(image, return_tensors="pt").pixel_values[0]
         height, width = alone.shape[1:]
         assert torch.equal(pixels[:, :height, :width], alone)
@@ -138,17 +138,17 @@ def test_a_padded_photo_is_what_it_is_alone(sizes):
 
 
 def test_pads_to_a_given_size_or_not_at_all():
-    photos = [photo(20, 20), photo(20, 30)]
+    images = [random_image(20, 20), random_image(20, 30)]
     processor = IFSegImageProcessor(do_resize=False)
-    assert processor(photos, pad_size={"height": 32, "width": 48}, return_tensors="pt").pixel_values.shape[2:] == (
+    assert processor(images, pad_size={"height": 32, "width": 48}, return_tensors="pt").pixel_values.shape[2:] == (
         32,
         48,
     )
-    assert [image.shape for image in processor(photos, do_pad=False)["pixel_values"]] == [(3, 20, 20), (3, 20, 30)]
+    assert [image.shape for image in processor(images, do_pad=False)["pixel_values"]] == [(3, 20, 20), (3, 20, 30)]
 
 
 def test_kinds_of_input(tmp_path):
-    image = photo(20, 30)
+    image = random_image(20, 30)
     Image.fromarray(image).save(tmp_path / "a.png")
     tensor = torch.from_numpy(image)
     kinds = [
@@ -176,8 +176,8 @@ def test_kinds_of_input(tmp_path):
 
 
 def test_modes_of_pil():
-    grey = Image.fromarray(photo(20, 30, 0))
-    rgb = Image.fromarray(photo(20, 30))
+    grey = Image.fromarray(random_image(20, 30, 0))
+    rgb = Image.fromarray(random_image(20, 30))
     from_grey = np.repeat(np.asarray(grey)[..., None], 3, 2)
     np.testing.assert_array_equal(to_array(grey), from_grey)
     np.testing.assert_array_equal(to_array(np.asarray(grey)), from_grey)
@@ -191,7 +191,7 @@ def test_modes_of_pil():
 
 
 def test_transparency_is_white():
-    rgba = photo(8, 8, 4)
+    rgba = random_image(8, 8, 4)
     rgba[..., 3] = 255
     rgba[:4, :, 3] = 0
     for image in (Image.fromarray(rgba), rgba, rgba.transpose(2, 0, 1)):
@@ -201,7 +201,7 @@ def test_transparency_is_white():
 
 
 def test_exif_orientation(tmp_path):
-    image = Image.fromarray(photo(20, 30))
+    image = Image.fromarray(random_image(20, 30))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
     image.save(tmp_path / "turned.png", exif=exif)
@@ -212,7 +212,7 @@ def test_exif_orientation(tmp_path):
 
 
 def test_animation_takes_the_first_frame(tmp_path):
-    frames = [Image.fromarray(photo(20, 30, seed=seed)) for seed in range(3)]
+    frames = [Image.fromarray(random_image(20, 30, seed=seed)) for seed in range(3)]
     frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:], duration=100)
     assert Image.open(tmp_path / "a.png").n_frames == 3
     np.testing.assert_array_equal(to_array(Image.open(tmp_path / "a.png")), np.asarray(frames[0]))
@@ -237,8 +237,8 @@ def test_bad_images(image, message):
 
 
 def test_bad_files_are_named(tmp_path):
-    (tmp_path / "text.jpg").write_text("not a photo")
-    Image.fromarray(photo(64, 64)).save(tmp_path / "whole.jpg")
+    (tmp_path / "text.jpg").write_text("not an image")
+    Image.fromarray(random_image(64, 64)).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1000])
     for name in ("text.jpg", "cut.jpg"):
         with pytest.raises(ValueError, match=name):
@@ -264,12 +264,12 @@ def test_labels_are_taken_under_pixel_centres(height, width, new_height, new_wid
 
 
 def test_segmentation_maps(tmp_path):
-    photos = [photo(20, 30), photo(40, 30)]
+    images = [random_image(20, 30), random_image(40, 30)]
     maps = [
-        np.random.default_rng(index).integers(0, 4, image.shape[:2], np.uint8) for index, image in enumerate(photos)
+        np.random.default_rng(index).integers(0, 4, image.shape[:2], np.uint8) for index, image in enumerate(images)
     ]
     processor = IFSegImageProcessor(size={"shortest_edge": 40, "longest_edge": 80})
-    inputs = processor(photos, maps, return_tensors="pt")
+    inputs = processor(images, maps, return_tensors="pt")
     assert inputs.labels.dtype == torch.int64
     assert inputs.labels.shape == inputs.pixel_mask.shape
     assert (inputs.labels[inputs.pixel_mask == 0] == -100).all()
@@ -278,7 +278,7 @@ def test_segmentation_maps(tmp_path):
     Image.fromarray(maps[0]).save(tmp_path / "map.png")
     palette = Image.fromarray(maps[0]).convert("P")
     for kind in (str(tmp_path / "map.png"), torch.from_numpy(maps[0]), maps[0][None], palette):
-        assert torch.equal(processor(photos[0], kind, return_tensors="pt").labels[0], inputs.labels[0, :40, :60])
+        assert torch.equal(processor(images[0], kind, return_tensors="pt").labels[0], inputs.labels[0, :40, :60])
 
 
 def test_ignored_labels():
@@ -295,7 +295,7 @@ def test_ignored_labels():
 
 
 def test_bad_segmentation_maps():
-    processor, image = IFSegImageProcessor(), photo(20, 30)
+    processor, image = IFSegImageProcessor(), random_image(20, 30)
     with pytest.raises(ValueError, match=r"map 0 is \(30, 20\)"):
         processor(image, np.zeros((30, 20), np.uint8))
     with pytest.raises(ValueError, match="2 segmentation maps for 1"):
@@ -312,7 +312,7 @@ def test_saved_and_loaded(tmp_path):
     loaded = IFSegImageProcessor.from_pretrained(tmp_path)
     assert loaded.to_dict() == processor.to_dict()
     assert loaded.size == {"shortest_edge": 256, "longest_edge": 1024}
-    image = photo(300, 400)
+    image = random_image(300, 400)
     assert torch.equal(
         loaded(image, return_tensors="pt").pixel_values, processor(image, return_tensors="pt").pixel_values
     )

@@ -13,7 +13,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from ifseg_hf.processing import IFSegImageSegmentationPipeline, IFSegProcessor
 
 
-def photo(height: int = 90, width: int = 120, seed: int = 0) -> Image.Image:
+def make_image(height: int = 90, width: int = 120, seed: int = 0) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -56,9 +56,9 @@ def same(first: list[dict], second: list[dict]) -> bool:
 
 @pytest.mark.parametrize("iterations", [0, 25])
 def test_is_the_model_and_the_post_processing(pipe, model, small_processor, iterations, log):
-    segments = pipe(photo(), smoothing_iterations=iterations)
+    segments = pipe(make_image(), smoothing_iterations=iterations)
     with torch.no_grad():
-        outputs = model(**small_processor(images=photo(), return_tensors="pt"))
+        outputs = model(**small_processor(images=make_image(), return_tensors="pt"))
     (expected,) = small_processor.post_process_semantic_segmentation(
         outputs, [(90, 120)], smoothing_iterations=iterations
     )
@@ -73,95 +73,101 @@ def test_is_the_model_and_the_post_processing(pipe, model, small_processor, iter
 
 
 def test_smooths_by_default(pipe):
-    assert same(pipe(photo()), pipe(photo(), smoothing_neighbors=3, smoothing_iterations=25))
-    assert not same(pipe(photo()), pipe(photo(), smoothing_iterations=0))
+    assert same(pipe(make_image()), pipe(make_image(), smoothing_neighbors=3, smoothing_iterations=25))
+    assert not same(pipe(make_image()), pipe(make_image(), smoothing_iterations=0))
 
 
 def test_the_score_is_the_mean_probability(pipe, model, small_processor):
     from ifseg_hf.processing import patch_scores, resize_scores
 
     with torch.no_grad():
-        outputs = model(**small_processor(images=photo(), return_tensors="pt"))
+        outputs = model(**small_processor(images=make_image(), return_tensors="pt"))
     (scores,) = patch_scores(outputs)
     probabilities = resize_scores(scores, (90, 120))
-    for segment in pipe(photo()):
+    for segment in pipe(make_image()):
         mask = torch.from_numpy(np.array(segment["mask"])) == 255
         expected = probabilities[model.config.label2id[segment["label"]]][mask].mean()
         assert segment["score"] == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_other_words(pipe, model):
-    assert labels_of(pipe(photo())) <= {"cat", "dog", "sky"}
-    assert labels_of(pipe(photo(), categories=["concrete wall", "grass"])) <= {"concrete wall", "grass"}
-    assert labels_of(pipe(photo(), categories=["grass"])) == {"grass"}
-    assert labels_of(pipe(photo(), categories={"animal": ["cat", "dog"]})) == {"animal"}
+    assert labels_of(pipe(make_image())) <= {"cat", "dog", "sky"}
+    assert labels_of(pipe(make_image(), categories=["concrete wall", "grass"])) <= {"concrete wall", "grass"}
+    assert labels_of(pipe(make_image(), categories=["grass"])) == {"grass"}
+    assert labels_of(pipe(make_image(), categories={"animal": ["cat", "dog"]})) == {"animal"}
     # the same words as stored, in the same prompt
-    assert same(pipe(photo(), categories=["cat", "dog", "sky"]), pipe(photo()))
-    own = pipe(photo(), prompt="which of these is it?")
+    assert same(pipe(make_image(), categories=["cat", "dog", "sky"]), pipe(make_image()))
+    own = pipe(make_image(), prompt="which of these is it?")
     assert labels_of(own) <= {"cat", "dog", "sky"}
-    assert not same(own, pipe(photo()))
+    assert not same(own, pipe(make_image()))
     assert model.config.id2label == {0: "cat", 1: "dog", 2: "sky"}
 
 
 def test_other_words_follow_the_stored_prompt(pipe, model, small_processor):
     model.set_words(**small_processor.encode_categories(["cat", "dog", "sky"], "a photo of", append_unknown=False))
-    assert same(pipe(photo(), categories=["cat", "dog", "sky"]), pipe(photo()))
+    assert same(pipe(make_image(), categories=["cat", "dog", "sky"]), pipe(make_image()))
 
 
 def test_words_given_at_construction(model, small_processor):
     pipe = small_processor.pipeline(model, categories=["grass"])
-    assert labels_of(pipe(photo())) == {"grass"}
-    assert labels_of(pipe(photo(), categories=["wall"])) == {"wall"}
+    assert labels_of(pipe(make_image())) == {"grass"}
+    assert labels_of(pipe(make_image(), categories=["wall"])) == {"wall"}
 
 
-def test_photos_of_several_sizes_in_one_batch(pipe, log):
-    photos = [photo(90, 120, 0), photo(120, 90, 1), photo(64, 64, 2), photo(90, 120, 3), photo(70, 200, 4)]
+def test_images_of_several_sizes_in_one_batch(pipe, log):
+    images = [
+        make_image(90, 120, 0),
+        make_image(120, 90, 1),
+        make_image(64, 64, 2),
+        make_image(90, 120, 3),
+        make_image(70, 200, 4),
+    ]
     for kwargs in ({}, {"categories": ["grass", "concrete wall"]}):
-        together = pipe(photos, batch_size=2, **kwargs)
-        for image, segments in zip(photos, together, strict=True):
+        together = pipe(images, batch_size=2, **kwargs)
+        for image, segments in zip(images, together, strict=True):
             assert same(segments, pipe(image, **kwargs))
-        lazily = list(pipe((image for image in photos), batch_size=3, **kwargs))
+        lazily = list(pipe((image for image in images), batch_size=3, **kwargs))
         assert all(same(*pair) for pair in zip(lazily, together, strict=True))
     assert log == []
 
 
-def test_kinds_of_photo(pipe, tmp_path):
-    photo().save(tmp_path / "a.png")
-    expected = pipe(photo())
-    array = np.array(photo())
+def test_kinds_of_images(pipe, tmp_path):
+    make_image().save(tmp_path / "a.png")
+    expected = pipe(make_image())
+    array = np.array(make_image())
     kinds = [str(tmp_path / "a.png"), tmp_path / "a.png", array, torch.from_numpy(array).permute(2, 0, 1)]
     for kind in kinds:
         assert same(pipe(kind), expected)
     assert all(same(segments, expected) for segments in pipe(kinds))
-    assert same(pipe(images=photo()), expected)
+    assert same(pipe(images=make_image()), expected)
 
 
 def test_errors(pipe, model, small_processor, tmp_path):
     with pytest.raises(ValueError, match="semantic"):
-        pipe(photo(), subtask="panoptic")
+        pipe(make_image(), subtask="panoptic")
     with pytest.raises(ValueError, match="twice"):
-        pipe(photo(), categories=["cat", "cat"])
+        pipe(make_image(), categories=["cat", "cat"])
     with pytest.raises(ValueError, match="not a word"):
-        pipe([photo(), photo()], categories=[["cat"], ["dog"]])
-    (tmp_path / "a.jpg").write_text("no photo")
+        pipe([make_image(), make_image()], categories=[["cat"], ["dog"]])
+    (tmp_path / "a.jpg").write_text("no image")
     with pytest.raises(ValueError, match=r"a\.jpg"):
         pipe(str(tmp_path / "a.jpg"))
-    assert pipe(photo(), subtask="semantic")
+    assert pipe(make_image(), subtask="semantic")
     wordless = IFSegImageSegmentationPipeline(
         model=small_model(vocab_size=len(small_processor.tokenizer)),
         image_processor=small_processor.image_processor,
         task="image-segmentation",
     )
     wordless.model.config.category_ids = None
-    with pytest.raises(ValueError, match="no words of its own"):
-        wordless(photo())
+    with pytest.raises(ValueError, match="no words yet"):
+        wordless(make_image())
     with pytest.raises(ValueError, match="tokenizer"):
-        wordless(photo(), categories=["cat"])
+        wordless(make_image(), categories=["cat"])
 
 
 def test_half_precision(pipe, model):
     model.to(torch.bfloat16)
-    segments = pipe(photo(), categories=["grass", "sky"])
+    segments = pipe(make_image(), categories=["grass", "sky"])
     assert labels_of(segments) <= {"grass", "sky"}
 
 
@@ -186,11 +192,11 @@ for folder in (folder, again):
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     assert type(processor).__name__ == "IFSegProcessor"
     assert type(AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)).__name__ == "IFSegImageProcessor"
-    processor(images=Image.open("photo.png"), categories=["cat", "sky"], return_tensors="pt")
+    processor(images=Image.open("image.png"), categories=["cat", "sky"], return_tensors="pt")
     pipe = pipeline("image-segmentation", model=folder, trust_remote_code=True)
     assert type(pipe).__name__ == "IFSegImageSegmentationPipeline", type(pipe)
-    segments = pipe("photo.png", categories=["cat", "sky"])
-    print(json.dumps([(s["label"], s["score"]) for s in pipe("photo.png") + segments]))
+    segments = pipe("image.png", categories=["cat", "sky"])
+    print(json.dumps([(s["label"], s["score"]) for s in pipe("image.png") + segments]))
     pipe.model.config.to_json_string()
     if folder != again:
         pipe.save_pretrained(again)
@@ -213,7 +219,7 @@ def test_runs_where_the_package_is_not_installed(pipe, model, small_processor, t
         }
     }
     (folder / "config.json").write_text(json.dumps(config))
-    photo().save(tmp_path / "photo.png")
+    make_image().save(tmp_path / "image.png")
     done = subprocess.run(
         [sys.executable, "-c", REMOTE, str(folder), str(tmp_path / "again")],
         cwd=tmp_path,
@@ -224,7 +230,7 @@ def test_runs_where_the_package_is_not_installed(pipe, model, small_processor, t
     )
     assert done.returncode == 0, done.stderr
     assert "[transformers]" not in done.stderr, done.stderr
-    segments = pipe(photo()) + pipe(photo(), categories=["cat", "sky"])
+    segments = pipe(make_image()) + pipe(make_image(), categories=["cat", "sky"])
     expected = [(segment["label"], segment["score"]) for segment in segments]
     first, second = map(json.loads, done.stdout.strip().splitlines())
     assert [label for label, _ in first] == [label for label, _ in expected]

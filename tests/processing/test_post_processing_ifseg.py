@@ -32,7 +32,7 @@ def smooth_by_loops(probabilities: np.ndarray, features: np.ndarray, neighbors: 
 
 
 def outputs_of(*sizes, categories: int = 5, channels: int = 16, padded: bool = True) -> SimpleNamespace:
-    """Random outputs for photos of these grid sizes."""
+    """Random outputs for images of these grid sizes."""
     torch.manual_seed(0)
     height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
     mask = torch.zeros(len(sizes), height, width, dtype=torch.bool)
@@ -207,7 +207,7 @@ def test_half_precision_autocast_changes_nothing():
 
 def test_errors():
     outputs = outputs_of((4, 4), (4, 4))
-    with pytest.raises(ValueError, match="1 target_sizes for 2 photos"):
+    with pytest.raises(ValueError, match="1 target_sizes for 2 images"):
         segmentation_maps(outputs, [(8, 8)])
     with pytest.raises(ValueError, match="smoothing_iterations=-1"):
         segmentation_maps(outputs, iterations=-1)

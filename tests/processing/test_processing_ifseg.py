@@ -1,4 +1,5 @@
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -8,16 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_outputs import token_ids
 
-from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
-from ifseg_hf.processing.processing_ifseg import PROMPT
+from ifseg_hf.processing import PROMPT_TEMPLATE, IFSegImageProcessor, IFSegProcessor
+from ifseg_hf.processing.prompt_ifseg import PromptEncoder, complete_template
 
-CODE = ("image_processing", "pipeline", "post_processing", "processing", "sliding_window")
+CODE = ["image_processing", "pipeline", "post_processing", "processing", "prompt", "segmenter", "sliding_window"]
+QUESTION = "what is the segmentation map of the image? object:"
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1, max_size=8)
 vocabularies = st.lists(names, min_size=1, max_size=4, unique=True)
 
 
-def photo(height: int = 80, width: int = 100) -> np.ndarray:
+def random_image(height: int = 80, width: int = 100) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -46,7 +48,8 @@ def test_published_vocabularies(published_processor, vocabulary):
 
 def test_odd_words(published_processor):
     tokens = token_ids()
-    assert tokens["prompt"].strip() == PROMPT
+    assert f"{QUESTION}{{categories}} unknown" == PROMPT_TEMPLATE
+    assert tokens["prompt"].strip() == QUESTION
     for name, ids in tokens["others"].items():
         assert published_processor.encode_categories([name])["category_ids"] == [ids]
 
@@ -56,11 +59,10 @@ def test_odd_words(published_processor):
 def test_prompt_is_made_of_its_parts(processor, categories, append_unknown):
     tokenizer = processor.tokenizer
     words = processor.encode_categories(categories, append_unknown=append_unknown)
-    parts = [PROMPT, *categories, *["unknown"] * append_unknown]
+    parts = [QUESTION, *categories, *["unknown"] * append_unknown]
     ids = [tokenizer(f" {part}", add_special_tokens=False, split_special_tokens=True)["input_ids"] for part in parts]
     assert words["prompt_ids"] == [0, *sum(ids, []), 2]  # noqa: RUF017
     assert words["category_ids"] == ids[1 : 1 + len(categories)]
-    assert processor.ends_with_unknown(words["prompt_ids"]) or not append_unknown
     assert (words["word_ids"], words["word_categories"]) == (None, None)
 
 
@@ -96,10 +98,54 @@ def test_special_tokens_in_names_are_text(processor):
 
 def test_prompts(processor):
     own = processor.encode_categories(["cat"], prompt="  what is \n it? ")
-    assert own["prompt"] == "what is it?"
-    assert processor.encode_categories(["cat"])["prompt"] == PROMPT
+    assert own["prompt"] == "what is it?{categories} unknown"
+    assert processor.encode_categories(["cat"])["prompt"] == PROMPT_TEMPLATE
     bare = processor.encode_categories(["cat"], prompt="", append_unknown=False)
     assert bare["prompt_ids"] == [0, *bare["category_ids"][0], 2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        (None, PROMPT_TEMPLATE),
+        ("what is it?", "what is it?{categories} unknown"),
+        ("what is it?{categories}", "what is it?{categories}"),
+        ("which of  {categories} is it?", "which of {categories} is it?"),
+        ("", "{categories} unknown"),
+        ("{0} {", "{0} {{categories} unknown"),
+    ],
+)
+def test_a_prompt_becomes_a_template(processor, prompt, expected):
+    assert complete_template(prompt) == expected
+    words = processor.encode_categories(["cat", "dog"], prompt)
+    assert words["prompt"] == expected
+    assert processor.encode_categories(["cat", "dog"], expected) == words  # complete already
+    before, after = expected.split("{categories}")
+    parts = [part.strip() for part in (before, "cat", "dog", after) if part.strip()]
+    assert words["prompt_ids"] == [
+        0,
+        *(token for part in parts for token in PromptEncoder(processor.tokenizer).tokenize(part)),
+        2,
+    ]
+    assert processor(categories=["cat", "dog"], prompt=prompt)["input_ids"] == [words["prompt_ids"]]
+
+
+def test_templates_without_one_placeholder_are_refused(processor):
+    for template in ("what is it?", "{categories} or {categories}"):
+        with pytest.raises(ValueError, match="exactly once"):
+            IFSegProcessor(processor.image_processor, processor.tokenizer, prompt_template=template)
+    with pytest.raises(ValueError, match="more than once"):
+        processor.encode_categories(["cat"], "{categories} or {categories}")
+
+
+def test_the_template_is_saved_with_the_processor(processor, tmp_path):
+    own = IFSegProcessor(processor.image_processor, processor.tokenizer, "find: {categories} or nothing")
+    own.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["prompt_template"] == own.prompt_template
+    loaded = IFSegProcessor.from_pretrained(tmp_path)
+    assert loaded.encode_categories(["cat"]) == own.encode_categories(["cat"])
+    assert loaded.encode_categories(["cat"], "which?")["prompt"] == "which?{categories} or nothing"
+    assert loaded.encode_categories(["cat"])["prompt_ids"] != processor.encode_categories(["cat"])["prompt_ids"]
 
 
 def test_hierarchical_vocabulary(processor):
@@ -114,10 +160,12 @@ def test_hierarchical_vocabulary(processor):
 
 def test_words_fit_the_model(processor):
     model = small_model(vocab_size=len(processor.tokenizer)).eval()
-    inputs = processor(images=[photo(), photo(100, 80)], categories=[["cat", "sky"], ["grass"]], return_tensors="pt")
+    inputs = processor(
+        images=[random_image(), random_image(100, 80)], categories=[["cat", "sky"], ["grass"]], return_tensors="pt"
+    )
     with torch.no_grad():
         outputs = model(**inputs)
-        alone = model(**processor(images=photo(100, 80), categories=["grass"], return_tensors="pt"))
+        alone = model(**processor(images=random_image(100, 80), categories=["grass"], return_tensors="pt"))
     maps = processor.post_process_semantic_segmentation(outputs, [(80, 100), (100, 80)])
     assert [map.shape for map in maps] == [(80, 100), (100, 80)]
     assert (maps[1] == 0).all()
@@ -126,19 +174,23 @@ def test_words_fit_the_model(processor):
     categories = ["cat", "concrete wall"]
     model.set_words(**processor.encode_categories(categories))
     with torch.no_grad():
-        stored = model(**processor(images=photo(), return_tensors="pt")).logits
-        passed = model(**processor(images=photo(), categories=categories, return_tensors="pt")).logits
+        stored = model(**processor(images=random_image(), return_tensors="pt")).logits
+        passed = model(**processor(images=random_image(), categories=categories, return_tensors="pt")).logits
     assert torch.equal(stored, passed)
     model.set_words(**processor.encode_categories({"animal": ["cat", "dog"], "wall": ["concrete wall"]}))
     assert model(word_map=torch.tensor([[[0, 1, 2, 2]] * 4])).logits.shape == (1, 2, 4, 4)
 
 
 def test_images_alone_and_categories_alone(processor):
-    assert set(processor(images=photo())) == {"pixel_values", "pixel_mask"}
+    assert set(processor(images=random_image())) == {"pixel_values", "pixel_mask"}
     assert set(processor(categories=["cat"])) == {"input_ids", "attention_mask", "category_ids", "category_mask"}
-    labelled = processor(photo(), segmentation_maps=np.zeros((80, 100), np.uint8), ignore_index=0, return_tensors="pt")
+    labelled = processor(
+        random_image(), segmentation_maps=np.zeros((80, 100), np.uint8), ignore_index=0, return_tensors="pt"
+    )
     assert (labelled.labels == -100).all()
-    assert processor(photo(), images_kwargs={"do_resize": False}, return_tensors="pt").pixel_values.shape[2:] == (
+    assert processor(random_image(), images_kwargs={"do_resize": False}, return_tensors="pt").pixel_values.shape[
+        2:
+    ] == (
         80,
         100,
     )
@@ -168,10 +220,10 @@ def test_bad_categories(processor, categories, message):
 
 
 def test_names_without_tokens(processor, monkeypatch):
-    monkeypatch.setattr(IFSegProcessor, "_tokenize", lambda self, text: [7] * len(text.split()) if text != "猫" else [])
+    monkeypatch.setattr(PromptEncoder, "tokenize", lambda self, text: [7] * len(text.split()) if text != "猫" else [])
     with pytest.raises(ValueError, match='no tokens for the category "猫"'):
         processor.encode_categories(["cat", "猫"])
-    monkeypatch.setattr(IFSegProcessor, "_tokenize", lambda self, text: [3] if text == "xyz" else [5])
+    monkeypatch.setattr(PromptEncoder, "tokenize", lambda self, text: [3] if text == "xyz" else [5])
     with pytest.raises(ValueError, match="xyz"):
         processor.encode_categories(["xyz"])
 
@@ -180,7 +232,7 @@ def test_prompt_longer_than_the_positions(small_processor):
     start = small_processor.encode_categories(["cat"])
     cat = len(start["category_ids"][0])
     many = [f"cat {index}" for index in range(40)]
-    lengths = [len(ids) for ids in (small_processor._tokenize(name) for name in many)]
+    lengths = [len(ids) for ids in (PromptEncoder(small_processor.tokenizer).tokenize(name) for name in many)]
     room, fitting = 64 - (len(start["prompt_ids"]) - cat), 0
     while sum(lengths[: fitting + 1]) <= room:
         fitting += 1
@@ -196,8 +248,8 @@ def test_a_tokenizer_without_a_limit_gets_ofas(processor):
 
 
 def test_mismatched_inputs(processor):
-    with pytest.raises(ValueError, match="2 lists of categories for 1 photos"):
-        processor(images=photo(), categories=[["cat"], ["dog"]])
+    with pytest.raises(ValueError, match="2 lists of categories for 1 images"):
+        processor(images=random_image(), categories=[["cat"], ["dog"]])
     with pytest.raises(ValueError, match="nothing to process"):
         processor()
     with pytest.raises(ValueError, match="no images for segmentation_maps"):
@@ -218,8 +270,8 @@ def test_saved_and_loaded(processor, tmp_path):
     loaded = IFSegProcessor.from_pretrained(tmp_path)
     assert isinstance(loaded.image_processor, IFSegImageProcessor)
     assert loaded.tokenizer.model_max_length == 1024
-    expected = processor(images=photo(), categories=["cat", "concrete wall"], return_tensors="pt")
-    actual = loaded(images=photo(), categories=["cat", "concrete wall"], return_tensors="pt")
+    expected = processor(images=random_image(), categories=["cat", "concrete wall"], return_tensors="pt")
+    actual = loaded(images=random_image(), categories=["cat", "concrete wall"], return_tensors="pt")
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
     files = {path.name for path in tmp_path.glob("*.py")}

@@ -1,4 +1,4 @@
-"""Inference in crops: every patch is covered, and each says the mean of what the crops it lies in say of it."""
+"""Inference in crops: every patch is covered, and gets the mean of the outputs of the crops that contain it."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from checkpoints import padded_images, small_model
 from PIL import Image
 
-from ifseg_hf.processing import IFSegImageProcessor, sliding_window_outputs
+from ifseg_hf.processing import IFSegImageProcessor, IFSegSegmenter, sliding_window_outputs
 from ifseg_hf.processing.sliding_window_ifseg import window_starts
 
 
@@ -15,22 +15,22 @@ def model():
     return small_model()  # patches of 16 pixels, image_size 64
 
 
-def photo(height, width):
+def pixels_of(height, width):
     return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(("patches", "expected"), [(1, [0]), (4, [0]), (5, [0, 1]), (7, [0, 2, 3]), (8, [0, 2, 4])])
-def test_windows_cover_everything_and_end_with_the_photo(patches, expected):
+def test_windows_cover_everything_and_end_with_the_pixels_of(patches, expected):
     assert window_starts(patches, 4, 2) == expected
     covered = {patch for start in expected for patch in range(start, min(start + 4, patches))}
     assert covered == set(range(patches))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 30), (10, 64), (64, 33)])
-def test_what_fits_into_a_crop_is_taken_whole(model, size):
+def test_images_smaller_than_a_crop_are_segmented_whole(model, size):
     with torch.no_grad():
-        whole = model(pixel_values=photo(*size))
-    crops = sliding_window_outputs(model, photo(*size))
+        whole = model(pixel_values=pixels_of(*size))
+    crops = sliding_window_outputs(model, pixels_of(*size))
     torch.testing.assert_close(crops.logits, whole.logits)
     torch.testing.assert_close(crops.image_features, whole.image_features)
 
@@ -39,7 +39,7 @@ def test_what_fits_into_a_crop_is_taken_whole(model, size):
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_logits_are_the_mean_over_the_crops(model, size, batch_size):
     """Compared with crops cut and summed one by one, pixel by pixel."""
-    pixels, (height, width) = photo(*size), size
+    pixels, (height, width) = pixels_of(*size), size
     rows, columns = -(-height // 16), -(-width // 16)
     sums, count = torch.zeros(3, rows, columns), torch.zeros(rows, columns)
     for y in sorted({*range(0, max(rows - 4, 0), 2), max(rows - 4, 0)}):
@@ -53,10 +53,10 @@ def test_logits_are_the_mean_over_the_crops(model, size, batch_size):
     torch.testing.assert_close(found.logits[0], sums / count, atol=1e-5, rtol=1e-5)
 
 
-def test_photos_of_several_sizes_get_what_each_gets_alone(model):
-    photos, pixel_values, pixel_mask = padded_images()
+def test_images_of_several_sizes_get_what_each_gets_alone(model):
+    images, pixel_values, pixel_mask = padded_images()
     together = sliding_window_outputs(model, pixel_values, pixel_mask, crop=32)
-    for index, alone in enumerate(photos):
+    for index, alone in enumerate(images):
         expected = sliding_window_outputs(model, alone[None], crop=32).logits[0]
         rows, columns = expected.shape[1:]
         torch.testing.assert_close(together.logits[index, :, :rows, :columns], expected, atol=1e-5, rtol=1e-5)
@@ -64,10 +64,10 @@ def test_photos_of_several_sizes_get_what_each_gets_alone(model):
         assert together.patch_mask[index, :rows, :columns].all()
 
 
-def test_categories_that_a_photo_lacks_are_never_predicted(model):
+def test_absent_categories_are_never_predicted(model):
     words = {"input_ids": torch.tensor([[0, 9, 5, 8, 2]]), "category_ids": torch.tensor([[[5], [8], [1]]])}
     words["category_mask"] = torch.tensor([[[1], [1], [0]]])
-    outputs = sliding_window_outputs(model, photo(64, 128), **words)
+    outputs = sliding_window_outputs(model, pixels_of(64, 128), **words)
     assert outputs.logits.argmax(1).max() < 2
     maps = IFSegImageProcessor().post_process_semantic_segmentation(outputs, [(60, 120)])
     assert maps[0].shape == (60, 120)
@@ -75,25 +75,25 @@ def test_categories_that_a_photo_lacks_are_never_predicted(model):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"crop": 40}, "crop=40: must be a multiple of the model's patches of 16"),
         ({"crop": 0}, "crop=0"),
         ({"stride": 8}, "stride=8: must be from 16"),
         ({"crop": 32, "stride": 48}, "to crop=32"),
-        ({"input_ids": torch.zeros(2, 3)}, "same words for all photos"),
+        ({"input_ids": torch.zeros(2, 3)}, "same words for all images"),
     ],
 )
-def test_what_is_wrong_is_told(model, arguments, told):
-    with pytest.raises(ValueError, match=told):
-        sliding_window_outputs(model, photo(64, 64), **arguments)
+def test_wrong_arguments_are_named(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sliding_window_outputs(model, pixels_of(64, 64), **arguments)
 
 
-# Through processor and pipeline ---------------------------------------------------------------------------------------
+# Through segmenter and pipeline ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def picture():
+def image():
     coarse = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((150, 70), Image.Resampling.BICUBIC)
 
@@ -112,13 +112,13 @@ def scores_of(segments):
     return {segment["label"]: segment["score"] for segment in segments}
 
 
-def test_the_pipeline_slides_when_told_and_when_the_checkpoint_says_so(small_processor, tuned, picture, tmp_path):
+def test_the_pipeline_slides_on_request_and_where_the_processor_says_so(small_processor, tuned, image, tmp_path):
     pipe = small_processor.pipeline(tuned)
-    whole, slide = pipe(picture), pipe(picture, inference="slide")
+    whole, slide = pipe(image), pipe(image, inference="slide")
     assert scores_of(whole) != scores_of(slide)
 
-    inputs = small_processor(images=picture, return_tensors="pt")
-    outputs = small_processor.sliding_window(tuned, **inputs)
+    inputs = small_processor(images=image, return_tensors="pt")
+    outputs = IFSegSegmenter(tuned, small_processor, "slide")(inputs)
     (expected,) = small_processor.post_process_semantic_segmentation(outputs, [(70, 150)])
     for segment in slide:
         index = tuned.config.label2id[segment["label"]]
@@ -130,14 +130,14 @@ def test_the_pipeline_slides_when_told_and_when_the_checkpoint_says_so(small_pro
     loaded = type(small_processor).from_pretrained(tmp_path)
     assert (loaded.image_processor.sliding_window, loaded.image_processor.smoothing_iterations) == (64, 0)
     pipe = loaded.pipeline(tuned)
-    unsmoothed = scores_of(pipe(picture, inference="slide", smoothing_iterations=0))
-    assert scores_of(pipe(picture)) == unsmoothed
-    assert scores_of(pipe(picture, inference="whole", smoothing_iterations=25)) == scores_of(whole)
+    unsmoothed = scores_of(pipe(image, inference="slide", smoothing_iterations=0))
+    assert scores_of(pipe(image)) == unsmoothed
+    assert scores_of(pipe(image, inference="whole", smoothing_iterations=25)) == scores_of(whole)
     (labels,) = loaded.post_process_semantic_segmentation(outputs, [(70, 150)])
     (expected,) = loaded.post_process_semantic_segmentation(outputs, [(70, 150)], smoothing_iterations=0)
     assert torch.equal(labels, expected)
 
 
-def test_another_kind_of_inference_is_told(small_processor, tuned, picture):
+def test_another_kind_of_inference_is_refused(small_processor, tuned, image):
     with pytest.raises(ValueError, match='inference="sliding": choose "whole" or "slide"'):
-        small_processor.pipeline(tuned)(picture, inference="sliding")
+        small_processor.pipeline(tuned)(image, inference="sliding")

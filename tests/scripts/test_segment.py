@@ -1,20 +1,19 @@
 import json
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import small_model
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, pipeline
 
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
+from scripts import SCRIPTS, load_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "segment.py"
-segment = runpy.run_path(str(SCRIPT))
+SCRIPT = SCRIPTS / "segment.py"
+segment = load_script("segment")
 
 
 @pytest.fixture(scope="module")
@@ -46,78 +45,79 @@ def tuned(untuned, tmp_path_factory):
 
 
 @pytest.fixture
-def photo(tmp_path):
-    file = tmp_path / "photo.jpg"
+def image(tmp_path):
+    file = tmp_path / "image.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(file)
     return file
 
 
 def run(*arguments) -> int:
-    return segment["main"]([str(argument) for argument in arguments])
+    return segment.main([str(argument) for argument in arguments])
 
 
-def test_writes_a_mask_and_an_overlay_with_the_models_words(tuned, photo, tmp_path, capsys):
-    assert run(photo, "--model", tuned, "--output-dir", tmp_path / "out") == 0
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"photo_mask.png", "photo_overlay.png"}
-    with Image.open(tmp_path / "out" / "photo_mask.png") as mask:
+def test_writes_a_mask_and_an_overlay_with_the_models_words(tuned, image, tmp_path, capsys):
+    assert run(image, "--model", tuned, "--output-dir", tmp_path / "out") == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"image_mask.png", "image_overlay.png"}
+    with Image.open(tmp_path / "out" / "image_mask.png") as mask:
         assert mask.size == (90, 60)
         assert json.loads(mask.text["categories"]) == ["cat", "wet grass"]
         assert np.asarray(mask).max() <= 1  # every pixel has a word
-    with Image.open(tmp_path / "out" / "photo_overlay.png") as overlay:
+    with Image.open(tmp_path / "out" / "image_overlay.png") as overlay:
         assert overlay.height > 60
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert captured.out.startswith(f"{photo}: ")
+    assert captured.out.startswith(f"{image}: ")
     assert "%" in captured.out
 
 
-def test_other_words_and_settings(untuned, photo, tmp_path, capsys):
+def test_other_words_and_settings(untuned, image, tmp_path, capsys):
     words = tmp_path / "words.txt"
     words.write_text("roof\nsea  side\ncloud\n")
-    arguments = [photo, "--model", untuned, "--output-dir", tmp_path, "--prompt", "what is this?"]
+    arguments = [image, "--model", untuned, "--output-dir", tmp_path, "--prompt", "what is this?"]
     settings = ["--smoothing-neighbors", 5, "--smoothing-iterations", 0]
     for categories in ("roof, sea  side, cloud", words):
         assert run(*arguments, "--categories", categories, *settings) == 0
-        with Image.open(tmp_path / "photo_mask.png") as mask:
+        with Image.open(tmp_path / "image_mask.png") as mask:
             assert json.loads(mask.text["categories"]) == ["roof", "sea side", "cloud"]
 
 
-def test_smoothing_settings_reach_the_pipeline(tuned, photo, tmp_path, monkeypatch):
-    import transformers
+@pytest.mark.parametrize("smoothing", [(None, None), (2, 1), (None, 0)])
+def test_masks_are_the_pipelines(tuned, image, tmp_path, smoothing):
+    neighbors, iterations = smoothing
+    flags = [] if neighbors is None else ["--smoothing-neighbors", neighbors]
+    flags += [] if iterations is None else ["--smoothing-iterations", iterations]
+    assert run(image, "--model", tuned, "--output-dir", tmp_path, "--prompt", "what is this?", *flags) == 0
+    pipe = pipeline("image-segmentation", model=str(tuned))
+    segments = pipe(str(image), prompt="what is this?", smoothing_neighbors=neighbors, smoothing_iterations=iterations)
+    with Image.open(tmp_path / "image_mask.png") as mask:
+        labels = np.asarray(mask)
+    for segment in segments:
+        index = pipe.model.config.label2id[segment["label"]]
+        assert np.array_equal(labels == index, np.asarray(segment["mask"]) == 255)
 
-    seen = {}
-    monkeypatch.setattr(transformers, "pipeline", lambda task, **kwargs: seen.update(kwargs) or exit_now())
 
-    def exit_now():
-        raise ValueError("enough")
-
-    arguments = ["--smoothing-neighbors", 8, "--smoothing-iterations", 10, "--output-dir", tmp_path]
-    assert run(photo, "--model", tuned, *arguments) == 1
-    assert (seen["smoothing_neighbors"], seen["smoothing_iterations"]) == (8, 10)
-
-
-def test_photos_of_one_name_do_not_overwrite_each_other(tuned, photo, tmp_path):
-    other = tmp_path / "other" / "photo.png"
+def test_images_of_one_name_do_not_overwrite_each_other(tuned, image, tmp_path):
+    other = tmp_path / "other" / "image.png"
     other.parent.mkdir()
     Image.new("RGB", (40, 70)).save(other)
-    assert run(photo, other, "--model", tuned, "--output-dir", tmp_path / "out") == 0
-    with Image.open(tmp_path / "out" / "photo-2_mask.png") as mask:
+    assert run(image, other, "--model", tuned, "--output-dir", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / "image-2_mask.png") as mask:
         assert mask.size == (40, 70)
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
 def test_unique_stems():
-    assert segment["unique_stems"](["a/x.jpg", "b/X.png", "x-2.jpg", "x.gif"]) == ["x", "X-2", "x-2-2", "x-3"]
+    assert segment.unique_stems(["a/x.jpg", "b/X.png", "x-2.jpg", "x.gif"]) == ["x", "X-2", "x-2-2", "x-3"]
 
 
-def test_a_bad_photo_is_named_and_the_others_are_done(tuned, photo, tmp_path, capsys):
+def test_a_damaged_image_is_named_and_the_others_are_segmented(tuned, image, tmp_path, capsys):
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(photo.read_bytes()[:200])
+    broken.write_bytes(image.read_bytes()[:200])
     text = tmp_path / "text.png"
     text.write_text("no image")
     missing = tmp_path / "missing.jpg"
-    assert run(broken, text, missing, photo, "--model", tuned, "--output-dir", tmp_path / "out") == 1
-    assert (tmp_path / "out" / "photo_mask.png").is_file()
+    assert run(broken, text, missing, image, "--model", tuned, "--output-dir", tmp_path / "out") == 1
+    assert (tmp_path / "out" / "image_mask.png").is_file()
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3
     for line, name in zip(errors, ["broken.jpg", "text.png", "missing.jpg"], strict=True):
@@ -135,24 +135,24 @@ def test_a_bad_photo_is_named_and_the_others_are_done(tuned, photo, tmp_path, ca
         ([], "not tuned for any words"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(untuned, photo, tmp_path, capsys, arguments, message):
-    assert run(photo, "--model", untuned, "--output-dir", tmp_path / "out", *arguments) == 1
+def test_errors_are_one_line(untuned, image, tmp_path, capsys, arguments, message):
+    assert run(image, "--model", untuned, "--output-dir", tmp_path / "out", *arguments) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert message in errors[0]
 
 
 @pytest.mark.parametrize("wrong", [["--smoothing-neighbors", "0"], ["--smoothing-iterations", "-1"], ["--sizes"]])
-def test_wrong_arguments_are_told_before_anything_is_imported(photo, wrong, tmp_path):
-    command = [sys.executable, "-X", "importtime", str(SCRIPT), str(photo), *wrong]
+def test_wrong_arguments_are_reported_before_torch_is_imported(image, wrong, tmp_path):
+    command = [sys.executable, "-X", "importtime", str(SCRIPT), str(image), *wrong]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "torch" not in done.stderr.split("usage:")[0]
 
 
-def test_as_a_program_from_any_folder(tuned, photo, tmp_path):
-    command = [sys.executable, str(SCRIPT), "photo.jpg", "--model", str(tuned)]
+def test_as_a_program_from_any_folder(tuned, image, tmp_path):
+    command = [sys.executable, str(SCRIPT), "image.jpg", "--model", str(tuned)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert (tmp_path / "outputs" / "photo_overlay.png").is_file()
+    assert (tmp_path / "outputs" / "image_overlay.png").is_file()

@@ -63,18 +63,18 @@ def segmenter(kind: str, folder: str, words=WORDS):
     return loaded
 
 
-def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def pixels(height: int, width: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """One photo as the model reads it."""
+    """One image as the model reads it."""
     values = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
     return {"pixel_values": values, "pixel_mask": torch.ones(1, height, width, dtype=torch.int64)}
 
 
 def computed_features(weights: dict[str, torch.Tensor], pixel_values: torch.Tensor, value_path: bool) -> torch.Tensor:
-    """Patch features (patches, C) of one photo from CLIP's weights and plain tensor algebra."""
+    """Patch features (patches, C) of one image from CLIP's weights and plain tensor algebra."""
 
     def norm(x, name):
         return layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
@@ -109,7 +109,7 @@ def computed_features(weights: dict[str, torch.Tensor], pixel_values: torch.Tens
 
 @pytest.mark.parametrize("kind", BASELINES)
 @pytest.mark.parametrize("size", [(64, 64), (96, 160)])  # the size that CLIP was trained at, and another
-def test_patches_are_what_the_weights_say(kind, size, folder):
+def test_patch_features_agree_with_the_weights(kind, size, folder):
     weights = CLIPModel.from_pretrained(folder).state_dict()
     inputs = pixels(*size)
     loaded = segmenter(kind, folder)
@@ -181,28 +181,29 @@ def test_a_category_is_the_mean_of_its_fine_names(folder):
     ("size", "expected"),
     [((100, 150), (512, 768)), ((150, 100), (768, 512)), ((30, 400), (160, 2048)), ((512, 655), (512, 640))],
 )
-def test_photos_are_whole_patches(size, expected, folder):
-    inputs = load_baseline("clip", folder, "cpu").preprocess([photo(*size)])
+def test_images_are_resized_to_whole_patches(size, expected, folder):
+    inputs = load_baseline("clip", folder, "cpu").preprocess([random_image(*size)])
     assert inputs["pixel_values"].shape == (1, 3, *expected)
     assert inputs["pixel_mask"].all()
-    wanted = (resize_bilinear(photo(*size), *expected) / 255 - MEAN) / STD
+    wanted = (resize_bilinear(random_image(*size), *expected) / 255 - MEAN) / STD
     np.testing.assert_allclose(inputs["pixel_values"][0].permute(1, 2, 0), wanted, atol=1e-5)
 
 
 def test_an_array_three_pixels_high_is_not_turned(folder):
-    assert load_baseline("clip", folder, "cpu").preprocess([photo(3, 4)])["pixel_values"].shape == (1, 3, 512, 672)
+    inputs = load_baseline("clip", folder, "cpu").preprocess([random_image(3, 4)])
+    assert inputs["pixel_values"].shape == (1, 3, 512, 672)
 
 
 @pytest.mark.parametrize("kind", BASELINES)
-def test_a_batch_of_several_sizes_gives_what_each_photo_gets_alone(kind, folder):
+def test_images_of_several_sizes_get_what_each_gets_alone(kind, folder):
     loaded = segmenter(kind, folder)
-    photos = [photo(60, 80, 0), photo(80, 60, 1), photo(60, 80, 2), photo(50, 50, 3)]
-    together = loaded(loaded.preprocess(photos))
+    images = [random_image(60, 80, 0), random_image(80, 60, 1), random_image(60, 80, 2), random_image(50, 50, 3)]
+    together = loaded(loaded.preprocess(images))
     assert together.logits.shape == (4, 3, 21, 21)
-    sizes = [image.shape[:2] for image in photos]
+    sizes = [image.shape[:2] for image in images]
     scores, smoothed = list(patch_scores(together, iterations=0)), list(patch_scores(together))
     maps = segmentation_maps(together, sizes)
-    for i, image in enumerate(photos):
+    for i, image in enumerate(images):
         alone = loaded(loaded.preprocess([image]))
         torch.testing.assert_close(scores[i], alone.logits[0], rtol=0, atol=1e-4)
         torch.testing.assert_close(smoothed[i], next(patch_scores(alone)), rtol=0, atol=1e-4)
@@ -235,7 +236,7 @@ def test_half_precision_checkpoints_compute_in_float32(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "error", "told"),
+    ("kind", "name", "error", "message"),
     [
         ("dino", "openai/clip-vit-base-patch16", ValueError, 'no baseline "dino": choose from clip, maskclip'),
         ("clip", "RN50", ValueError, "ResNet, which transformers does not have"),
@@ -245,8 +246,8 @@ def test_half_precision_checkpoints_compute_in_float32(folder, tmp_path):
         ("clip", str(NANO), ValueError, "its model type is ifseg"),
     ],
 )
-def test_what_is_no_clip_is_told(kind, name, error, told):
-    with pytest.raises(error, match=told) as caught:
+def test_other_models_are_refused(kind, name, error, message):
+    with pytest.raises(error, match=message) as caught:
         load_baseline(kind, name, "cpu")
     assert "\n" not in str(caught.value)
 
@@ -271,7 +272,7 @@ def remove_processor(folder):
 
 
 @pytest.mark.parametrize("damage", [remove_configuration, cut_weights, leave_vision_only, remove_processor])
-def test_a_folder_that_is_not_whole_is_told(damage, folder, tmp_path):
+def test_incomplete_folders_are_refused(damage, folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
     with pytest.raises(ValueError, match="is no CLIP that can be loaded: ") as caught:
@@ -280,7 +281,7 @@ def test_a_folder_that_is_not_whole_is_told(damage, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "There is no category"),
         (["cat", "cat"], "given twice"),
@@ -289,11 +290,11 @@ def test_a_folder_that_is_not_whole_is_told(damage, folder, tmp_path):
         (["c" * 100], "the model reads 60"),
     ],
 )
-def test_words_that_cannot_be_used_are_told(words, told, folder):
-    with pytest.raises(ValueError, match=told):
+def test_unusable_words_are_refused(words, message, folder):
+    with pytest.raises(ValueError, match=message):
         load_baseline("clip", folder, "cpu").set_words(words)
 
 
-def test_photos_before_words_are_told(folder):
+def test_images_before_words_are_refused(folder):
     with pytest.raises(ValueError, match="call set_words first"):
         load_baseline("clip", folder, "cpu")(pixels(64, 64))

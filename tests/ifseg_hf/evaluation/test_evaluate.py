@@ -1,4 +1,4 @@
-"""The evaluation loop: the same numbers whatever runs together, stops in between, or is smoothed in the same pass."""
+"""The evaluation loop: batches, interruptions and further smoothing settings change no number."""
 
 import json
 
@@ -11,8 +11,10 @@ from torch.nn.functional import cosine_similarity
 
 from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
 from ifseg_hf.evaluation import evaluate as evaluation
-from ifseg_hf.evaluation.evaluate import _picture, _Sample, evaluate_segmenter, load_segmenter
+from ifseg_hf.evaluation.cosine import TEMPERATURE
+from ifseg_hf.evaluation.evaluate import _comparison, _Sample, evaluate_segmenter, load_segmenter
 from ifseg_hf.evaluation.metrics import scores
+from ifseg_hf.evaluation.report import results_table
 from ifseg_hf.modeling import OFAForConditionalGeneration
 from ifseg_hf.processing import IFSegProcessor
 from ifseg_hf.processing.sliding_window_ifseg import sliding_window_outputs
@@ -25,7 +27,7 @@ SMOOTHING = [(3, 25), (1, 0), (3, 2), (2, 25)]
 
 @pytest.fixture(scope="module")
 def streets(tmp_path_factory):
-    """A folder of photos and masks of several sizes: noise, so that a photo's prediction has several categories."""
+    """A folder of images and masks of several sizes: noise, so that an image's prediction has several categories."""
     folder = tmp_path_factory.mktemp("streets")
     rng = np.random.default_rng(0)
     for part in ("images", "masks"):
@@ -56,7 +58,7 @@ def segmenter(model):
 
 
 def matrices_one_by_one(segmenter, data, smoothing) -> dict:
-    """Each photo alone, through processor and model, counted pixel by pixel."""
+    """Each image alone, through processor and model, counted pixel by pixel."""
     matrices = {setting: np.zeros((3, 3), np.int64) for setting in smoothing}
     for row in data.samples:
         image, truth = data.read(row)
@@ -70,52 +72,52 @@ def matrices_one_by_one(segmenter, data, smoothing) -> dict:
     return matrices
 
 
-def test_counts_what_each_photo_gives_alone(segmenter, streets):
+def test_counts_equal_those_of_single_images(segmenter, streets):
     data = load_segmentation_dataset(str(streets))
     with torch.no_grad():
         expected = matrices_one_by_one(segmenter, data, SMOOTHING)
     assert len({tuple(matrix.ravel()) for matrix in expected.values()}) > 1  # smoothing changes something here
     assert min(len(np.unique(matrix.nonzero()[1])) for matrix in expected.values()) > 1
     for batch_size in (1, 3):
-        told = evaluate_segmenter(segmenter, data, SMOOTHING, batch_size=batch_size)
-        assert told.images == len(SIZES)
-        assert all((told.matrices[setting] == expected[setting]).all() for setting in SMOOTHING)
-    assert told.scores((3, 2)) == scores(expected[3, 2])
-    result = told.results()[1]
-    assert result["smoothing_iterations"] == 0
-    assert result["categories"]["sky"]["iou"] == round(scores(expected[1, 0])["per_category_iou"][2], 6)
-    assert "| none |" in evaluation.markdown(told.results())
+        result = evaluate_segmenter(segmenter, data, SMOOTHING, batch_size=batch_size)
+        assert result.images == len(SIZES)
+        assert all((result.matrices[setting] == expected[setting]).all() for setting in SMOOTHING)
+    assert result.scores((3, 2)) == scores(expected[3, 2])
+    unsmoothed = result.results()[1]
+    assert unsmoothed["smoothing_iterations"] == 0
+    assert unsmoothed["categories"]["sky"]["iou"] == round(scores(expected[1, 0])["per_category_iou"][2], 6)
+    assert "| none |" in results_table(result.results())
 
 
-class Power:
-    """A segmenter that fails after so many photos, as a machine does."""
+class Interrupted:
+    """A segmenter that is interrupted before it has segmented more than `limit` images."""
 
-    def __init__(self, segmenter, photos: int | None = None):
-        self.segmenter, self.photos, self.seen = segmenter, photos, 0
+    def __init__(self, segmenter, limit: int | None = None):
+        self.segmenter, self.limit, self.seen = segmenter, limit, 0
         self.model, self.preprocess = segmenter.model, segmenter.preprocess
-        self.image_processor = segmenter.image_processor
+        self.smoothing, self.inference = segmenter.smoothing, segmenter.inference
 
     def __call__(self, inputs):
-        if self.photos is not None and self.seen + len(inputs["pixel_values"]) > self.photos:
+        if self.limit is not None and self.seen + len(inputs["pixel_values"]) > self.limit:
             raise KeyboardInterrupt
         self.seen += len(inputs["pixel_values"])
         return self.segmenter(inputs)
 
 
-def test_goes_on_after_a_kill_and_counts_no_photo_twice(segmenter, streets, tmp_path, monkeypatch):
+def test_resumes_after_interruptions_and_counts_no_image_twice(segmenter, streets, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
     data = load_segmentation_dataset(str(streets))
-    whole = evaluate_segmenter(Power(segmenter), data)
-    for photos in (2, 1):  # killed twice; what runs alone and fails first is not lost
+    whole = evaluate_segmenter(Interrupted(segmenter), data)
+    for limit in (2, 1):  # interrupted twice
         with pytest.raises(KeyboardInterrupt):
-            evaluate_segmenter(Power(segmenter, photos), data, batch_size=1, state_dir=tmp_path)
-    last = Power(segmenter)
-    told = evaluate_segmenter(last, data, state_dir=tmp_path)
+            evaluate_segmenter(Interrupted(segmenter, limit), data, batch_size=1, state_dir=tmp_path)
+    last = Interrupted(segmenter)
+    result = evaluate_segmenter(last, data, state_dir=tmp_path)
     assert last.seen == len(SIZES) - 3
-    assert told.images == len(SIZES)
-    assert (told.matrices[3, 25] == whole.matrices[3, 25]).all()
+    assert result.images == len(SIZES)
+    assert (result.matrices[3, 25] == whole.matrices[3, 25]).all()
     # finished: nothing runs again
-    last = Power(segmenter, 0)
+    last = Interrupted(segmenter, 0)
     again = evaluate_segmenter(last, data, state_dir=tmp_path)
     assert (again.matrices[3, 25] == whole.matrices[3, 25]).all()
 
@@ -139,30 +141,30 @@ def test_a_folder_holds_one_evaluation(segmenter, streets, tmp_path):
         evaluate_segmenter(segmenter, data, state_dir=tmp_path)
 
 
-def test_broken_photos_are_named_or_left_out(segmenter, streets, tmp_path):
+def test_damaged_images_are_named_or_skipped(segmenter, streets, tmp_path):
     folder = tmp_path / "streets"
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
     for part in ("images", "masks"):
         for i in range(3):
             (folder / part / f"{i}.png").write_bytes((streets / part / f"{i}.png").read_bytes())
-    (folder / "images" / "1.png").write_bytes(b"no picture")
+    (folder / "images" / "1.png").write_bytes(b"no image")
     (folder / "dataset.json").write_bytes((streets / "dataset.json").read_bytes())
     data = load_segmentation_dataset(str(folder))
     with pytest.raises(SampleError, match=r"1\.png"):
         evaluate_segmenter(segmenter, data, state_dir=tmp_path / "fails")
     for _ in range(2):  # the second run finds all of it counted
-        told = evaluate_segmenter(segmenter, data, on_error="skip", state_dir=tmp_path / "skips")
-        assert told.images == 2
-        assert len(told.skipped) == 1
-        assert "1.png" in told.skipped[0]
+        result = evaluate_segmenter(segmenter, data, on_error="skip", state_dir=tmp_path / "skips")
+        assert result.images == 2
+        assert len(result.skipped) == 1
+        assert "1.png" in result.skipped[0]
     (folder / "images" / "0.png").write_bytes(b"")
     (folder / "masks" / "2.png").unlink()
-    with pytest.raises(ValueError, match="No photo could be counted"):
+    with pytest.raises(ValueError, match="No image could be counted"):
         evaluate_segmenter(segmenter, data, on_error="skip")
 
 
-def test_settings_that_make_no_sense(segmenter, streets):
+def test_settings_out_of_range_are_refused(segmenter, streets):
     data = load_segmentation_dataset(str(streets))
     for wrong in ([], [(0, 3)], [(3, -1)]):
         with pytest.raises(ValueError, match="smoothing="):
@@ -171,26 +173,26 @@ def test_settings_that_make_no_sense(segmenter, streets):
         evaluate_segmenter(segmenter, data, on_error="maybe")
 
 
-def test_a_model_of_photos_is_taken_in_crops_and_not_smoothed(model, streets, tmp_path):
+def test_models_trained_on_crops_are_evaluated_in_crops_without_smoothing(model, streets, tmp_path):
     processor = IFSegProcessor.from_pretrained(model)
     processor.image_processor.sliding_window, processor.image_processor.smoothing_iterations = 48, 0
     segmenter = evaluation.IFSegSegmenter(load_segmenter(model).model, processor)
     segmenter.set_words(NAMES)
     data = load_segmentation_dataset(str(streets))
-    told = evaluate_segmenter(segmenter, data)
-    assert list(told.matrices) == [(1, 0)]
+    result = evaluate_segmenter(segmenter, data)
+    assert list(result.matrices) == [(1, 0)]
     expected = np.zeros((3, 3), np.int64)
     for row in data.samples:
         image, truth = data.read(row)
         outputs = sliding_window_outputs(segmenter.model, **processor(images=image, return_tensors="pt"), crop=48)
         (labels,) = processor.post_process_semantic_segmentation(outputs, [truth.shape])
         np.add.at(expected, (truth[truth >= 0], labels.numpy()[truth >= 0]), 1)
-    assert (told.matrices[1, 0] == expected).all()
+    assert (result.matrices[1, 0] == expected).all()
     whole = evaluate_segmenter(evaluation.IFSegSegmenter(segmenter.model, processor, "whole"), data)
     assert (whole.matrices[1, 0] != expected).any()
 
 
-def test_words_keep_the_prompt_that_the_model_was_tuned_with(segmenter):
+def test_set_words_keeps_the_prompt_of_the_model(segmenter):
     words = segmenter.processor.encode_categories(NAMES, prompt="which things?", append_unknown=False)
     segmenter.model.set_words(**words)
     segmenter.set_words(["dog", "tree"])
@@ -211,28 +213,28 @@ def test_cosine_compares_projected_patches_with_words(model, streets):
     ids = segmenter.processor.encode_categories(NAMES)["category_ids"]
     for index, row in enumerate(ids):
         word = segmenter.model.get_input_embeddings()(torch.tensor(row)).mean(0)
-        expected = cosine_similarity(patch, word, dim=0) / evaluation.TEMPERATURE
+        expected = cosine_similarity(patch, word, dim=0) / TEMPERATURE
         torch.testing.assert_close(logits[0, index, 1, 2], expected, atol=1e-4, rtol=0)
 
 
-def test_an_untuned_ofa_is_the_same_every_time(tmp_path):
+def test_an_untuned_ofa_is_loaded_with_equal_weights_every_time(tmp_path):
     save_tiny_model(tmp_path, OFAForConditionalGeneration)
     prints = {evaluation.fingerprint(load_segmenter(tmp_path)) for _ in range(2)}
     assert len(prints) == 1
 
 
-def test_what_cannot_be_loaded(tmp_path, model):
+def test_models_that_cannot_be_loaded_are_named(tmp_path, model):
     with pytest.raises(FileNotFoundError, match="no model folder"):
         load_segmenter("nowhere")
     with pytest.raises(ValueError, match="no IFSeg model that can be loaded"):
         load_segmenter(tmp_path)
     with pytest.raises(ValueError, match="no baseline"):
         load_segmenter(model, "clop")
-    with pytest.raises(ValueError, match="baselines segment whole photos"):
+    with pytest.raises(ValueError, match="baselines segment whole images"):
         load_segmenter(model, "cosine", inference="slide")
 
 
-def test_pictures_and_predictions(segmenter, streets, tmp_path):
+def test_predictions_and_overlays_are_saved(segmenter, streets, tmp_path):
     data = load_segmentation_dataset(str(streets))
     evaluate_segmenter(
         segmenter, data, limit=3, predictions_dir=tmp_path / "maps", overlays_dir=tmp_path / "seen", overlays=2
@@ -246,17 +248,17 @@ def test_pictures_and_predictions(segmenter, streets, tmp_path):
     assert (np.asarray(Image.open(tmp_path / "maps" / "1.png")) == labels.numpy()).all()
 
 
-def test_the_picture_shows_photo_ground_truth_and_prediction():
-    """Eleven categories on a photo of CamVid's size, all of which the legends have room for."""
+def test_the_comparison_shows_image_ground_truth_and_prediction():
+    """The legends have room for eleven categories on an image of CamVid's size."""
     names = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
     image = np.full((360, 480, 3), 90, np.uint8)
     truth = np.repeat(np.arange(480) * 11 // 480, 360).reshape(480, 360).T
-    picture = np.asarray(_picture(_Sample(0, "a", image, truth), torch.full((360, 480), 3), names))
-    assert picture.shape[0] < 1.6 * 360
-    assert 3 * 480 < picture.shape[1] < 3.3 * 480
-    third = picture.shape[1] // 3
+    comparison = np.asarray(_comparison(_Sample(0, "a", image, truth), torch.full((360, 480), 3), names))
+    assert comparison.shape[0] < 1.6 * 360
+    assert 3 * 480 < comparison.shape[1] < 3.3 * 480
+    third = comparison.shape[1] // 3
     colors = np.array(palette(len(names)), np.uint8)
-    parts = np.split(picture, [third, 2 * third], axis=1)
+    parts = np.split(comparison, [third, 2 * third], axis=1)
     swatches = [[(part == color).all(2).sum() > 100 for color in colors] for part in parts]
     assert not any(swatches[0])
     assert all(swatches[1])

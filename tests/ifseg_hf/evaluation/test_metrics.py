@@ -48,15 +48,15 @@ def test_equal_to_plain_numpy(maps):
         metric.add(prediction=prediction, reference=torch.from_numpy(reference))
     assert metric.confusion_matrix.dtype == np.int64
     assert metric.confusion_matrix.sum() == sum((x >= 0).sum() for x in references)
-    told = metric.compute()
-    np.testing.assert_array_equal(told["per_category_iou"], ious)
-    np.testing.assert_array_equal(told["per_category_accuracy"], accuracies)
-    assert told["mean_iou"] == pytest.approx(np.nanmean(ious), abs=1e-12)
-    assert told["mean_accuracy"] == pytest.approx(np.nanmean(accuracies), abs=1e-12)
-    assert told["overall_accuracy"] == overall
+    result = metric.compute()
+    np.testing.assert_array_equal(result["per_category_iou"], ious)
+    np.testing.assert_array_equal(result["per_category_accuracy"], accuracies)
+    assert result["mean_iou"] == pytest.approx(np.nanmean(ious), abs=1e-12)
+    assert result["mean_accuracy"] == pytest.approx(np.nanmean(accuracies), abs=1e-12)
+    assert result["overall_accuracy"] == overall
     # All at once is the same, and nothing was left from before.
     again = metric.compute(predictions=predictions, references=references)
-    np.testing.assert_equal(again, told)
+    np.testing.assert_equal(again, result)
 
 
 def test_rows_are_the_truth_and_the_ignored_label_counts_nowhere():
@@ -65,12 +65,12 @@ def test_rows_are_the_truth_and_the_ignored_label_counts_nowhere():
         prediction=torch.tensor([[0, 1, 2], [2, 2, 0]]), reference=np.array([[0, 0, 2], [0, 255, 255]], np.uint8)
     )
     assert metric.confusion_matrix.tolist() == [[1, 1, 1], [0, 0, 0], [0, 0, 1]]
-    told = metric.compute()
-    assert told["per_category_iou"][0] == pytest.approx(1 / 3)
-    assert np.isnan(told["per_category_iou"][1])  # predicted, but not in the truth
-    assert told["per_category_iou"][2] == 0.5
-    assert told["mean_iou"] == pytest.approx((1 / 3 + 1 / 2) / 2)
-    assert told["overall_accuracy"] == 0.5
+    result = metric.compute()
+    assert result["per_category_iou"][0] == pytest.approx(1 / 3)
+    assert np.isnan(result["per_category_iou"][1])  # predicted, but not in the truth
+    assert result["per_category_iou"][2] == 0.5
+    assert result["mean_iou"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert result["overall_accuracy"] == 0.5
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.uint64, np.int64])
@@ -84,27 +84,29 @@ def test_labels_of_any_integer_type(dtype):
 def test_subsets_and_their_harmonic_mean():
     """Seen 0.5 and unseen 0.25 by hand; a predicted category of the other subset is wrong all the same."""
     matrix = np.array([[1, 0, 1], [0, 0, 0], [3, 0, 1]])
-    told = scores(matrix, {"seen": [0, 1], "unseen": [2]})
-    assert told["mean_iou_seen"] == 1 / 5
-    assert told["mean_iou_unseen"] == 1 / 5
+    result = scores(matrix, {"seen": [0, 1], "unseen": [2]})
+    assert result["mean_iou_seen"] == 1 / 5
+    assert result["mean_iou_unseen"] == 1 / 5
     matrix = np.array([[2, 1, 0], [1, 2, 0], [1, 1, 1]])
-    told = scores(matrix, {"seen": [0, 1], "unseen": [2]})
+    result = scores(matrix, {"seen": [0, 1], "unseen": [2]})
     seen, unseen = 2 / 5, 1 / 3
-    assert told["mean_iou_seen"] == pytest.approx(seen)
-    assert told["mean_iou_unseen"] == pytest.approx(unseen)
-    assert told["harmonic_mean_iou"] == pytest.approx(2 / (1 / seen + 1 / unseen))
+    assert result["mean_iou_seen"] == pytest.approx(seen)
+    assert result["mean_iou_unseen"] == pytest.approx(unseen)
+    assert result["harmonic_mean_iou"] == pytest.approx(2 / (1 / seen + 1 / unseen))
     assert "harmonic_mean_iou" not in scores(matrix, {"seen": [0]})
     assert scores(np.array([[0, 1], [1, 0]]), {"a": [0], "b": [1]})["harmonic_mean_iou"] == 0
 
 
 def test_nothing_counted_is_no_number_and_no_warning(recwarn):
-    told = MeanIoU(2).compute(subsets={"a": [0], "b": [1]})
-    assert all(np.isnan(told[name]) for name in ("mean_iou", "mean_accuracy", "overall_accuracy", "harmonic_mean_iou"))
+    result = MeanIoU(2).compute(subsets={"a": [0], "b": [1]})
+    assert all(
+        np.isnan(result[name]) for name in ("mean_iou", "mean_accuracy", "overall_accuracy", "harmonic_mean_iou")
+    )
     assert not recwarn.list
 
 
 @pytest.mark.parametrize(
-    ("prediction", "reference", "told"),
+    ("prediction", "reference", "message"),
     [
         (np.zeros((2, 2), int), np.zeros((2, 3), int), r"shape \(2, 2\) for a reference of shape \(2, 3\)"),
         (np.full((2, 2), 3), np.zeros((2, 2), int), "prediction holds label 3; it should be one of 0 ... 2"),
@@ -114,15 +116,15 @@ def test_nothing_counted_is_no_number_and_no_warning(recwarn):
         (np.zeros((2, 2, 1), int), np.zeros((2, 2), int), r"shape \(2, 2, 1\)"),
     ],
 )
-def test_wrong_maps_are_told_and_not_counted(prediction, reference, told):
+def test_wrong_maps_are_refused_and_not_counted(prediction, reference, message):
     metric = MeanIoU(3)
     good = np.zeros((2, 2), int)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         metric.add_batch(predictions=[good, prediction], references=[good, reference])
     assert metric.confusion_matrix.sum() == 0
 
 
-def test_wrong_arguments_are_told():
+def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="1 predictions for 2 references"):
         MeanIoU(3).add_batch(predictions=torch.zeros(1, 2, 2).long(), references=torch.zeros(2, 2, 2).long())
     with pytest.raises(ValueError, match="Give both"):
@@ -149,7 +151,7 @@ def test_it_is_a_metric_of_evaluate_that_needs_no_disk(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_count_the_same_integers(tmp_path):
-    """Of 5 photos in batches of 2, the last batch of one photo; the counts are more than a float64 holds."""
+    """Five images in batches of two, the last batch of one image; the counts exceed the integers of float64."""
     program = Path(__file__).parents[2] / "helpers" / "count_in_two_processes.py"
     done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

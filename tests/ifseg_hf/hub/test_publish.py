@@ -29,9 +29,8 @@ from ifseg_hf.hub.publish import check_repo_id, files_to_publish
 from ifseg_hf.training.config import SETTINGS_FILE
 
 CODE = {"configuration_ifseg.py", "modeling_ifseg.py", "modeling_ofa.py"}
-CODE |= {
-    f"{name}_ifseg.py" for name in ("image_processing", "pipeline", "post_processing", "processing", "sliding_window")
-}
+PROCESSING = "image_processing pipeline post_processing processing prompt segmenter sliding_window"
+CODE |= {f"{name}_ifseg.py" for name in PROCESSING.split()}
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 RESULT = {
     "task_type": "image-segmentation",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_model import is_key_bias, save_tiny_model
 
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.modeling.modeling_ofa import IFSegForConditionalGeneration
+from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.training import setup, signals
 from ifseg_hf.training.config import CHECKPOINT_FILE, SETTINGS_FILE, checkpoints
@@ -116,7 +116,7 @@ def test_training_with_hierarchical_categories(tiny_model, tmp_path):
 
 
 def test_training_starts_from_a_plain_ofa(tmp_path):
-    ofa = save_tiny_model(tmp_path / "ofa", IFSegForConditionalGeneration)
+    ofa = save_tiny_model(tmp_path / "ofa", OFAForConditionalGeneration)
     train(settings(ofa, tmp_path / "one"))
     train(settings(ofa, tmp_path / "two"))
     assert "segmentation_positions.embed_positions.weight" in weights(tmp_path / "one")

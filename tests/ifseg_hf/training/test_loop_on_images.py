@@ -166,7 +166,7 @@ def test_a_run_from_scratch_resumes_with_its_batch_norm(tiny_model, images, tmp_
     resume = str(tmp_path / "complete" / "checkpoint-2")
     train(settings(tiny_model, images, tmp_path / "out", resume=resume, **common))
     assert_equal_weights(tmp_path / "complete", tmp_path / "out")
-    assert weights(tmp_path / "out")["model.encoder.embed_images.bn1.running_mean"].any()
+    assert weights(tmp_path / "out")["backbone.model.encoder.embed_images.bn1.running_mean"].any()
 
 
 def test_labels_of_unseen_categories_are_ignored(tiny_model, images, tmp_path):

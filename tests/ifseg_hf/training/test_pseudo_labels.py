@@ -1,4 +1,4 @@
-"""Pseudo-labels: given ones stay, guesses are the pipeline's, and the folder is a data set as any other."""
+"""Pseudo-labels: given labels stay, predictions are the segmenter's, and the folder is an ordinary dataset."""
 
 import json
 import subprocess
@@ -13,13 +13,13 @@ from PIL import Image
 
 from ifseg_hf.data.crops import load_training_dataset
 from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
+from ifseg_hf.evaluation.segmenter import load_segmenter
 from ifseg_hf.processing.post_processing_ifseg import resize_scores
 from ifseg_hf.training import pseudo_labels
 from ifseg_hf.training.pseudo_labels import (
     PseudoLabelConfig,
     confident_labels,
     load_images,
-    load_segmenter,
     write_pseudo_labels,
 )
 
@@ -31,12 +31,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-    return load_training_dataset(save_masked_photos(tmp_path / "photos", count=3))
+    return load_training_dataset(save_masked_photos(tmp_path / "images", count=3))
 
 
 def write(model, data, folder, **arguments):
-    guess = PseudoLabelConfig(**{name: arguments.pop(name) for name in ("min_confidence",) if name in arguments})
-    return write_pseudo_labels(model, data, folder, guess, cpu=True, **arguments)
+    config = PseudoLabelConfig(**{name: arguments.pop(name) for name in ("min_confidence",) if name in arguments})
+    return write_pseudo_labels(model, data, folder, config, cpu=True, **arguments)
 
 
 def masks_of(folder: Path, name: str = "masks") -> dict[str, np.ndarray]:
@@ -44,7 +44,7 @@ def masks_of(folder: Path, name: str = "masks") -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("candidates", [(), (2, 0)])
-def test_labels_are_the_likeliest_where_they_are_likely(candidates):
+def test_confident_pixels_get_the_most_probable_label(candidates):
     probabilities = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0))
     resized = resize_scores(probabilities, (20, 31))[sorted(candidates or range(4))]
     values, indices = resized.max(0)
@@ -55,58 +55,87 @@ def test_labels_are_the_likeliest_where_they_are_likely(candidates):
     assert 0 < (values < 0.6).sum() < values.numel()
 
 
-def test_without_kept_labels_all_are_what_the_model_says(model, data, tmp_path):
-    """The same masks as post-processing makes, at the photo's size."""
+def load_tuned(model, names=NAMES):
+    """Model and processor of a segmenter with these words."""
+    segmenter = load_segmenter(model)
+    segmenter.set_words(names)
+    return segmenter.model, segmenter.processor
+
+
+def test_without_kept_labels_all_are_predicted(model, data, tmp_path):
+    """The masks are those of post-processing at the image's size."""
     folder = write(model, data, tmp_path / "out")
-    segmenter, processor = load_segmenter(model, NAMES)
+    segmenter, processor = load_tuned(model)
     for sample in data.samples:
-        photo, _ = data.read(sample)
+        image, _ = data.read(sample)
         with torch.no_grad():
-            outputs = segmenter(**processor(images=photo, return_tensors="pt"))
-        (expected,) = processor.post_process_semantic_segmentation(outputs, [photo.shape[:2]])
+            outputs = segmenter(**processor(images=image, return_tensors="pt"))
+        (expected,) = processor.post_process_semantic_segmentation(outputs, [image.shape[:2]])
         agree = masks_of(folder)[sample["id"]] == expected.numpy()
         assert agree.mean() > 0.999  # of equal scores
     again = load_segmentation_dataset(str(folder))
     assert again.names == NAMES
     assert [sample["id"] for sample in again.samples] == ["0", "1", "2"]
-    photo, _ = again.read(again.samples[0])
-    assert np.array_equal(photo, data.read(data.samples[0])[0])
+    image, _ = again.read(again.samples[0])
+    assert np.array_equal(image, data.read(data.samples[0])[0])
 
 
-def test_a_model_is_asked_for_its_own_words_where_the_guessed_are_among_them(model, data, tmp_path):
-    segmenter, processor = load_segmenter(model, ["sea", "moon", "cup"])
-    for part in (segmenter, processor):
+def test_the_models_own_words_are_kept_if_they_suffice(model, data, tmp_path):
+    tuned, processor = load_tuned(model, ["sea", "moon", "cup"])
+    for part in (tuned, processor):
         part.save_pretrained(tmp_path / "tuned")
-    tuned, _ = load_segmenter(str(tmp_path / "tuned"), ["cup", "sea"])
-    assert list(tuned.config.id2label.values()) == ["sea", "moon", "cup"]
-    other, _ = load_segmenter(str(tmp_path / "tuned"), ["cup", "sky"])
-    assert list(other.config.id2label.values()) == ["cup", "sky"]
     folder = write(str(tmp_path / "tuned"), data, tmp_path / "out", unseen="sea, cup")
     with torch.no_grad():
-        photo, _ = data.read(data.samples[0])
-        outputs = tuned(**processor(images=photo, return_tensors="pt"))
+        image, _ = data.read(data.samples[0])
+        outputs = tuned.eval()(**processor(images=image, return_tensors="pt"))
     (scores,) = processor.post_process_semantic_segmentation(
-        outputs, [photo.shape[:2]], return_segmentation_scores=True
+        outputs, [image.shape[:2]], return_segmentation_scores=True
     )
     sea = (scores["segmentation_scores"][0] >= scores["segmentation_scores"][2]).numpy()
     expected = np.where(sea, NAMES.index("sea"), NAMES.index("cup"))
     assert (masks_of(folder)["0"] == expected).mean() > 0.999
 
 
-def test_given_labels_stay_and_only_the_unseen_are_guessed(model, data, tmp_path):
+def test_other_words_replace_the_models_own(model, data, tmp_path):
+    tuned, processor = load_tuned(model, ["sea", "moon", "cup"])
+    for part in (tuned, processor):
+        part.save_pretrained(tmp_path / "tuned")
+    masks = masks_of(write(str(tmp_path / "tuned"), data, tmp_path / "one", unseen="sky, cup"))
+    expected = masks_of(write(model, data, tmp_path / "two", unseen="sky, cup"))
+    assert all(np.array_equal(mask, expected[name]) for name, mask in masks.items())
+
+
+def test_smoothing_is_the_models_unless_given(model, data, tmp_path):
+    def smoothing_in(folder: Path) -> list[int]:
+        settings = json.loads((folder / "dataset.json").read_text())["pseudo_labels"]
+        return [settings["smoothing_neighbors"], settings["smoothing_iterations"]]
+
+    assert smoothing_in(write(model, data, tmp_path / "one")) == [3, 25]
+    loaded, processor = load_tuned(model)
+    processor.image_processor.smoothing_iterations = 0
+    for part in (loaded, processor):
+        part.save_pretrained(tmp_path / "trained")
+    unsmoothed = write(str(tmp_path / "trained"), data, tmp_path / "two")
+    assert smoothing_in(unsmoothed) == [3, 0]
+    config = PseudoLabelConfig(smoothing_neighbors=3, smoothing_iterations=0)
+    given = write_pseudo_labels(model, data, tmp_path / "three", config, cpu=True)
+    assert all(np.array_equal(mask, masks_of(given)[name]) for name, mask in masks_of(unsmoothed).items())
+
+
+def test_given_labels_stay_and_only_unseen_ones_are_predicted(model, data, tmp_path):
     folder = write(model, data, tmp_path / "out", keep_labels=True, unseen="sea, cup")
     again, given = load_segmentation_dataset(str(folder)), masks_of(folder, "given")
     hidden = [NAMES.index(name) for name in ("sea", "cup")]
     for old, new in zip(data.samples, again.samples, strict=True):
-        labels, guessed = data.read(old)[1], again.read(new)[1]
+        labels, predicted = data.read(old)[1], again.read(new)[1]
         kept = (labels != -100) & ~np.isin(labels, hidden)
         assert 0 < kept.sum() < kept.size
         assert np.array_equal(given[new["id"]], kept * 255)
-        assert np.array_equal(guessed[kept], labels[kept])
-        assert set(np.unique(guessed[~kept])) <= set(hidden)
+        assert np.array_equal(predicted[kept], labels[kept])
+        assert set(np.unique(predicted[~kept])) <= set(hidden)
 
 
-def test_the_labels_of_unseen_categories_are_not_looked_at(model, data, tmp_path):
+def test_given_labels_of_unseen_categories_change_nothing(model, data, tmp_path):
     first = masks_of(write(model, data, tmp_path / "one", keep_labels=True, unseen="sea, cup"))
     for sample in data.samples:
         path = sample["mask"]["path"]
@@ -117,21 +146,21 @@ def test_the_labels_of_unseen_categories_are_not_looked_at(model, data, tmp_path
     assert all(np.array_equal(mask, second[name]) for name, mask in first.items())
 
 
-def test_unlikely_pixels_get_no_label(model, data, tmp_path, capsys):
+def test_pixels_of_low_confidence_get_no_label(model, data, tmp_path, capsys):
     masks = masks_of(write(model, data, tmp_path / "out", min_confidence=0.999))
     assert all((mask == 255).all() for mask in masks.values())
-    assert "guessed 0.0 %, none 100.0 %" in capsys.readouterr().out
+    assert "predicted 0.0 %, none 100.0 %" in capsys.readouterr().out
 
 
-def test_photos_without_masks(model, data, tmp_path):
-    photos = load_images(tmp_path / "photos" / "train" / "images", NAMES)
-    one, two = write(model, photos, tmp_path / "one"), write(model, data, tmp_path / "two")
+def test_images_without_masks(model, data, tmp_path):
+    images = load_images(tmp_path / "images" / "train" / "images", NAMES)
+    one, two = write(model, images, tmp_path / "one"), write(model, data, tmp_path / "two")
     assert all(np.array_equal(mask, masks_of(two)[name]) for name, mask in masks_of(one).items())
-    with pytest.raises(ValueError, match="There is no photo in"):
-        load_images(tmp_path / "photos", NAMES)
+    with pytest.raises(ValueError, match="There is no image in"):
+        load_images(tmp_path / "images", NAMES)
 
 
-def test_a_stopped_run_goes_on_and_a_complete_one_is_left_alone(model, data, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_resumes_and_a_complete_one_stays(model, data, tmp_path, monkeypatch, capsys):
     whole = masks_of(write(model, data, tmp_path / "whole"))
 
     def stop_at_the_second(*arguments):
@@ -150,23 +179,23 @@ def test_a_stopped_run_goes_on_and_a_complete_one_is_left_alone(model, data, tmp
         write(model, data, tmp_path / "out", min_confidence=0.5)
     monkeypatch.undo()
     write(model, data, tmp_path / "out")
-    assert "2 photos in" in capsys.readouterr().out
+    assert "2 images in" in capsys.readouterr().out
     assert all(np.array_equal(mask, whole[name]) for name, mask in masks_of(tmp_path / "out").items())
     write(model, data, tmp_path / "out")
     assert "is complete already" in capsys.readouterr().out
 
 
-def test_what_is_wrong_is_told(model, data, tmp_path):
-    for arguments, told in [
+def test_wrong_arguments_are_named(model, data, tmp_path):
+    for arguments, message in [
         ({"smoothing_neighbors": 0}, "smoothing_neighbors=0"),
         ({"smoothing_iterations": -1}, "smoothing_iterations=-1"),
         ({"min_confidence": 1.0}, "min_confidence=1.0"),
     ]:
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             PseudoLabelConfig(**arguments)
     with pytest.raises(ValueError, match='no category "dog"'):
         write(model, data, tmp_path / "out", unseen="dog")
-    with pytest.raises(ValueError, match='"nowhere" can\'t be loaded'):
+    with pytest.raises(FileNotFoundError, match='no model folder "nowhere"'):
         write("nowhere", data, tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("somebody's")
@@ -177,17 +206,17 @@ def test_what_is_wrong_is_told(model, data, tmp_path):
         write(model, data, tmp_path / "many")
 
 
-def test_a_damaged_photo_is_named(model, data, tmp_path):
-    (tmp_path / "photos" / "train" / "images" / "1.png").write_bytes(b"no photo")
+def test_a_damaged_image_is_named(model, data, tmp_path):
+    (tmp_path / "images" / "train" / "images" / "1.png").write_bytes(b"no image")
     with pytest.raises(SampleError, match=r"1\.png"):
         write(model, data, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "dataset.json.incomplete").read_text())["categories"] == NAMES
 
 
 @pytest.mark.slow
-def test_a_process_that_comes_late_leaves_no_photo_out(model, tmp_path):
-    photos, out = save_masked_photos(tmp_path / "photos", count=6), tmp_path / "out"
+def test_a_late_process_leaves_no_image_out(model, tmp_path):
+    images, out = save_masked_photos(tmp_path / "images", count=6), tmp_path / "out"
     program = Path(__file__).parents[2] / "helpers" / "label_in_two_processes.py"
-    done = subprocess.run([sys.executable, program, model, photos, out], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, program, model, images, out], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(masks_of(out)) == 6

@@ -1,7 +1,6 @@
-"""scripts/eval.py as a person starts it: through accelerate, in two processes, and with mistakes."""
+"""scripts/eval.py: through accelerate, in two processes, and with wrong arguments."""
 
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from PIL import Image
 from tiny_model import save_tiny_model
 
 from ifseg_hf.hub import publish as hub
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "eval.py"
@@ -20,7 +20,7 @@ SCRIPT = ROOT / "scripts" / "eval.py"
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a model, `model`, and seven photos of two sizes with masks, `streets`."""
+    """A folder with a model, `model`, and seven images of two sizes with masks, `streets`."""
     folder = tmp_path_factory.mktemp("work")
     save_tiny_model(folder / "model")
     rng = np.random.default_rng(0)
@@ -28,8 +28,8 @@ def work(tmp_path_factory):
         (folder / "streets" / "val" / part).mkdir(parents=True)
     for i in range(7):
         size = (40, 56) if i % 3 else (56, 40)
-        photo = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-        photo.save(folder / "streets" / "val" / "images" / f"{i}.png")
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        image.save(folder / "streets" / "val" / "images" / f"{i}.png")
         Image.fromarray(rng.integers(0, 3, size, dtype=np.uint8)).save(
             folder / "streets" / "val" / "masks" / f"{i}.png"
         )
@@ -47,13 +47,13 @@ def test_through_accelerate(work):
     extra = ["--save-overlays", "1", "--save-predictions", "maps", "--output-dir", "out"]
     done = run(work, ["accelerate.commands.launch", "--cpu"], *grid, *extra)
     assert done.returncode == 0, done.stderr
-    told = json.loads((work / "out" / "results.json").read_text())
-    assert told["images"] == 7
-    assert told["command"].startswith("scripts/eval.py --model model --dataset streets")
-    assert set(told["versions"]) == {"python", "ifseg-hf", "torch", "transformers", "datasets", "accelerate"}
-    settings = [(x["smoothing_neighbors"], x["smoothing_iterations"]) for x in told["results"]]
+    results = json.loads((work / "out" / "results.json").read_text())
+    assert results["images"] == 7
+    assert results["command"].startswith("scripts/eval.py --model model --dataset streets")
+    assert set(results["versions"]) == {"python", "ifseg-hf", "torch", "transformers", "datasets", "accelerate"}
+    settings = [(x["smoothing_neighbors"], x["smoothing_iterations"]) for x in results["results"]]
     assert settings == [(1, 0), (2, 1), (3, 1)]
-    for result in told["results"]:
+    for result in results["results"]:
         ious = [category["iou"] for category in result["categories"].values()]
         assert result["mean_iou"] == pytest.approx(np.mean(ious), abs=1e-5)
     assert "| cat |" in (work / "out" / "results.md").read_text()
@@ -74,18 +74,24 @@ def test_two_processes_count_what_one_does(work):
         assert sum(len(part["images"]) for part in parts) == 7
         assert len(parts) == (2 if name == "two" else 1)
     assert (counted[0] == counted[1]).all()
-    told = [json.loads((work / name / "results.json").read_text()) for name in ("one", "two")]
-    assert told[0]["results"] == told[1]["results"]
-    assert told[1]["processes"] == 2
-    assert told[1]["images"] == 7
+    results = [json.loads((work / name / "results.json").read_text()) for name in ("one", "two")]
+    assert results[0]["results"] == results[1]["results"]
+    assert results[1]["processes"] == 2
+    assert results[1]["images"] == 7
 
 
 @pytest.fixture(scope="module")
 def evaluate():
-    return runpy.run_path(str(SCRIPT))["main"]
+    return load_script("eval").main
 
 
-def test_other_words_and_broken_photos(work, evaluate, tmp_path, capsys):
+def test_the_former_name_still_works(work):
+    command = [sys.executable, str(SCRIPT.with_name("evaluate.py")), "--help"]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+    assert "--smoothing-neighbors" in done.stdout, done.stderr
+
+
+def test_other_words_and_damaged_images(work, evaluate, tmp_path, capsys):
     folder = shutil.copytree(work / "streets", tmp_path / "streets")
     (folder / "val" / "images" / "2.png").write_bytes(b"")
     words = tmp_path / "words.yaml"
@@ -95,11 +101,11 @@ def test_other_words_and_broken_photos(work, evaluate, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "2.png" in error.splitlines()[-1]
     assert evaluate([*arguments, "--output-dir", str(tmp_path / "skipped"), "--on-error", "skip"]) == 0
-    told = json.loads((tmp_path / "skipped" / "results.json").read_text())
-    assert told["images"] == 6
-    assert len(told["skipped"]) == 1
-    assert list(told["results"][0]["categories"]) == ["animal", "background"]
-    assert "1 photos were left out" in (tmp_path / "skipped" / "results.md").read_text()
+    results = json.loads((tmp_path / "skipped" / "results.json").read_text())
+    assert results["images"] == 6
+    assert len(results["skipped"]) == 1
+    assert list(results["results"][0]["categories"]) == ["animal", "background"]
+    assert "1 images were left out" in (tmp_path / "skipped" / "results.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +118,7 @@ def test_other_words_and_broken_photos(work, evaluate, tmp_path, capsys):
         (["--dataset", "{streets}", "--baseline", "clip", "--model", "{model}"], "is no CLIP"),
     ],
 )
-def test_mistakes_are_one_line(work, evaluate, tmp_path, capsys, arguments, complaint):
+def test_errors_are_one_line(work, evaluate, tmp_path, capsys, arguments, complaint):
     places = {"streets": work / "streets", "model": work / "model"}
     arguments = [argument.format(**places) for argument in arguments]
     if "--model" not in arguments:
@@ -122,11 +128,11 @@ def test_mistakes_are_one_line(work, evaluate, tmp_path, capsys, arguments, comp
     assert complaint in line
 
 
-def test_seen_and_unseen_apart(work, evaluate, tmp_path, capsys):
+def test_means_of_seen_and_unseen_categories(work, evaluate, tmp_path, capsys):
     data = ["--dataset", str(work / "streets"), "--model", str(work / "model"), "--cpu", "--limit", "2"]
     assert evaluate([*data, "--unseen", "sky", "--output-dir", str(tmp_path / "out")]) == 0
     (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
-    ious = {name: told["iou"] for name, told in result["categories"].items()}
+    ious = {name: category["iou"] for name, category in result["categories"].items()}
     seen, unseen = (ious["cat"] + ious["grass"]) / 2, ious["sky"]
     assert result["mean_iou_seen"] == pytest.approx(seen, abs=1e-5)
     assert result["mean_iou_unseen"] == pytest.approx(unseen, abs=1e-5)
@@ -137,10 +143,10 @@ def test_seen_and_unseen_apart(work, evaluate, tmp_path, capsys):
     assert 'no category "sea"' in capsys.readouterr().err
 
 
-def test_numbers_go_to_a_model_card(work, evaluate, tmp_path, capsys, monkeypatch):
+def test_results_go_to_a_model_card(work, evaluate, tmp_path, capsys, monkeypatch):
     pushed = []
     monkeypatch.setattr(hub, "check_access", lambda repo: repo)
-    monkeypatch.setattr(hub, "add_results", lambda repo, told: pushed.append((repo, told)) or "a commit")
+    monkeypatch.setattr(hub, "add_results", lambda repo, results: pushed.append((repo, results)) or "a commit")
     data = ["--dataset", str(work / "streets"), "--model", str(work / "model"), "--output-dir", str(tmp_path / "out")]
     assert evaluate([*data, "--cpu", "--push-to-hub", "alice/streets"]) == 0
     assert "Published: a commit" in capsys.readouterr().out
@@ -153,7 +159,7 @@ def test_numbers_go_to_a_model_card(work, evaluate, tmp_path, capsys, monkeypatc
         (["--smoothing-neighbors", "0"], "at least 1"),
         (["--batch-size", "0"], "at least 1"),
         (["--limit", "0"], "at least 1"),
-        (["--push-to-hub", "a/b", "--limit", "3"], "--push-to-hub is for whole data sets"),
+        (["--push-to-hub", "a/b", "--limit", "3"], "--push-to-hub is for whole datasets"),
     ],
 )
 def test_wrong_arguments(evaluate, capsys, arguments, complaint):

@@ -1,0 +1,90 @@
+"""What evaluation needs of a segmenter, and the function that loads one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ifseg_hf.evaluation.cosine import COSINE, CosineSegmenter
+from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
+from ifseg_hf.pretrained import resolve_model
+from ifseg_hf.processing.processing_ifseg import IFSegProcessor
+from ifseg_hf.processing.segmenter_ifseg import INFERENCE, IFSegSegmenter
+from ifseg_hf.remote_code import import_backbone
+
+__all__ = ["Segmenter", "load_segmenter"]
+
+
+class Segmenter(Protocol):
+    """A model that segments images into any words: [`IFSegSegmenter`], [`CosineSegmenter`], [`CLIPSegmenter`].
+
+    Attributes:
+        model (`torch.nn.Module`): its weights tell one evaluation from another.
+        inference (`str`): "whole" images, or "slide" for overlapping square crops.
+        smoothing (`tuple[int, int]`): neighbours and iterations of the smoothing that the model needs.
+    """
+
+    model: Any
+    inference: str
+
+    @property
+    def smoothing(self) -> tuple[int, int]: ...
+
+    def set_words(self, categories: list[str] | dict[str, list[str]]) -> None:
+        """Sets the categories: names, or fine names by coarse category."""
+
+    def preprocess(self, images: list[np.ndarray]) -> Mapping[str, torch.Tensor]:
+        """Returns `pixel_values` and `pixel_mask` of RGB images, uint8 arrays (H, W, 3) of any sizes."""
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """Returns `logits`, `image_features` and `patch_mask` of the result of [`preprocess`]; see [`patch_scores`]."""
+
+
+def load_segmenter(
+    model: str | Path,
+    baseline: str | None = None,
+    device: str | torch.device = "cpu",
+    inference: str | None = None,
+    seed: int | None = 0,
+    trust_remote_code: bool = False,
+):
+    """
+    Loads a [`Segmenter`]: a model in evaluation mode, its processor and, if it was tuned, its words.
+
+    Args:
+        model: folder or Hub id; "ifseg-ofa-nano" is the embedded checkpoint.
+        baseline: `None` for IFSeg, "cosine" for the similarity of IFSeg's patches and words without any tuning, "clip"
+            or "maskclip" for [`load_baseline`].
+        device: where the model computes, in float32.
+        inference: "whole" images, or "slide" for overlapping square crops. By default as the model's processor says:
+            crops if the model was trained on crops of images.
+        seed: of the segmentation positions of a converted OFA, which has none before it is tuned. `None` leaves the
+            state of the random number generator unchanged.
+        trust_remote_code: run the code saved with the model, for a backbone that this package does not have.
+
+    Raises:
+        `ValueError` or `FileNotFoundError` for a model that cannot be loaded, and for wrong arguments.
+    """
+    if inference not in (None, *INFERENCE) or (baseline and inference == "slide"):
+        raise ValueError(f'inference="{inference}": choose whole or slide; baselines segment whole images.')
+    if baseline not in (None, COSINE):
+        from ifseg_hf.evaluation.baselines import BASELINES, load_baseline  # takes long to import, and few need it
+
+        if baseline not in BASELINES:
+            raise ValueError(f'There is no baseline "{baseline}": choose from {", ".join((COSINE, *BASELINES))}.')
+        return load_baseline(baseline, model, device)
+    path = resolve_model(model)
+    try:
+        import_backbone(path, trust_remote_code)
+        processor = IFSegProcessor.from_pretrained(path)
+        if seed is not None:
+            torch.manual_seed(seed)
+        loaded = IFSegForSemanticSegmentation.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f'"{model}" is no IFSeg model that can be loaded: {" ".join(str(error).split())}'[:500]
+        ) from error
+    kind = IFSegSegmenter if baseline is None else CosineSegmenter
+    return kind(loaded.to(device), processor, inference)

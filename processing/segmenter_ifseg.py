@@ -1,0 +1,140 @@
+"""Segmentation with a model and its processor: words, whole images or crops, smoothing, label maps."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.image_processing_utils import BatchFeature
+
+from .post_processing_ifseg import patch_scores
+from .prompt_ifseg import PromptEncoder, complete_template
+from .sliding_window_ifseg import sliding_window_outputs
+
+INFERENCE = ("whole", "slide")
+
+
+class IFSegSegmenter:
+    """
+    A model and its processor as one object that segments images into words.
+
+    ```python
+    segmenter = IFSegSegmenter(model, processor)
+    segmenter.set_words(["cat", "grass"])
+    (labels,) = segmenter.segment([image])
+    ```
+
+    Args:
+        model ([`IFSegForSemanticSegmentation`]): is put into evaluation mode.
+        processor ([`IFSegProcessor`]): or another object with its `image_processor`, `tokenizer` and
+            `prompt_template`, such as [`IFSegImageSegmentationPipeline`].
+        inference (`str`, *optional*): "whole" segments an image in one pass, "slide" in overlapping square crops, over
+            which the outputs are averaged. Default: "slide" for a model that was trained on crops, as its image
+            processor's `sliding_window` says.
+        device (`torch.device`, *optional*): where the model takes its inputs. Default: the model's device.
+    """
+
+    def __init__(self, model, processor, inference: str | None = None, device: str | torch.device | None = None):
+        if inference not in (None, *INFERENCE):
+            raise ValueError(f'inference="{inference}": choose "whole" or "slide".')
+        if model.training:
+            model.eval()
+        self.model, self.processor, self.image_processor = model, processor, processor.image_processor
+        self.inference = inference or ("slide" if self.image_processor.sliding_window else "whole")
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device if self._device is None else torch.device(self._device)
+
+    @property
+    def smoothing(self) -> tuple[int, int]:
+        """Neighbours and iterations of the smoothing that the model needs; 0 iterations for none."""
+        return self.image_processor.smoothing()
+
+    # Words ------------------------------------------------------------------------------------------------------------
+
+    def check_words(self) -> None:
+        """Raises `ValueError` if the model was not tuned for words and none were set."""
+        if self.model.config.category_ids is None:
+            raise ValueError('This model has no words yet: pass some, as in categories=["cat", "grass"].')
+
+    def encode_words(self, categories=None, prompt: str | None = None) -> dict:
+        """
+        Returns words as a model's configuration keeps them; see [`IFSegProcessor.encode_categories`].
+
+        Args:
+            categories (`list[str]` or `dict[str, list[str]]`, *optional*): names, or fine names by coarse category.
+                Default: the model's own categories.
+            prompt (`str`, *optional*): a template with `{categories}`, or a question before the names. Default: the
+                prompt in the model's configuration, or else the processor's template.
+
+        Raises:
+            `ValueError` without a tokenizer, and where the model has no categories and none are given.
+        """
+        if self.processor.tokenizer is None:
+            raise ValueError("Other words need a tokenizer, and there is none: pass tokenizer=...")
+        config = self.model.config
+        if categories is None:
+            self.check_words()
+            categories = [config.id2label[index] for index in range(len(config.category_ids))]
+        template = complete_template(config.prompt, self.processor.prompt_template)
+        return PromptEncoder(self.processor.tokenizer, template).encode(categories, prompt)
+
+    def set_words(self, categories=None, prompt: str | None = None) -> None:
+        """Makes categories and prompt the model's own; arguments and defaults as in [`encode_words`]."""
+        self.model.set_words(**self.encode_words(categories, prompt))
+
+    def word_inputs(self, words: dict) -> dict[str, Tensor]:
+        """Returns the result of [`encode_words`] as inputs of the model, with a first dimension of 1."""
+        padded = PromptEncoder(self.processor.tokenizer).pad([words])
+        return dict(BatchFeature(padded, tensor_type="pt"))
+
+    # Images -----------------------------------------------------------------------------------------------------------
+
+    def preprocess(self, images: list[np.ndarray]) -> BatchFeature:
+        """Returns `pixel_values` and `pixel_mask` of RGB images, uint8 arrays (H, W, 3) of any sizes."""
+        return self.image_processor(images, input_data_format="channels_last", return_tensors="pt")
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor], words: Mapping[str, Tensor] | None = None):
+        """
+        Returns the model's outputs: `logits`, `image_features` and `patch_mask`.
+
+        Args:
+            inputs: `pixel_values` (batch, 3, H, W) and `pixel_mask` (batch, H, W), on any device.
+            words (*optional*): result of [`word_inputs`], in place of the model's own words.
+        """
+        if words is None:
+            self.check_words()
+        inputs = {name: tensor.to(self.device) for name, tensor in {**inputs, **(words or {})}.items()}
+        if self.inference == "whole":
+            return self.model(**inputs)
+        return sliding_window_outputs(self.model, **inputs, crop=self.image_processor.sliding_window)
+
+    def patch_scores(self, outputs, neighbors: int | None = None, iterations: int | None = None) -> Iterator[Tensor]:
+        """
+        Yields the scores of each image's patches, (categories, h, w): probabilities, or logits without smoothing.
+
+        Args:
+            outputs: result of calling the segmenter.
+            neighbors, iterations (`int`, *optional*): of the smoothing. Default: [`smoothing`].
+        """
+        return patch_scores(outputs, *self.image_processor.smoothing(neighbors, iterations))
+
+    def segment(
+        self, images: list[np.ndarray], neighbors: int | None = None, iterations: int | None = None
+    ) -> list[Tensor]:
+        """
+        Returns label maps, int64 tensors (H, W) of indices of categories.
+
+        Args:
+            images: uint8 RGB arrays (H, W, 3) of any sizes.
+            neighbors, iterations (`int`, *optional*): of the smoothing. Default: [`smoothing`].
+        """
+        outputs = self(self.preprocess(images))
+        sizes = [image.shape[:2] for image in images]
+        return self.image_processor.post_process_semantic_segmentation(outputs, sizes, neighbors, iterations)
+
+
+__all__ = ["INFERENCE", "IFSegSegmenter"]
