@@ -275,6 +275,13 @@ class OFAEncoder(_OFAStack):
         tokens = norm(tokens + self.type_embedding()[token_type].to(tokens.device))
         return nn.functional.dropout(tokens, p=self.config.dropout, training=self.training)
 
+    def _embed_text(self, embeds: torch.Tensor, attention_mask: torch.Tensor | None):
+        """Text tokens (1 or batch, T, d_model), zero where they are padding, and their mask, bool (1 or batch, T)."""
+        text = self._embed(embeds, 0, self.layernorm_embedding)
+        if attention_mask is None:
+            return text, torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return text * attention_mask[:, :, None].to(text), attention_mask.bool()
+
     def positions(self, grid: tuple[int, int] | None, text_length: int, interpolate: bool) -> torch.Tensor:
         """Normalised positions of [image ; text], (1, L + T, d_model)."""
         parts = []
@@ -360,12 +367,7 @@ class OFAEncoder(_OFAStack):
             masks.append(patch_mask.flatten(1))
         if inputs_embeds is not None:
             text_length = inputs_embeds.shape[1]
-            text = self._embed(inputs_embeds, 0, self.layernorm_embedding)
-            if attention_mask is not None:
-                text = text * attention_mask[:, :, None].to(text)
-                text_mask = attention_mask.bool()
-            else:
-                text_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+            text, text_mask = self._embed_text(inputs_embeds, attention_mask)
             parts.append(text.expand(batch, -1, -1))
             masks.append(text_mask)
         hidden_states = cat_sequences(parts)
@@ -412,6 +414,43 @@ class OFADecoder(_OFAStack):
         self.layers = nn.ModuleList(OFADecoderLayer(config, i, rate) for i, rate in enumerate(rates))
         self.post_init()
 
+    def _layer_biases(
+        self, positions, start, encoder_positions, attention_mask, encoder_attention_mask, patch_positions
+    ) -> Callable[[Any], torch.Tensor]:
+        """A function that returns the bias of a layer's self-attention or, for "cross", of every cross-attention."""
+        heads, factor = self.config.decoder_attention_heads, self.config.attn_scale_factor
+        queries, stop = positions[:, start:], positions.shape[1]
+        self_q, self_k = project_positions(
+            self.self_pos_q_linear, self.self_pos_k_linear, queries, positions, heads, factor
+        )
+        cross_q, cross_k = project_positions(
+            self.cross_pos_q_linear, self.cross_pos_k_linear, queries, encoder_positions, heads, factor
+        )
+
+        causal: list[torch.Tensor] = []
+
+        def compute_bias(layer: Any) -> torch.Tensor:
+            if layer == "cross":
+                allowed = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
+                return masked_bias(cross_q @ cross_k.transpose(2, 3), allowed)
+            if not causal:
+                steps = torch.arange(stop, device=self_q.device)
+                allowed = steps[start:, None] >= steps
+                if attention_mask is not None:
+                    allowed = allowed & attention_mask[:, None, None].to(allowed.device).bool()
+                causal.append(masked_bias(self_q @ self_k.transpose(2, 3), allowed))
+            if patch_positions is not None:
+                return add_blocks(causal[0], patch_positions.relative_bias(layer))
+            relative = text_relative_bias(self.token_rel_pos_table_list[layer](), start, stop)
+            return causal[0] + relative.to(self_q.device)
+
+        if patch_positions is None:
+            return compute_bias
+        masks = [mask for mask in (attention_mask, encoder_attention_mask) if mask is not None]
+        inputs = [self_q, self_k, cross_q, cross_k, *patch_positions.tables, *masks]
+        key = (tuple(patch_positions.grid), attention_mask is None)
+        return self.bias_cache.cached(key, inputs, compute_bias, len(self.layers) + 1)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -445,39 +484,9 @@ class OFADecoder(_OFAStack):
         start = past_key_values.get_seq_length() if past_key_values is not None else 0
         stop = start + inputs_embeds.shape[1]
         positions = self.text_positions(0, stop) if patch_positions is None else patch_positions.embeddings
-        heads, factor = self.config.decoder_attention_heads, self.config.attn_scale_factor
-        queries = positions[:, start:]
-        self_q, self_k = project_positions(
-            self.self_pos_q_linear, self.self_pos_k_linear, queries, positions, heads, factor
+        layer_bias = self._layer_biases(
+            positions, start, encoder_position_embeddings, attention_mask, encoder_attention_mask, patch_positions
         )
-        cross_q, cross_k = project_positions(
-            self.cross_pos_q_linear, self.cross_pos_k_linear, queries, encoder_position_embeddings, heads, factor
-        )
-
-        causal: list[torch.Tensor] = []
-
-        def compute_bias(layer: Any) -> torch.Tensor:
-            if layer == "cross":
-                allowed = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
-                return masked_bias(cross_q @ cross_k.transpose(2, 3), allowed)
-            if not causal:
-                steps = torch.arange(stop, device=self_q.device)
-                allowed = steps[start:, None] >= steps
-                if attention_mask is not None:
-                    allowed = allowed & attention_mask[:, None, None].to(allowed.device).bool()
-                causal.append(masked_bias(self_q @ self_k.transpose(2, 3), allowed))
-            if patch_positions is not None:
-                return add_blocks(causal[0], patch_positions.relative_bias(layer))
-            relative = text_relative_bias(self.token_rel_pos_table_list[layer](), start, stop)
-            return causal[0] + relative.to(self_q.device)
-
-        layer_bias: Callable[[Any], torch.Tensor] = compute_bias
-        if patch_positions is not None:
-            masks = [mask for mask in (attention_mask, encoder_attention_mask) if mask is not None]
-            inputs = [self_q, self_k, cross_q, cross_k, *patch_positions.tables, *masks]
-            key = (tuple(patch_positions.grid), attention_mask is None)
-            layer_bias = self.bias_cache.cached(key, inputs, compute_bias, len(self.layers) + 1)
-
         hidden_states = self.layernorm_embedding(inputs_embeds)
         hidden_states = nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
         cross_bias = layer_bias("cross")
