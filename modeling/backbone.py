@@ -9,7 +9,7 @@ AutoBackbone.register(NameConfig, NameBackbone, exist_ok=True)
 ```
 
 The configuration has the attributes `patch_size` (pixels a side), `image_size` (side of the square image whose patch
-grid a word map has), `pad_token_id`, `dropout` and `drop_path_rate`.
+grid a word map has), `vocab_size`, `pad_token_id`, `dropout` and `drop_path_rate`.
 
 Saved models name this file in their `auto_map` as the one that defines `IFSegConfig` and
 `IFSegForSemanticSegmentation`, so it imports both names; importing it registers the backbone.
