@@ -213,7 +213,7 @@ class IFSegForSemanticSegmentation(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """As in every model; the checkpoint of a backbone, such as a converted OFA, is accepted as well."""
-        if isinstance(config, PreTrainedConfig) and not isinstance(config, cls.config_class):
+        if isinstance(config, PreTrainedConfig) and config.model_type != cls.config_class.model_type:
             config = cls.config_class.from_backbone_config(config)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 

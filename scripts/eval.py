@@ -1,6 +1,6 @@
 """Mean IoU of a model on images with masks.
 
-    accelerate launch scripts/eval.py --model tuned --dataset ../shared/data/camvid
+    accelerate launch scripts/eval.py --model tuned --dataset CAMVID
     accelerate launch scripts/eval.py --model ofa-coco --dataset coco-stuff-unseen --data-dir COCO \\
         --smoothing-neighbors 2,3,5,8 --smoothing-iterations 0,25
 

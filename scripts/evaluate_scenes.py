@@ -1,6 +1,6 @@
 """Mean IoU of a model before and after tuning on words alone, on mosaics of held-out images and on street images.
 
-    python scripts/evaluate_scenes.py --images ../shared/data/photos --street ../shared/data/camvid
+    python scripts/evaluate_scenes.py --images IMAGES --street CAMVID
 
 Tuning is as in configs/nano.yaml, and for mosaics with smaller and coarser word maps.
 """
@@ -21,7 +21,7 @@ def integers(text: str) -> list[int]:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ifseg-ofa-nano", help="folder or Hub id (default: the embedded model)")
-    parser.add_argument("--images", default="../shared/data/photos", help="folder of parquet files with named images")
+    parser.add_argument("--images", required=True, help="folder of parquet files with named images")
     parser.add_argument("--street", default=None, help="folder of street images with masks (default: none)")
     parser.add_argument("--words", type=integers, default=[10, 40, 100], help="numbers of words (default: 10,40,100)")
     parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="seeds of tuning (default: 0,1,2)")

@@ -1,6 +1,6 @@
 """Pre-trains the nano OFA that comes with the package, from images, names and boxes.
 
-    python scripts/pretrain.py --images ../shared/data/photos --street ../shared/data/camvid --output-dir OUT
+    python scripts/pretrain.py --images IMAGES --street CAMVID --output-dir OUT
 
 A run that was stopped resumes when the same command is run again.
 """

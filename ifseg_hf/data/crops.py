@@ -191,7 +191,7 @@ class CropDataset(Dataset):
         if self.masks is not None:
             labels = read_labels(self.masks / f"{sample['id']}.png")
         labels[np.isin(labels, self.ignored)] = IGNORE_INDEX
-        random = np.random.default_rng([self.seed, index, 1])  # the third number tells it from an epoch's
+        random = np.random.default_rng([self.seed, index, 1])  # the third number: not the generator of an epoch
         scale = random.uniform(*SCALES) * self.short_side / min(labels.shape)
         height, width = (max(1, round(side * scale)) for side in labels.shape)
         image, labels = resize_bilinear(image, height, width), resize_nearest(labels, height, width)

@@ -45,7 +45,7 @@ _BUFFERED = 64  # images in memory that wait for others of their size
 
 
 def fingerprint(segmenter: Segmenter) -> str:
-    """Returns a hash of a segmenter's weights, which tells models saved to the same folder apart."""
+    """Returns a hash of a segmenter's weights, to recognise another model saved to the same folder."""
     digest = hashlib.sha256()
     for name, value in sorted(segmenter.model.state_dict().items()):
         digest.update(name.encode())

@@ -146,7 +146,7 @@ def refresh_labels(
 
     Args:
         data: read from `folder`, which [`write_pseudo_labels`] made.
-        state: tells which samples are this process's.
+        state: the process, which gets its share of the samples.
 
     The predictions are not smoothed: the model has been trained on images by now.
     """

@@ -61,7 +61,7 @@ NOT_APPLICABLE = {
     "test_can_capture_specific_layers_hidden_states": "an encoder-decoder has no output `hidden_states`",
     "OFAModelTest.test_generation_tester_mixin_inheritance": "the generation tests are not shipped",
     "IFSegForSemanticSegmentationTest.test_encoder_decoder_loss_no_double_shift": "no text is predicted",
-    "IFSegForSemanticSegmentationTest.test_torch_save_load": "the base of the model is its backbone, no Auto base model",
+    "IFSegForSemanticSegmentationTest.test_torch_save_load": "its base is the backbone, which AutoModel does not load",
     "IFSegForSemanticSegmentationTest.test_inputs_embeds": "the prompt is passed as ids",
     # image processor
     "test_call_numpy_4_channels": "the trunk reads RGB: transparent images are laid on white",

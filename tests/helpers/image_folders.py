@@ -31,7 +31,7 @@ def random_mask(random: np.random.Generator, height: int, width: int) -> np.ndar
     return mask
 
 
-def save_masked_photos(folder: Path, count: int = 6, split: str | None = "train", height: int = 48, width: int = 60):
+def save_masked_images(folder: Path, count: int = 6, split: str | None = "train", height: int = 48, width: int = 60):
     """Saves images as PNG, so that their colours are exact; ignored pixels are black. Returns the folder's name."""
     random = np.random.default_rng(0)
     part = folder / split if split else folder

@@ -10,13 +10,13 @@ from torch import nn
 
 from ifseg_hf.modeling.positions_ofa import grid_relative_bias, resize_grid, resized_grid_relative_bias
 
-PHOTO = torch.randn(1, 3, 48, 80, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.randn(1, 3, 48, 80, generator=torch.Generator().manual_seed(0))
 WORD_MAP = torch.arange(16).view(1, 4, 4) % 3
 
 
 @torch.no_grad()
-def segment(model: nn.Module, photo: torch.Tensor = PHOTO, **kwargs) -> torch.Tensor:
-    return model(pixel_values=photo, **kwargs).logits
+def segment(model: nn.Module, image: torch.Tensor = IMAGE, **kwargs) -> torch.Tensor:
+    return model(pixel_values=image, **kwargs).logits
 
 
 def forget(model: nn.Module) -> nn.Module:
@@ -41,7 +41,7 @@ def test_resized_biases_are_two_bilinear_resizings(side, spare, height, width):
 
 
 @pytest.mark.parametrize("positions", ["segmentation", "image"])
-def test_a_second_photo_computes_no_bias(positions, monkeypatch):
+def test_a_second_image_computes_no_bias(positions, monkeypatch):
     model = small_model(decoder_positions=positions)
     first = segment(model)
     before = kept(model)
@@ -106,20 +106,20 @@ def test_biases_that_are_trained_are_not_kept():
 
 def test_grids_words_and_types_do_not_mix():
     model = small_model()
-    photos = {size: torch.randn(1, 3, *size) for size in [(48, 80), (80, 48), (64, 64)]}
+    images = {size: torch.randn(1, 3, *size) for size in [(48, 80), (80, 48), (64, 64)]}
     prompts = {n: {"input_ids": torch.arange(n)[None], "category_ids": torch.tensor([[[5], [8]]])} for n in (5, 9)}
     masked = {**prompts[9], "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0, 0]])}
-    calls = [(photo, words) for photo in photos.values() for words in (*prompts.values(), masked, {})]
-    expected = [segment(forget(model), photo, **words) for photo, words in calls]
+    calls = [(image, words) for image in images.values() for words in (*prompts.values(), masked, {})]
+    expected = [segment(forget(model), image, **words) for image, words in calls]
     for _ in range(2):
-        for (photo, words), logits in zip(calls, expected, strict=True):
-            assert torch.equal(segment(model, photo, **words), logits)
+        for (image, words), logits in zip(calls, expected, strict=True):
+            assert torch.equal(segment(model, image, **words), logits)
     assert model.double().dtype == torch.float64
     assert not kept(model)
     torch.testing.assert_close(segment(model), segment(small_model()).double(), atol=1e-4, rtol=0)
     with torch.inference_mode():
         segment(model)
-    assert model(pixel_values=PHOTO.double().requires_grad_()).logits.sum().backward() is None
+    assert model(pixel_values=IMAGE.double().requires_grad_()).logits.sum().backward() is None
 
 
 def test_memory_is_bounded():
@@ -134,10 +134,10 @@ def test_memory_is_bounded():
             assert len(model.backbone.model.encoder.bias_cache.entries) == 1  # one fits, the large one never
 
 
-def test_biases_are_shared_by_a_batch_and_stay_with_their_model():
+def test_a_batch_shares_biases_and_copies_have_none():
     model = small_model()
     mask = torch.ones(1, len(model.config.prompt_ids), dtype=torch.long)
-    segment(model, PHOTO.expand(4, -1, -1, -1), attention_mask=mask)
+    segment(model, IMAGE.expand(4, -1, -1, -1), attention_mask=mask)
     assert {len(bias) for bias in kept(model)} == {1}
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not kept(other)

@@ -1,4 +1,4 @@
-"""The segmentation model: words, word maps, photos of any size, and the habits of transformers models."""
+"""The segmentation model: words, word maps, images of any size, and the habits of transformers models."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def word_maps(batch=2) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(64, 64), (32, 32), (40, 100), (33, 31), (300, 500), (32, 2048), (2048, 32)])
-def test_photos_of_any_size(model, size):
+def test_images_of_any_size(model, size):
     output = model(pixel_values=torch.randn(1, 3, *size))
     grid = (-(-size[0] // 16), -(-size[1] // 16))
     assert output.logits.shape == (1, 3, *grid)
@@ -45,16 +45,16 @@ def test_photos_of_any_size(model, size):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_photos_of_several_sizes_are_as_alone(attention):
+def test_images_of_several_sizes_are_as_alone(attention):
     model = small_model()
     model.set_attn_implementation(attention)
-    photos, pixel_values, pixel_mask = padded_images()
+    images, pixel_values, pixel_mask = padded_images()
     labels = torch.where(pixel_mask.bool(), 1, -100)
     together = model(pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels, output_hidden_states=True)
     losses, pixels = 0, 0
-    for i, photo in enumerate(photos):
-        own = torch.ones(1, *photo.shape[1:], dtype=torch.long)
-        alone = model(pixel_values=photo[None], labels=own)
+    for i, image in enumerate(images):
+        own = torch.ones(1, *image.shape[1:], dtype=torch.long)
+        alone = model(pixel_values=image[None], labels=own)
         height, width = alone.logits.shape[2:]
         torch.testing.assert_close(together.logits[i, :, :height, :width], alone.logits[0], atol=1e-5, rtol=0)
         assert together.patch_mask[i].sum() == height * width
@@ -67,28 +67,28 @@ def test_photos_of_several_sizes_are_as_alone(attention):
 
 @torch.no_grad()
 def test_a_padded_batch_of_one_size(model):
-    photo = torch.randn(2, 3, 32, 48)
-    padded = nn.functional.pad(photo, (0, 16, 0, 32))
+    image = torch.randn(2, 3, 32, 48)
+    padded = nn.functional.pad(image, (0, 16, 0, 32))
     mask = nn.functional.pad(torch.ones(2, 32, 48), (0, 16, 0, 32))
     torch.testing.assert_close(
-        model(pixel_values=padded, pixel_mask=mask).logits, model(pixel_values=photo).logits, atol=1e-6, rtol=0
+        model(pixel_values=padded, pixel_mask=mask).logits, model(pixel_values=image).logits, atol=1e-6, rtol=0
     )
 
 
 @torch.no_grad()
 def test_words_at_call_time(model):
-    photo = torch.randn(2, 3, 32, 32)
-    own = model(pixel_values=photo).logits
+    image = torch.randn(2, 3, 32, 32)
+    own = model(pixel_values=image).logits
     ids = torch.tensor([[[5, 1], [6, 7], [8, 1]]])
-    passed = model(pixel_values=photo, input_ids=torch.tensor([WORDS["prompt_ids"]]), category_ids=ids).logits
+    passed = model(pixel_values=image, input_ids=torch.tensor([WORDS["prompt_ids"]]), category_ids=ids).logits
     torch.testing.assert_close(passed, own)
 
-    # other words for the second photo, which has one fewer
+    # other words for the second image, which has one fewer
     ids = torch.tensor([[[5, 1], [6, 7], [8, 1]], [[20, 21], [22, 1], [1, 1]]])
     mask = torch.tensor([[[1, 0], [1, 1], [1, 0]], [[1, 1], [1, 0], [0, 0]]])
     prompts = torch.tensor([[*WORDS["prompt_ids"]], [0, 9, 10, 20, 21, 22, 2, 1]])
     both = model(
-        pixel_values=photo,
+        pixel_values=image,
         input_ids=prompts,
         attention_mask=(prompts != 1).long(),
         category_ids=ids,
@@ -96,7 +96,7 @@ def test_words_at_call_time(model):
     ).logits
     torch.testing.assert_close(both[0], own[0], atol=1e-5, rtol=0)
     alone = model(
-        pixel_values=photo[1:], input_ids=prompts[1:, :-1], category_ids=ids[1:, :2], category_mask=mask[1:, :2]
+        pixel_values=image[1:], input_ids=prompts[1:, :-1], category_ids=ids[1:, :2], category_mask=mask[1:, :2]
     ).logits
     torch.testing.assert_close(both[1, :2], alone[0], atol=1e-5, rtol=0)
     assert (both[1, 2] == torch.finfo(torch.float32).min).all()
@@ -148,16 +148,16 @@ def test_contradicting_words_are_refused():
 
 
 def test_inputs_are_checked(model):
-    photo, word_map = torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 4, dtype=torch.long)
+    image, word_map = torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="either pixel_values"):
-        model(pixel_values=photo, word_map=word_map)
+        model(pixel_values=image, word_map=word_map)
     with pytest.raises(ValueError, match="either pixel_values"):
         model()
     wordless = IFSegForSemanticSegmentation(small_config())
     with pytest.raises(ValueError, match="carries no words"):
-        wordless(pixel_values=photo)
+        wordless(pixel_values=image)
     with pytest.raises(ValueError, match="category_ids"):
-        wordless(pixel_values=photo, input_ids=torch.tensor([[0, 5, 2]]))
+        wordless(pixel_values=image, input_ids=torch.tensor([[0, 5, 2]]))
 
 
 @settings(max_examples=25, deadline=None)
@@ -186,8 +186,8 @@ def test_paper_positions_add_no_parameters():
     base = {name for name, _ in OFAModel(OFAConfig(**SMALL)).named_parameters()}
     assert {name.removeprefix("backbone.model.") for name, _ in paper.named_parameters()} == base
 
-    photo = torch.randn(1, 3, 64, 80)
-    assert paper(pixel_values=photo).logits.shape == published(pixel_values=photo).logits.shape
+    image = torch.randn(1, 3, 64, 80)
+    assert paper(pixel_values=image).logits.shape == published(pixel_values=image).logits.shape
     paper.freeze_for_word_maps()
     paper.train()
     paper(**word_maps()).loss.backward()
@@ -219,7 +219,7 @@ def test_every_trained_parameter_gets_a_gradient(model):
 
 
 def artificial_image(model, word_map):
-    """What a model puts in place of a photo's projected patches."""
+    """What a model puts in place of a image's projected patches."""
     seen = []
     hook = model.backbone.model.encoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["image_embeds"]), with_kwargs=True
@@ -244,7 +244,7 @@ def test_noise_of_word_maps_is_measured_in_distances_between_words():
     noise = artificial_image(model.train(), word_map) - clean
     assert noise.std().item() == pytest.approx(0.5 * distance.item(), rel=0.02)
     assert abs(noise.mean().item()) < 0.02 * distance.item()
-    per_patch = noise.flatten(0, 2)  # every patch has a noise of its own
+    per_patch = noise.flatten(0, 2)  # the noise of each patch is independent
     assert (per_patch[1:] * per_patch[:-1]).mean().abs() < 0.02 * distance.square()
 
 
@@ -273,11 +273,11 @@ def test_word_maps_can_be_learnt():
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
 def test_attention_implementations_agree(model, size):
-    photo = torch.randn(2, 3, *size)
+    image = torch.randn(2, 3, *size)
     logits = {}
     for attention in ("eager", "sdpa"):
         model.set_attn_implementation(attention)
-        logits[attention] = model(pixel_values=photo).logits
+        logits[attention] = model(pixel_values=image).logits
     torch.testing.assert_close(logits["eager"], logits["sdpa"], atol=1e-5, rtol=0)
 
 
@@ -329,11 +329,11 @@ def test_attention_in_blocks_under_autocast(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_half_precision(model, dtype, attention):
-    photo = torch.randn(1, 3, 48, 80)
-    expected = model(pixel_values=photo).logits
+    image = torch.randn(1, 3, 48, 80)
+    expected = model(pixel_values=image).logits
     half = small_model().to(dtype)
     half.set_attn_implementation(attention)
-    actual = half(pixel_values=photo, labels=torch.zeros(1, 48, 80, dtype=torch.long))
+    actual = half(pixel_values=image, labels=torch.zeros(1, 48, 80, dtype=torch.long))
     assert actual.logits.dtype == dtype
     assert actual.loss.isfinite()
     torch.testing.assert_close(actual.logits.float(), expected, atol=0.02, rtol=0.05)
@@ -356,9 +356,9 @@ def test_gradient_checkpointing_changes_nothing():
 
 @torch.no_grad()
 def test_compiles_without_graph_breaks(model):
-    photo = torch.randn(1, 3, 48, 80)
+    image = torch.randn(1, 3, 48, 80)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(pixel_values=photo).logits, model(pixel_values=photo).logits)
+    torch.testing.assert_close(compiled(pixel_values=image).logits, model(pixel_values=image).logits)
 
 
 def test_compiled_training_has_the_same_gradients():
@@ -378,8 +378,8 @@ def test_compiled_training_has_the_same_gradients():
 def test_save_and_load(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = IFSegForSemanticSegmentation.from_pretrained(tmp_path)
-    photo = torch.randn(1, 3, 48, 80)
-    assert torch.equal(loaded(pixel_values=photo).logits, model(pixel_values=photo).logits)
+    image = torch.randn(1, 3, 48, 80)
+    assert torch.equal(loaded(pixel_values=image).logits, model(pixel_values=image).logits)
     assert loaded.config.id2label == WORDS["id2label"]
     assert loaded.config.prompt_ids == WORDS["prompt_ids"]
 
@@ -425,7 +425,7 @@ def test_outputs_on_request():
 
 
 @torch.no_grad()
-def test_a_patch_is_not_told_its_own_encoding_or_later_ones():
+def test_decoder_input_of_a_patch_excludes_itself_and_later_patches():
     """Section 2.2: output i has the encodings of patches before i as inputs (cross-attention aside)."""
     model = small_model()
     seen = {}

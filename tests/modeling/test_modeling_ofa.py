@@ -58,7 +58,7 @@ def test_text_relative_bias(length):
     st.integers(1, 120),
 )
 def test_blockwise_attention_is_the_plain_formula(batch, heads, shared, queries, keys, causal, limit):
-    """Values and gradients, in blocks of any size, with a bias for all photos or one for each."""
+    """Values and gradients, in blocks of any size, with a bias for all images or one for each."""
     keys = queries if causal else keys
     generator = torch.Generator().manual_seed(batch + 10 * queries + 100 * keys)
 
@@ -153,8 +153,8 @@ def test_embeddings_are_shared(generator_model):
 
 
 @torch.no_grad()
-def test_photos_of_several_sizes_are_as_alone(generator_model):
-    photos, pixel_values, pixel_mask = padded_images()
+def test_images_of_several_sizes_are_as_alone(generator_model):
+    images, pixel_values, pixel_mask = padded_images()
     ids = torch.tensor([[0, 5, 6, 2]])
     together = generator_model(
         input_ids=ids.expand(4, -1),
@@ -162,8 +162,8 @@ def test_photos_of_several_sizes_are_as_alone(generator_model):
         pixel_mask=pixel_mask,
         decoder_input_ids=ids.expand(4, -1),
     )
-    for i, photo in enumerate(photos):
-        alone = generator_model(input_ids=ids, pixel_values=photo[None], decoder_input_ids=ids)
+    for i, image in enumerate(images):
+        alone = generator_model(input_ids=ids, pixel_values=image[None], decoder_input_ids=ids)
         torch.testing.assert_close(together.logits[i], alone.logits[0], atol=1e-5, rtol=0)
 
 

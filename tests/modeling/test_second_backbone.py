@@ -1,4 +1,4 @@
-"""A backbone in one file of its own (tests/helpers/backbone_tiny.py): no other file knows it."""
+"""A second backbone in a single file (tests/helpers/backbone_tiny.py) that no other file knows."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hub_client import BLOCKED, ROOT
-from image_folders import save_masked_photos
+from image_folders import save_masked_images
 from PIL import Image
 from tiny_model import save_tiny_model
 
@@ -135,7 +135,7 @@ def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
 
 def test_scripts_train_and_evaluate(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    data = save_masked_photos(tmp_path / "data", split="val")
+    data = save_masked_images(tmp_path / "data", split="val")
     words = ["--categories", "cat, cup, sky, sea", "--output-dir", tmp_path / "tuned"]
     recipe = ["--model", checkpoint, "--steps", "3", "--batch-size", "2"]
     refused = run_script("train.py", *recipe, *words)

@@ -112,7 +112,7 @@ def scores_of(segments):
     return {segment["label"]: segment["score"] for segment in segments}
 
 
-def test_the_pipeline_slides_on_request_and_where_the_processor_says_so(small_processor, tuned, image, tmp_path):
+def test_pipeline_slides_on_request_and_by_default_of_processor(small_processor, tuned, image, tmp_path):
     pipe = small_processor.pipeline(tuned)
     whole, slide = pipe(image), pipe(image, inference="slide")
     assert scores_of(whole) != scores_of(slide)

@@ -112,7 +112,7 @@ def test_other_words_and_damaged_images(work, evaluate, tmp_path, capsys):
     ("arguments", "complaint"),
     [
         (["--dataset", "nowhere"], "no folder, no dataset of the Hub"),
-        (["--dataset", "coco-stuff"], "needs the folder"),
+        (["--dataset", "coco-stuff"], "has to be unpacked"),
         (["--dataset", "{streets}", "--categories", "cat, gras"], "Similar: grass"),
         (["--dataset", "{streets}", "--model", "nowhere"], "no model folder"),
         (["--dataset", "{streets}", "--baseline", "clip", "--model", "{model}"], "is no CLIP"),

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from image_folders import save_masked_photos, save_tiny_segmenter
+from image_folders import save_masked_images, save_tiny_segmenter
 from script_runner import ScriptRunner, fail
 
 from ifseg_hf.experiments import image_experiments
@@ -18,8 +18,8 @@ script = load_script("experiments")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "images"
-    save_masked_photos(folder, count=2)
-    save_masked_photos(folder, count=2, split="val")
+    save_masked_images(folder, count=2)
+    save_masked_images(folder, count=2, split="val")
     return str(folder)
 
 

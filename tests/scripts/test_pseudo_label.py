@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from image_folders import NAMES, save_masked_photos, save_tiny_segmenter
+from image_folders import NAMES, save_masked_images, save_tiny_segmenter
 
 from ifseg_hf.data.segmentation import load_segmentation_dataset
 from scripts import load_script
@@ -16,7 +16,7 @@ def main():
 
 def test_datasets_of_images_and_of_some_labels(main, tmp_path):
     model = save_tiny_segmenter(tmp_path / "model")
-    folder = save_masked_photos(tmp_path / "folder", count=2)
+    folder = save_masked_images(tmp_path / "folder", count=2)
     flags = ["--model", model, "--cpu", "--smoothing-neighbors", "2", "--min-confidence", "0.1"]
     images = ["--images", f"{folder}/train/images", "--categories", "cat, cup"]
     assert main([*flags, *images, "--output-dir", str(tmp_path / "one")]) == 0

@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from hub_client import environment
 from hub_server import HubServer
-from image_folders import save_masked_photos, save_tiny_segmenter
+from image_folders import save_masked_images, save_tiny_segmenter
 from safetensors.torch import load_file
 from tiny_model import is_key_bias, save_tiny_model
 
@@ -116,7 +116,7 @@ def test_processes_accumulation_and_workers_lead_to_the_same_weights(tiny_model,
 def test_two_processes_label_and_train_like_one(tmp_path):
     """Equal pseudo-labels, and equal weights up to rounding with word maps, refreshed labels and evaluations."""
     pytest.importorskip("kornia")
-    model, images = save_tiny_segmenter(tmp_path / "model"), save_masked_photos(tmp_path / "images")
+    model, images = save_tiny_segmenter(tmp_path / "model"), save_masked_images(tmp_path / "images")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29000 + os.getpid() % 2000]
     write = [ROOT / "scripts" / "pseudo_label.py", "--model", model, "--dataset", images, "--keep-labels", "--cpu"]
     write += ["--unseen", "sky, sea", "--output-dir"]
@@ -204,7 +204,7 @@ def test_only_the_main_process_publishes(process, tmp_path, monkeypatch):
     ("arguments", "expected"),
     [
         (["--categories", ""], "no category"),
-        (["--categories", "cat, , cup"], "place 2 is empty"),
+        (["--categories", "cat, , cup"], "position 2 is empty"),
         (["--categories", "cat, cup, cat "], '"cat" is given twice'),
         (["--categories", "cat"], "at least two"),
         (["--categories", "missing.txt"], "missing.txt"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from image_folders import COLOURS, NAMES, save_masked_photos
+from image_folders import COLOURS, NAMES, save_masked_images
 from PIL import Image
 
 from ifseg_hf.data.crops import (
@@ -23,7 +23,7 @@ pytest.importorskip("kornia")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return load_training_dataset(save_masked_photos(tmp_path_factory.mktemp("images")))
+    return load_training_dataset(save_masked_images(tmp_path_factory.mktemp("images")))
 
 
 @pytest.fixture
@@ -176,12 +176,12 @@ def test_a_batch_has_both_kinds(samples):
 
 
 def test_the_training_split_is_taken_and_categories_are_selected(tmp_path):
-    folder = save_masked_photos(tmp_path / "split")
-    save_masked_photos(tmp_path / "split", count=2, split="val")
+    folder = save_masked_images(tmp_path / "split")
+    save_masked_images(tmp_path / "split", count=2, split="val")
     assert len(load_training_dataset(folder).samples) == 6
     assert len(load_training_dataset(folder, split="val").samples) == 2
     assert load_training_dataset(folder, categories={"thing": ["cat", "cup"], "sea": ["sea"]}).names == ["thing", "sea"]
-    flat = save_masked_photos(tmp_path / "flat", split=None)
+    flat = save_masked_images(tmp_path / "flat", split=None)
     assert len(load_training_dataset(flat).samples) == 6
 
 

@@ -243,7 +243,7 @@ def test_half_precision_checkpoints_compute_in_float32(folder, tmp_path):
         ("maskclip", "openai/clip-rn50x4", ValueError, "ResNet, which transformers does not have"),
         ("clip", "models/RN101.pt", ValueError, "ResNet, which transformers does not have"),
         ("clip", "no-such-folder", FileNotFoundError, 'no model folder "no-such-folder"'),
-        ("clip", str(NANO), ValueError, "its model type is ifseg"),
+        ("clip", str(NANO), ValueError, "its model type is ofa"),
     ],
 )
 def test_other_models_are_refused(kind, name, error, message):

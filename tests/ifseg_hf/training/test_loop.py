@@ -79,7 +79,7 @@ def test_weights_depend_on_the_seed_and_not_on_workers(tiny_model, tmp_path):
     """Training into the folder of an earlier result is allowed."""
     train(settings(tiny_model, tmp_path / "one", seed=5))
     train(settings(tiny_model, tmp_path / "two", seed=6))
-    name = "model.encoder.layers.0.fc1.weight"
+    name = "backbone.model.encoder.layers.0.fc1.weight"
     assert not torch.equal(weights(tmp_path / "one")[name], weights(tmp_path / "two")[name])
     train(settings(tiny_model, tmp_path / "two", seed=5, dataloader_workers=1))
     assert_equal_weights(tmp_path / "one", tmp_path / "two")
@@ -90,7 +90,7 @@ def test_word_noise_is_trained_with_and_saved(tiny_model, tmp_path):
     for name, noise in [("none", 0.0), ("one", 0.5), ("two", 0.5)]:
         train(settings(tiny_model, tmp_path / name, word_noise=noise, **quiet))
     assert_equal_weights(tmp_path / "one", tmp_path / "two")
-    name = "model.encoder.layers.0.fc1.weight"
+    name = "backbone.model.encoder.layers.0.fc1.weight"
     assert not torch.equal(weights(tmp_path / "none")[name], weights(tmp_path / "one")[name])
     assert IFSegForSemanticSegmentation.from_pretrained(tmp_path / "one").config.word_noise == 0.5
 
@@ -119,7 +119,7 @@ def test_training_starts_from_a_plain_ofa(tmp_path):
     ofa = save_tiny_model(tmp_path / "ofa", OFAForConditionalGeneration)
     train(settings(ofa, tmp_path / "one"))
     train(settings(ofa, tmp_path / "two"))
-    assert "segmentation_positions.embed_positions.weight" in weights(tmp_path / "one")
+    assert "backbone.segmentation_positions.embed_positions.weight" in weights(tmp_path / "one")
     assert_equal_weights(tmp_path / "one", tmp_path / "two")  # the new positions too
 
 

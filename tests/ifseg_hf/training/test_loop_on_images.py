@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from image_folders import NAMES, save_masked_photos, save_tiny_segmenter
+from image_folders import NAMES, save_masked_images, save_tiny_segmenter
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_model import is_key_bias
@@ -14,16 +14,14 @@ from tiny_model import is_key_bias
 from ifseg_hf.data.crops import load_training_dataset, load_validation_dataset
 from ifseg_hf.evaluation.evaluate import evaluate_segmenter, load_segmenter
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.modeling.modeling_ofa import IFSegConv2d
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.training import setup
 from ifseg_hf.training.batches import batch_loss, crop_dataset
 from ifseg_hf.training.config import SETTINGS_FILE, checkpoints
 from ifseg_hf.training.log import LOG_FILE, read_log
 from ifseg_hf.training.loop import SettingError, TrainingConfig, TrainingError, train
-from ifseg_hf.training.model_parts import freeze, image_trunk
 from ifseg_hf.training.pseudo_labels import PseudoLabelConfig, write_pseudo_labels
-from ifseg_hf.training.setup import load_model, measure_batch_norm, samples_per_batch
+from ifseg_hf.training.setup import freeze, load_model, measure_batch_norm, samples_per_batch
 
 pytest.importorskip("kornia")
 
@@ -35,7 +33,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return save_masked_photos(tmp_path_factory.mktemp("images"))
+    return save_masked_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +131,7 @@ def test_training_from_scratch_starts_with_random_weights(tiny_model, images, tm
     train(settings(tiny_model, images, tmp_path / "two", seed=1, **quick))
     train(settings(tiny_model, images, tmp_path / "three", seed=2, **quick))
     assert_equal_weights(tmp_path / "one", tmp_path / "two")
-    name = "model.encoder.layers.0.fc1.weight"
+    name = "backbone.model.encoder.layers.0.fc1.weight"
     for other in (weights(tiny_model), weights(tmp_path / "three")):
         assert (weights(tmp_path / "one")[name] - other[name]).abs().mean() > 0.01
 
@@ -144,17 +142,17 @@ def test_training_from_scratch_calibrates_batch_norm(tiny_model, images, tmp_pat
     data = load_training_dataset(images)
     processor, model = load_model(config, data)
     crops = crop_dataset(config, model.config, processor, data)
-    trunk = image_trunk(model)
+    trunk = model.backbone.image_trunk
     before = torch.get_rng_state()
     measure_batch_norm(trunk, crops, torch.device("cpu"))
     assert torch.equal(before, torch.get_rng_state())
 
     outputs = []
     for module in trunk.modules():
-        if isinstance(module, IFSegConv2d):
+        if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda *call: outputs.append(call[2].clone()))  # ReLU works in place
     trunk(torch.stack([crops[index]["pixel_values"] for index in range(128)]))
-    assert len(outputs) == sum(isinstance(module, IFSegConv2d) for module in trunk.modules())
+    assert len(outputs) == sum(isinstance(module, torch.nn.Conv2d) for module in trunk.modules())
     for output in outputs:
         torch.testing.assert_close(output.mean((0, 2, 3)), torch.zeros(output.shape[1]), rtol=0, atol=0.1)
         torch.testing.assert_close(output.std((0, 2, 3)), torch.ones(output.shape[1]), rtol=0, atol=0.25)
@@ -287,7 +285,7 @@ def splits(images, tmp_path_factory):
     """A dataset with splits for training and validation."""
     folder = tmp_path_factory.mktemp("splits") / "images"
     shutil.copytree(images, folder)
-    save_masked_photos(folder, count=3, split="val")
+    save_masked_images(folder, count=3, split="val")
     return str(folder)
 
 
@@ -358,7 +356,7 @@ def test_settings_are_checked_against_the_data_before_loading_weights(
 ):
     monkeypatch.setattr(IFSegForSemanticSegmentation, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     if changes.get("eval_dataset") == "dogs":
-        save_masked_photos(tmp_path / "dogs", count=1, split=None)
+        save_masked_images(tmp_path / "dogs", count=1, split=None)
         (tmp_path / "dogs" / "dataset.json").write_text('{"categories": ["dog", "bone"]}')
         changes = {**changes, "eval_dataset": str(tmp_path / "dogs")}
     with pytest.raises(SettingError, match=expected) as caught:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_folders import NAMES, save_masked_photos, save_tiny_segmenter
+from image_folders import NAMES, save_masked_images, save_tiny_segmenter
 from PIL import Image
 
 from ifseg_hf.data.crops import load_training_dataset
@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-    return load_training_dataset(save_masked_photos(tmp_path / "images", count=3))
+    return load_training_dataset(save_masked_images(tmp_path / "images", count=3))
 
 
 def write(model, data, folder, **arguments):
@@ -215,7 +215,7 @@ def test_a_damaged_image_is_named(model, data, tmp_path):
 
 @pytest.mark.slow
 def test_a_late_process_leaves_no_image_out(model, tmp_path):
-    images, out = save_masked_photos(tmp_path / "images", count=6), tmp_path / "out"
+    images, out = save_masked_images(tmp_path / "images", count=6), tmp_path / "out"
     program = Path(__file__).parents[2] / "helpers" / "label_in_two_processes.py"
     done = subprocess.run([sys.executable, program, model, images, out], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

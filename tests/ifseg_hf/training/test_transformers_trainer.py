@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments, pipeline, set_seed
 from ifseg_hf import NANO
 from ifseg_hf.data.word_maps import WordMapCollator, word_map_stream
 from ifseg_hf.evaluation.metrics import scores
-from ifseg_hf.modeling import IFSegForSemanticSegmentation
+from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation
 from ifseg_hf.nano.scene_evaluation import at_size
 from ifseg_hf.processing import IFSegProcessor, resized_argmax
 from ifseg_hf.training.loop import TrainingConfig, train
@@ -27,8 +27,9 @@ def trainer(folder: str, output, categories=WORDS, dropout: float = 0.0, **argum
     """A Trainer as users write it; by default without dropout and weight decay, so that runs can be compared."""
     set_seed(0)
     processor = IFSegProcessor.from_pretrained(folder)
-    rates = {"dropout": dropout, "drop_path_rate": dropout}
-    model = IFSegForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32, **rates)
+    config = IFSegConfig.from_pretrained(folder)
+    config.backbone_config.dropout = config.backbone_config.drop_path_rate = dropout
+    model = IFSegForSemanticSegmentation.from_pretrained(folder, config=config, dtype=torch.float32)
     model.set_words(**processor.encode_categories(categories))
     model.freeze_for_word_maps()
     config = model.config
