@@ -13,6 +13,7 @@ from tiny_model import is_key_bias
 
 from ifseg_hf.data.crops import load_training_dataset, load_validation_dataset
 from ifseg_hf.evaluation.evaluate import evaluate_segmenter, load_segmenter
+from ifseg_hf.modeling import trunk_ofa
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.training import setup
@@ -136,8 +137,8 @@ def test_training_from_scratch_starts_with_random_weights(tiny_model, images, tm
         assert (weights(tmp_path / "one")[name] - other[name]).abs().mean() > 0.01
 
 
-def test_training_from_scratch_calibrates_batch_norm(tiny_model, images, tmp_path):
-    """Outputs of the trunk's convolutions get mean 0 and deviation 1; the random number generator is not advanced."""
+def test_training_from_scratch_calibrates_batch_norm(tiny_model, images, tmp_path, monkeypatch):
+    """Outputs of the trunk's norms get mean 0 and deviation 1; the random number generator is not advanced."""
     config = settings(tiny_model, images, tmp_path / "out", from_scratch=True)
     data = load_training_dataset(images)
     processor, model = load_model(config, data)
@@ -147,10 +148,14 @@ def test_training_from_scratch_calibrates_batch_norm(tiny_model, images, tmp_pat
     measure_batch_norm(trunk, crops, torch.device("cpu"))
     assert torch.equal(before, torch.get_rng_state())
 
-    outputs = []
-    for module in trunk.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(lambda *call: outputs.append(call[2].clone()))  # ReLU works in place
+    outputs, conv_norm = [], trunk_ofa.conv_norm
+
+    def recorded(*inputs: object) -> torch.Tensor:
+        output = conv_norm(*inputs)
+        outputs.append(output.clone())  # ReLU works in place
+        return output
+
+    monkeypatch.setattr(trunk_ofa, "conv_norm", recorded)
     trunk(torch.stack([crops[index]["pixel_values"] for index in range(128)]))
     assert len(outputs) == sum(isinstance(module, torch.nn.Conv2d) for module in trunk.modules())
     for output in outputs:
@@ -322,7 +327,7 @@ def test_self_training_is_evaluated_on_another_dataset(tiny_model, pseudo_labels
         {"step", "mean_iou"},
         {"step", "loss", "learning_rate", "mean_iou"},
     ]
-    with pytest.raises(SettingError, match=r"eval_steps=1.* no .* for validation.* eval_dataset"):
+    with pytest.raises(SettingError, match=r"eval_steps=1.* no validation split.* eval_dataset"):
         train(settings(tiny_model, pseudo_labels, tmp_path / "none", **changes))
 
 
@@ -346,7 +351,7 @@ def test_an_evaluation_names_an_unusable_image(tiny_model, splits, tmp_path):
         ({"categories": ["cat", "dog"]}, 'no category "dog"'),
         ({"categories": {"a": ["cat"], "b": ["cat"]}}, "choose one"),
         ({"word_map_ratio": 0.8}, "leaves no image in a batch of 4"),
-        ({"eval_steps": 1}, "eval_steps=1: .* no .* for validation"),
+        ({"eval_steps": 1}, "eval_steps=1: .* no validation split"),
         ({"eval_steps": 1, "eval_dataset": "nowhere"}, "eval_steps=1: .*is no folder"),
         ({"eval_steps": 1, "eval_dataset": "dogs"}, "eval_steps=1: .*no category"),
     ],
