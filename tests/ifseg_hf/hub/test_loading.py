@@ -167,7 +167,6 @@ def ofa_model(model) -> OFAModel:
     ("saved", "loaded", "missing", "unexpected"),
     [
         (OFAModel, OFAForConditionalGeneration, set(), set()),  # the head is tied to the word embeddings
-        (OFAModel, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
         (OFAForConditionalGeneration, OFAModel, set(), set()),
         (OFAForConditionalGeneration, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
         (IFSegForSemanticSegmentation, IFSegForSemanticSegmentation, set(), set()),
@@ -187,9 +186,12 @@ def test_missing_and_unexpected_keys(saved, loaded, missing, unexpected, tmp_pat
 
 
 def test_image_positions_need_no_new_weights(ofa):
-    _, report = IFSegForSemanticSegmentation.from_pretrained(ofa, decoder_positions="image", output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
+    positions = {"decoder_positions": "image"}
+    for kwargs in ({"backbone_config": positions}, {"config": OFAConfig.from_pretrained(ofa, **positions)}):
+        model, report = IFSegForSemanticSegmentation.from_pretrained(ofa, **kwargs, output_loading_info=True)
+        assert model.backbone.config.decoder_positions == "image"
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
 
 
 def test_categories_are_set_on_a_loaded_backbone(ofa):
@@ -198,6 +200,12 @@ def test_categories_are_set_on_a_loaded_backbone(ofa):
         logits(model)
     model.set_words(**WORDS)
     assert logits(model).shape == (1, 3, 4, 5)
+
+
+def test_model_is_pickled_by_torch_save(expected, tmp_path):
+    torch.save(small_model(), tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=0)
 
 
 # Categories of a loaded model -----------------------------------------------------------------------------------------
@@ -323,6 +331,23 @@ def test_lora_with_peft(ofa, tmp_path):
     assert not report["unexpected_keys"]
     assert merged.config.id2label == WORDS["id2label"]
     torch.testing.assert_close(logits(merged), after)
+
+
+def test_lora_on_convolutions_of_the_trunk(ofa, tmp_path):
+    config = LoraConfig(r=2, target_modules=["conv1", "conv2", "downsample.0"], init_lora_weights=False)
+    before = logits(with_words(ofa))
+    model = get_peft_model(with_words(ofa), config)
+    after = logits(model)
+    assert not torch.allclose(after, before)
+    model(pixel_values=IMAGE).logits.sum().backward()
+    trained = [x for x in model.parameters() if x.requires_grad]
+    assert trained
+    assert all(x.grad is not None and x.grad.any() for x in trained)
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(with_words(ofa), tmp_path)
+    torch.testing.assert_close(logits(loaded), after, rtol=0, atol=0)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), after)
 
 
 def test_lora_with_transformers(ofa, tmp_path):
