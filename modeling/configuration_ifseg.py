@@ -70,6 +70,13 @@ class IFSegConfig(PreTrainedConfig):
             config_dict = cls.from_backbone_config(_backbone_config(config_dict)).to_dict()
         return config_dict, kwargs
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in every configuration; names passed as `id2label` determine `label2id`, too."""
+        if kwargs.get("id2label") is not None:
+            config_dict = {**config_dict, "id2label": kwargs.pop("id2label")}
+        return super().from_dict(config_dict, **kwargs)
+
     def check_words(self):
         """Raises `ValueError` where the words of the configuration contradict each other."""
         if self.category_ids is None:

@@ -96,11 +96,15 @@ class OFAResNetTrunk(nn.Module):
         widths = (config.trunk_embedding_size, *(width // 4 for width in config.trunk_hidden_sizes))
         self.channels_last = all(width % 16 == 0 for width in widths)
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout in memory that the convolutions get; not an attribute, which `torch.save` could not pickle."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must be (batch, 3, H, W), not {tuple(pixel_values.shape)}.")
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        pixel_values = pixel_values.to(self.conv1.weight.dtype, memory_format=memory_format)
+        pixel_values = pixel_values.to(self.conv1.weight.dtype, memory_format=self.memory_format)
         hidden_states = self.maxpool(conv_norm(self.conv1, self.bn1, pixel_values).relu_())
         for i in range(self.stages):
             hidden_states = getattr(self, f"layer{i + 1}")(hidden_states)

@@ -232,11 +232,28 @@ def files_to_publish(folder: Path) -> list[Path]:
         raise ValueError(f'"{folder}" has no processor: save it there too, with processor.save_pretrained(folder).')
     classes = [*config.get("auto_map", {}).values()]
     classes += [task["impl"] for task in config.get("custom_pipelines", {}).values()]
-    code = {f"{name.split('.')[0]}.py" for name in classes}
-    if not classes or not code <= names:
-        raise ValueError(f'"{folder}" lacks the code of its model: import ifseg_hf and save the model again.')
+    code = _missing_code(folder, {name.split(".")[0] for name in classes})
+    if not classes or code:
+        reason = f" ({', '.join(code)})" if code else ""
+        raise ValueError(f'"{folder}" lacks the code of its model{reason}: import ifseg_hf and save the model again.')
     read_results(folder)
     return files
+
+
+def _missing_code(folder: Path, modules: set[str]) -> list[str]:
+    """The files that a folder lacks of these modules and all modules that they import from the folder."""
+    missing: list[str] = []
+    seen: set[str] = set()
+    remaining = set(modules)
+    while remaining:
+        seen |= {name := remaining.pop()}
+        file = folder / f"{name}.py"
+        if not file.is_file():
+            missing.append(file.name)
+            continue
+        imported = re.findall(r"^\s*from \.(\w+) import ", file.read_text(encoding="utf-8"), re.MULTILINE)
+        remaining |= {*imported} - seen
+    return sorted(missing)
 
 
 def _published_settings(folder: Path, api: HfApi) -> dict[str, Any]:

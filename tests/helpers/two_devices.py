@@ -49,7 +49,7 @@ def run(model: torch.nn.Module):
     for inputs in ({"pixel_values": images}, {"word_map": maps}):
         assert model(**inputs).logits.shape == (2, 3, 4, 5 if "pixel_values" in inputs else 4)
         model(**inputs, **words)
-    model.model(pixel_values=images, input_ids=ids, attention_mask=ids, decoder_input_ids=ids, use_cache=False)
+    model.backbone.model(pixel_values=images, input_ids=ids, attention_mask=ids, decoder_input_ids=ids, use_cache=False)
 
 
 _setup_privateuseone_for_python_backend("fake")

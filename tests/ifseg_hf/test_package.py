@@ -114,7 +114,7 @@ def test_auto_classes_know_ifseg(saved):
     assert type(AutoProcessor.from_pretrained(saved)) is ifseg_hf.IFSegProcessor
     assert type(AutoImageProcessor.from_pretrained(saved)) is ifseg_hf.IFSegImageProcessor
     assert type(AutoModelForSemanticSegmentation.from_pretrained(saved)) is ifseg_hf.IFSegForSemanticSegmentation
-    config = AutoConfig.from_pretrained(saved)
+    config = AutoConfig.from_pretrained(saved).backbone_config
     assert type(AutoModel.from_config(config)) is ifseg_hf.OFAModel
     assert type(AutoModelForImageTextToText.from_config(config)) is ifseg_hf.OFAForConditionalGeneration
 

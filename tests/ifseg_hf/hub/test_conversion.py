@@ -22,9 +22,7 @@ from transformers import AutoModelForSemanticSegmentation, AutoTokenizer
 
 from ifseg_hf.hub import checkpoint_reader, conversion
 from ifseg_hf.hub.conversion import ConversionError, convert_ofa_checkpoint
-from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
-from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
+from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConfig, OFAForConditionalGeneration
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 
 SIZES = ["tiny", "medium", "base", "large", "huge"]
@@ -54,7 +52,7 @@ def write_vocabulary(folder, layout, bart_tokens=None):
 
 
 def small_config():
-    return IFSegConfig(
+    return OFAConfig(
         vocab_size=256 + len(MERGES) + 8 + EXTRA_TOKENS,
         d_model=16,
         encoder_layers=2,
@@ -73,8 +71,13 @@ def small_config():
     )
 
 
+def ofa_name(name):
+    """The name of a parameter of this package in OFA's transformers format, or `segmentation_positions.*`."""
+    return name.removeprefix("backbone.").removeprefix("model.")
+
+
 def fairseq_name(name):
-    """The fairseq name of a parameter of this package."""
+    """The fairseq name of a parameter with the name that [`ofa_name`] returns."""
     name = name.replace("segmentation_positions.embed_positions", "decoder.embed_seg_positions")
     name = name.replace("segmentation_positions.layer_norm", "decoder.seg_pos_ln")
     name = name.replace("segmentation_positions.rel_pos_tables", "decoder.seg_rel_pos_table_list")
@@ -86,10 +89,13 @@ def fairseq_name(name):
 def small_weights(layout, segmentation=False):
     """Random weights of a small model with the names of a published checkpoint, including copies and buffers."""
     torch.manual_seed(0)
-    model = (IFSegForSemanticSegmentation if segmentation else OFAForConditionalGeneration)(small_config())
+    if segmentation:
+        model = IFSegForSemanticSegmentation(IFSegConfig(backbone_config=small_config()))
+    else:
+        model = OFAForConditionalGeneration(small_config())
     weights = {}
     for name, tensor in model.state_dict().items():
-        name = name.removeprefix("model.")
+        name = ofa_name(name)
         weights[fairseq_name(name) if layout == "fairseq" else name] = torch.rand_like(tensor)
     weights.pop("lm_head.weight", None)
     embedding = weights["encoder.embed_tokens.weight"]
@@ -144,7 +150,7 @@ def test_every_tensor_of_published_sizes_is_used_or_accounted(size, kind):
     config = conversion.config_from_shapes({used[name]: shapes[name] for name in used})
     model = conversion.empty_model(config, {used[name]: shapes[name] for name in used})
 
-    assert config.to_dict() == IFSegConfig.preset(size, architectures=config.architectures).to_dict()
+    assert config.to_dict() == OFAConfig.preset(size, architectures=config.architectures).to_dict()
     assert isinstance(model, IFSegForSemanticSegmentation if kind == "released" else OFAForConditionalGeneration)
     assert used.keys() | accounted.keys() == shapes.keys()
     assert not used.keys() & accounted.keys()
@@ -159,6 +165,15 @@ def test_every_tensor_of_published_sizes_is_used_or_accounted(size, kind):
             assert used[row[layout]] == row["hf"]
 
 
+def without_saved_names(config):
+    """A configuration's dictionary without the entries that saving adds, also in the backbone's configuration."""
+    return {
+        name: without_saved_names(value) if name == "backbone_config" else value
+        for name, value in config.items()
+        if name not in ("architectures", "auto_map", "dtype", "_name_or_path")
+    }
+
+
 @pytest.mark.parametrize("segmentation", [False, True], ids=["ofa", "released"])
 def test_converted_fairseq_file_loads_with_from_pretrained(tmp_path, fairseq_file, segmentation):
     weights = small_weights("fairseq", segmentation)
@@ -170,13 +185,11 @@ def test_converted_fairseq_file_loads_with_from_pretrained(tmp_path, fairseq_fil
     assert not any(info.values())
     config = small_config()
     if not segmentation:
-        config.image_size = (
-            6 * 16
-        )  # without segmentation positions: the largest that the image positions allow, up to 512
-    saved = {"architectures", "auto_map", "dtype", "_name_or_path"}
-    sizes = {name: value for name, value in model.config.to_dict().items() if name not in saved}
-    assert sizes == {name: value for name, value in config.to_dict().items() if name not in saved}
-    loaded = {fairseq_name(name.removeprefix("model.")): tensor for name, tensor in model.state_dict().items()}
+        # without segmentation positions: the largest that the image positions allow, up to 512
+        config.image_size = 6 * 16
+    expected = IFSegConfig(backbone_config=config) if segmentation else config
+    assert without_saved_names(model.config.to_dict()) == without_saved_names(expected.to_dict())
+    loaded = {fairseq_name(ofa_name(name)): tensor for name, tensor in model.state_dict().items()}
     for name in report.used:
         assert torch.equal(loaded[name], weights[name]), name
     assert report.used.keys() | report.accounted.keys() == weights.keys()
@@ -185,7 +198,7 @@ def test_converted_fairseq_file_loads_with_from_pretrained(tmp_path, fairseq_fil
     assert report.parameters == sum(parameter.numel() for parameter in model.parameters())
 
     processor = IFSegProcessor.from_pretrained(tmp_path / "out")
-    assert len(processor.tokenizer) == model.config.vocab_size
+    assert len(processor.tokenizer) == config.vocab_size
     assert processor.tokenizer.model_max_length == 100
     size = processor.image_processor.size
     assert (size["shortest_edge"], size["longest_edge"]) == (config.image_size, 4 * config.image_size)
@@ -204,7 +217,7 @@ def test_converted_ofa_loads_as_segmentation_model(tmp_path, hf_folder):
     convert_ofa_checkpoint(hf_folder, tmp_path / "out")
     model, info = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert isinstance(model, IFSegForSemanticSegmentation)
-    positions = {name for name in model.state_dict() if name.startswith("segmentation_positions.")}
+    positions = {name for name in model.state_dict() if name.startswith("backbone.segmentation_positions.")}
     assert info["missing_keys"] == positions
     assert not any(found for kind, found in info.items() if kind != "missing_keys")
 
@@ -334,8 +347,10 @@ def test_base_in_both_layouts(tmp_path):
         torch.save({hf: weights[fairseq] for hf, fairseq in names.items()}, tmp_path / "source" / "pytorch_model.bin")
         report = convert_ofa_checkpoint(tmp_path / "source", tmp_path / "hf", tokenizer=vocabulary)
         assert report.size == "base"
-        released = load_file(tmp_path / "released" / "model.safetensors")
-        converted = load_file(tmp_path / "hf" / "model.safetensors")
+        released, converted = (
+            {ofa_name(name): tensor for name, tensor in load_file(tmp_path / folder / "model.safetensors").items()}
+            for folder in ("released", "hf")
+        )
         assert released.keys() - converted.keys() == {name for name in released if name.startswith("segmentation_pos")}
         for name, tensor in converted.items():
             assert torch.equal(tensor, released[name]), name

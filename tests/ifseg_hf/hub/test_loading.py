@@ -7,26 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import SMALL, WORDS, small_model
+from checkpoints import SMALL, WORDS, small_config, small_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_model import save_tiny_model
 from torch.utils import backend_registration
 from transformers import AutoModelForSemanticSegmentation, BitsAndBytesConfig, TorchAoConfig, pipeline
 
 from ifseg_hf import (
-    IFSegConfig,
     IFSegForSemanticSegmentation,
     IFSegProcessor,
+    OFAConfig,
     OFAForConditionalGeneration,
     OFAModel,
 )
 
 NEW_IN_SEGMENTATION = {
-    "segmentation_positions.embed_positions.weight",
-    "segmentation_positions.layer_norm.weight",
-    "segmentation_positions.layer_norm.bias",
-    "segmentation_positions.rel_pos_tables.0.weight",
-    "segmentation_positions.rel_pos_tables.1.weight",
+    "backbone.segmentation_positions.embed_positions.weight",
+    "backbone.segmentation_positions.layer_norm.weight",
+    "backbone.segmentation_positions.layer_norm.bias",
+    "backbone.segmentation_positions.rel_pos_tables.0.weight",
+    "backbone.segmentation_positions.rel_pos_tables.1.weight",
 }
 IMAGE = torch.randn(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
 
@@ -44,7 +44,7 @@ def ofa(tmp_path_factory) -> str:
     """A folder with a converted OFA: no categories, no segmentation positions."""
     folder = tmp_path_factory.mktemp("ofa")
     torch.manual_seed(1)
-    OFAForConditionalGeneration(IFSegConfig(**SMALL, init_std=0.2)).save_pretrained(folder)
+    OFAForConditionalGeneration(OFAConfig(**SMALL, init_std=0.2)).save_pretrained(folder)
     return str(folder)
 
 
@@ -84,7 +84,7 @@ def test_dtype_by_name_and_from_checkpoint(tuned, tmp_path):
         "auto",
         "cpu",
         {"": "cpu"},
-        {"model": "cpu", "segmentation_positions": "disk"},
+        {"backbone.model": "cpu", "backbone.segmentation_positions": "disk"},
         {"": "disk"},
     ],
 )
@@ -157,44 +157,55 @@ def test_quantization_error_names_the_missing_package(tuned, package, settings):
 # Loading into another class -------------------------------------------------------------------------------------------
 
 
+def ofa_model(model) -> OFAModel:
+    """The encoder and decoder in a model of any class."""
+    model = getattr(model, "backbone", model)
+    return getattr(model, "model", model)
+
+
 @pytest.mark.parametrize(
     ("saved", "loaded", "missing", "unexpected"),
     [
         (OFAModel, OFAForConditionalGeneration, set(), set()),  # the head is tied to the word embeddings
-        (OFAModel, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
         (OFAForConditionalGeneration, OFAModel, set(), set()),
         (OFAForConditionalGeneration, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
-        (IFSegForSemanticSegmentation, OFAModel, set(), NEW_IN_SEGMENTATION),
-        (IFSegForSemanticSegmentation, OFAForConditionalGeneration, set(), NEW_IN_SEGMENTATION),
         (IFSegForSemanticSegmentation, IFSegForSemanticSegmentation, set(), set()),
     ],
 )
 def test_missing_and_unexpected_keys(saved, loaded, missing, unexpected, tmp_path):
     torch.manual_seed(0)
-    model = saved(IFSegConfig(**SMALL))
+    model = saved(small_config() if saved is IFSegForSemanticSegmentation else OFAConfig(**SMALL))
     model.save_pretrained(tmp_path)
     other, report = loaded.from_pretrained(tmp_path, output_loading_info=True)
     assert set(report["missing_keys"]) == missing
     assert set(report["unexpected_keys"]) == unexpected
     assert not report["mismatched_keys"]
     assert not report.get("error_msgs")
-    ours, theirs = (getattr(x, "model", x).state_dict() for x in (model, other))
+    ours, theirs = (ofa_model(x).state_dict() for x in (model, other))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_image_positions_need_no_new_weights(ofa):
-    _, report = IFSegForSemanticSegmentation.from_pretrained(ofa, decoder_positions="image", output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
+    positions = {"decoder_positions": "image"}
+    for kwargs in ({"backbone_config": positions}, {"config": OFAConfig.from_pretrained(ofa, **positions)}):
+        model, report = IFSegForSemanticSegmentation.from_pretrained(ofa, **kwargs, output_loading_info=True)
+        assert model.backbone.config.decoder_positions == "image"
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
 
 
-def test_categories_of_backbone_and_trained_model(ofa, tuned):
+def test_categories_are_set_on_a_loaded_backbone(ofa):
     model = IFSegForSemanticSegmentation.from_pretrained(ofa)
     with pytest.raises(ValueError, match="no words"):
         logits(model)
     model.set_words(**WORDS)
     assert logits(model).shape == (1, 3, 4, 5)
-    assert OFAModel.from_pretrained(tuned).config.category_ids == WORDS["category_ids"]
+
+
+def test_model_is_pickled_by_torch_save(expected, tmp_path):
+    torch.save(small_model(), tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=0)
 
 
 # Categories of a loaded model -----------------------------------------------------------------------------------------
@@ -220,7 +231,7 @@ def test_changed_categories_are_consistent_and_saved(tuned, tmp_path):
         assert config.num_labels == 2
         assert config.category_ids == OTHERS["category_ids"]
         assert config.prompt_ids == OTHERS["prompt_ids"]
-        assert changed.model.config is config
+        assert changed.backbone.config is config.backbone_config
         torch.testing.assert_close(logits(changed), expected)
 
 
@@ -320,6 +331,22 @@ def test_lora_with_peft(ofa, tmp_path):
     assert not report["unexpected_keys"]
     assert merged.config.id2label == WORDS["id2label"]
     torch.testing.assert_close(logits(merged), after)
+
+
+def test_lora_on_convolutions_of_the_trunk(tuned, expected, tmp_path):
+    config = LoraConfig(r=2, target_modules=["conv1", "conv2", "downsample.0"], init_lora_weights=False)
+    model = get_peft_model(IFSegForSemanticSegmentation.from_pretrained(tuned), config)
+    after = logits(model)
+    assert not torch.allclose(after, expected)
+    model(pixel_values=IMAGE).logits.square().sum().backward()
+    trained = {name: x.grad for name, x in model.named_parameters() if x.requires_grad}
+    for layer in config.target_modules:  # a few units of so narrow a trunk are always off, without a gradient
+        assert any(gradient.any() for name, gradient in trained.items() if f".{layer}.lora_" in name)
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(IFSegForSemanticSegmentation.from_pretrained(tuned), tmp_path)
+    torch.testing.assert_close(logits(loaded), after, rtol=0, atol=0)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), after)
 
 
 def test_lora_with_transformers(ofa, tmp_path):

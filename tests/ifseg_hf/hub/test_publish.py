@@ -28,9 +28,11 @@ from ifseg_hf.hub.model_folder import RESULTS_FILE
 from ifseg_hf.hub.publish import check_repo_id, files_to_publish
 from ifseg_hf.training.config import SETTINGS_FILE
 
-CODE = {"configuration_ifseg.py", "modeling_ifseg.py", "modeling_ofa.py"}
+MODELING = "configuration loss modeling"
 PROCESSING = "image_processing pipeline post_processing processing prompt segmenter sliding_window"
-CODE |= {f"{name}_ifseg.py" for name in PROCESSING.split()}
+OFA = "attention backbone bias_cache configuration modeling positions trunk"
+CODE = {"backbone.py", "image_batches.py", *(f"{name}_ofa.py" for name in OFA.split())}
+CODE |= {f"{name}_ifseg.py" for name in f"{MODELING} {PROCESSING}".split()}
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 RESULT = {
     "task_type": "image-segmentation",
@@ -148,7 +150,7 @@ def test_repository_holds_only_the_model(hub, folders, published):
     for name in files.keys() - {".gitattributes", "README.md", SETTINGS_FILE}:
         assert files[name] == (folders["tuned"] / name).read_bytes(), name
     config = json.loads(files["config.json"])
-    assert config["auto_map"]["AutoModelForSemanticSegmentation"] == "modeling_ifseg.IFSegForSemanticSegmentation"
+    assert config["auto_map"]["AutoModelForSemanticSegmentation"] == "backbone_ofa.IFSegForSemanticSegmentation"
     assert config["custom_pipelines"]["image-segmentation"]["impl"] == "pipeline_ifseg.IFSegImageSegmentationPipeline"
     assert hub.repositories["alice/ifseg-test"].messages[:2] == ["initial commit", "Three words"]
     commit = hub.repositories["alice/ifseg-test"].branches["main"]
@@ -319,7 +321,9 @@ def test_incomplete_folders_are_refused(folders, tmp_path):
         "config.json": "is not a model folder: config.json cannot be read",
         "model.safetensors": "has no weights",
         "processor_config.json": "has no processor",
+        "backbone_ofa.py": "lacks the code of its model",
         "modeling_ifseg.py": "lacks the code of its model",
+        "trunk_ofa.py": "lacks the code of its model",
         "pipeline_ifseg.py": "lacks the code of its model",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -337,7 +341,7 @@ def test_incomplete_folders_are_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="is not a list of evaluation results"):
         files_to_publish(folder)
     (folder / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="is not an IFSeg model"):
+    with pytest.raises(ValueError, match="is not an IFSeg or OFA model"):
         files_to_publish(folder)
 
 

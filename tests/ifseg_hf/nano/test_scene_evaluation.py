@@ -101,7 +101,7 @@ def test_ablations_tune_once_per_variant_and_seed(images, model, tmp_path):
     assert tune.calls[2][1] == tunings["fine words"].words
     assert tune.calls[0][0] == tune.calls[2][0] == str(model)
     positions = IFSegForSemanticSegmentation.from_pretrained(tune.calls[1][0])
-    assert positions.config.decoder_positions == "image"
+    assert positions.config.backbone_config.decoder_positions == "image"
     evaluation = scene_evaluation.evaluate_folder(tmp_path / "tuned-1", data, [(2, 1)])
     assert results["S = 2"]["k=2, n=1"] == [100 * evaluation.scores((2, 1))["mean_iou"]]
     assert len(lines) == 3
@@ -117,7 +117,8 @@ def test_silenced_cross_attention_stays_constant_under_training(model, tmp_path)
         segmenter.set_words(**IFSegProcessor.from_pretrained(model).encode_categories(WORDS))
         segmenter.freeze_for_word_maps()
         outputs: list[torch.Tensor] = []
-        for layer in segmenter.model.decoder.layers:
+        decoder_layers = segmenter.backbone.model.decoder.layers
+        for layer in decoder_layers:
             layer.cross_attn_mid_layer_norm.register_forward_hook(lambda *args, into=outputs: into.append(args[2]))
         maps = torch.tensor([[[0, 1], [2, 1]]]).repeat_interleave(2, 1).repeat_interleave(2, 2)
         optimizer = torch.optim.AdamW([p for p in segmenter.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
@@ -127,7 +128,7 @@ def test_silenced_cross_attention_stays_constant_under_training(model, tmp_path)
             optimizer.zero_grad()
         same_everywhere = all(torch.equal(x, x[:, :1].expand_as(x)) for x in outputs)
         assert same_everywhere == silent
-        assert all(x.eq(0).all() for x in outputs[: len(segmenter.model.decoder.layers)]) == silent
+        assert all(x.eq(0).all() for x in outputs[: len(decoder_layers)]) == silent
 
 
 def test_each_dataset_has_a_row(images, model, tmp_path, monkeypatch, capsys):
