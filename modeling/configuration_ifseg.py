@@ -1,6 +1,7 @@
 """Configuration of an IFSeg model: the words that it segments into, and the configuration of its backbone."""
 
 import copy
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -53,6 +54,16 @@ class IFSegConfig(PreTrainedConfig):
             self.backbone_config = {"model_type": "ofa"}
         if isinstance(self.backbone_config, dict):
             self.backbone_config = _backbone_config(self.backbone_config)
+        of_backbone = {field.name for field in fields(self.backbone_config)} - {
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        }
+        if misplaced := [name for name in kwargs if name in of_backbone]:
+            raise ValueError(
+                f"{', '.join(misplaced)}: attributes of the backbone go into backbone_config, as in "
+                f"IFSegConfig(backbone_config={type(self.backbone_config).__name__}({misplaced[0]}=...))."
+            )
         super().__post_init__(**kwargs)
         if self.category_ids is not None and self.id2label is not None:
             self.label2id = {name: i for i, name in self.id2label.items()}

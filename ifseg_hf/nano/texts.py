@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BartTokenizer
 
 from ifseg_hf.nano.scenes import reading_order
-from ifseg_hf.processing.processing_ifseg import PROMPT, UNKNOWN
+from ifseg_hf.processing.prompt_ifseg import CATEGORIES, PROMPT_TEMPLATE
 
 CAPTION_PROMPT = "what does the image describe?"
 INFILLING_PROMPT = 'what is the complete text of "{}"?'
@@ -23,7 +23,8 @@ def train_tokenizer(names: list[str], max_length: int = 512) -> BartTokenizer:
     It encodes any text: other words become several tokens, in the worst case one for each byte. `max_length` is the
     number of tokens that the model accepts.
     """
-    prompts = [PROMPT, UNKNOWN, CAPTION_PROMPT, INFILLING_PROMPT.format("a")]
+    prompts = [part.strip() for part in PROMPT_TEMPLATE.split(CATEGORIES)]
+    prompts += [CAPTION_PROMPT, INFILLING_PROMPT.format("a")]
     sentences = [*prompts, "a photo of a", "there is a in the image"]
     texts = [f" {text}" for text in names + sentences] + ['"', "?", ".", ","]
     tokenizer = Tokenizer(models.BPE())

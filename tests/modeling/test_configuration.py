@@ -51,6 +51,11 @@ def test_contradictions_are_refused(change, message):
         OFAConfig(**{**SMALL, **change})
 
 
+def test_attributes_of_the_backbone_are_refused_outside_of_it():
+    with pytest.raises(ValueError, match=r"d_model, dropout.*backbone_config=OFAConfig\(d_model="):
+        IFSegConfig(d_model=16, dropout=0.0)
+
+
 def test_unknown_preset():
     with pytest.raises(ValueError, match="tiny, medium, base, large, huge"):
         OFAConfig.preset("giant")
