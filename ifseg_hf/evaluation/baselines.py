@@ -77,7 +77,7 @@ class CLIPSegmenter:
         Args:
             categories (`list[str]` or `dict[str, list[str]]`): names; or the fine names of each category. The
                 category's embedding is then the mean of its fine names' embeddings, scaled to unit length; the
-                category's name itself is not used.
+                category's name is used only if it is among them.
 
         Raises:
             `ValueError` for an empty list, for an empty or repeated name, and for a name that the tokenizer does not
