@@ -103,7 +103,7 @@ def pseudo_labels_name(step: int | str) -> str:
 
 def describe_last(checkpoint: Path | None) -> str:
     """A sentence for error messages about the last checkpoint."""
-    return f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint of it."
+    return f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint of this run."
 
 
 def drop_tied_weights(models: list, states: list[dict], folder: str) -> None:

@@ -241,8 +241,8 @@ class TrainingConfig:
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to resume from; None to start at the first step.
 
-        Raises `ValueError` if there is no checkpoint at the given path. With "latest", a run without a checkpoint starts
-        at the first step, so that the same command starts and resumes a run.
+        Raises `ValueError` if there is no checkpoint at the given path. With "latest", a run without checkpoints
+        starts at the first step, so that the same command starts and resumes a run.
         """
         if self.resume is None:
             return None
@@ -288,7 +288,7 @@ class TrainingConfig:
         if self.dataset is None and self.categories is None:
             raise ValueError("There are no categories: give some (--categories) or a dataset (--dataset).")
         if self.categories is not None and len(self.categories) < 2:
-            raise ValueError("One category leaves nothing to tell apart: give at least two.")
+            raise ValueError("One category is not enough for segmentation: give at least two.")
         if self.refresh_every and not _has_pseudo_labels(self.dataset):
             raise ValueError(
                 f'refresh_every={self.refresh_every} needs pseudo-labels, and "{self.dataset}" is no folder of '
@@ -374,7 +374,7 @@ class TrainingConfig:
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f'The output folder "{output}" cannot be made: {error.strerror}.') from None
+            raise ValueError(f'The output folder "{output}" cannot be created: {error.strerror}.') from None
         if not os.access(output, os.W_OK | os.X_OK):
             raise ValueError(f'The output folder "{output}" cannot be written to.')
 

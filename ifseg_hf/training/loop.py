@@ -294,8 +294,8 @@ class TrainingRun:
         else:
             return
         raise TrainingError(
-            f"The {quantity} is not finite at step {self.step + 1}, after {self.step} good ones. "
-            f"{describe_last(self.checkpoint)} A lower learning rate may help, or mixed precision switched off."
+            f"The {quantity} is not finite at step {self.step + 1}, after {self.step} completed steps. "
+            f"{describe_last(self.checkpoint)} A lower learning rate may help, or training without mixed precision."
         )
 
     def finish_step(self) -> None:

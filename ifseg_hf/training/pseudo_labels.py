@@ -279,7 +279,7 @@ def begin(output: Path, begun: Path, content: dict, state: PartialState) -> bool
         for name in ("images", "masks", *([GIVEN] if content[PSEUDO_LABELS]["keep_labels"] else [])):
             (output / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f'The output folder "{output}" cannot be made: {error.strerror}.') from None
+        raise ValueError(f'The output folder "{output}" cannot be created: {error.strerror}.') from None
     if state.is_main_process:
         begun.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     state.wait_for_everyone()

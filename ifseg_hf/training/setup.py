@@ -100,7 +100,7 @@ def load_data(config: TrainingConfig) -> SegmentationDataset | None:
     except ValueError as error:
         raise SettingError(" ".join(str(error).split())) from error
     if len(data.names) < 2:
-        raise SettingError("One category leaves nothing to tell apart: give at least two.")
+        raise SettingError("One category is not enough for segmentation: give at least two.")
     return data
 
 
