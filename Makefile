@@ -1,10 +1,10 @@
 # make demo | test | common-tests | quality | bench | clean
 #
-# Every target first makes its own environment in .venv, with the tested versions; nothing after that needs a network
-# but common-tests, which gets transformers' own tests from the package index, once.
+# Every target first creates the environment .venv with the tested versions. After that only common-tests needs a
+# network, once: it downloads transformers' own tests from the package index.
 #   make demo IMAGE=a.jpg CATEGORIES="cat, grass"    your own image and words
 #   make test PYTHON=python3.12                      another Python (3.11 or newer)
-#   make test CONSTRAINTS=                           whatever versions pip finds, where a tested one has no build
+#   make test CONSTRAINTS=                           other versions, if a tested one has no build for your platform
 # On Linux PyPI's torch is the CUDA build. A smaller one for the CPU alone:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 
@@ -25,11 +25,11 @@ export HF_HUB_OFFLINE = 1
 demo: $(STAMP)
 	@$(BIN)/python scripts/demo.py $${IMAGE:+--image "$$IMAGE"} $${CATEGORIES:+--categories "$$CATEGORIES"}
 
-# One thread for each of the processes: threads that outnumber the cores make torch slower, not faster.
+# One thread per process: torch is slower with more threads than cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# transformers' own tests of models, processors and pipelines, run on ours. Its source distribution has them.
+# The tests of models, processors and pipelines in transformers' source distribution, run on this project's classes.
 common-tests: $(COMMON_STAMP)
 	source=$$($(BIN)/python tests/common/upstream.py) && TRANSFORMERS_SOURCE="$$source" OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -q tests/common -o verbosity_subtests=0 \
@@ -48,7 +48,7 @@ clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Building with the setuptools installed here, not in pip's throw-away environment: one download less.
+# --no-build-isolation builds with the setuptools of .venv, which saves pip a second download.
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than 3.11, which the versions in constraints.txt need: make PYTHON=python3.12 ..."; exit 1; }

@@ -1,9 +1,9 @@
-"""IFSeg for transformers: category words in, a segmented image out.
+"""IFSeg for transformers: image-free semantic segmentation into categories named by words.
 
-Once this package is imported, transformers' Auto classes and `pipeline("image-segmentation")` know IFSeg models, and
-saved models carry their own code for places where the package is not installed.
+Importing this package registers IFSeg with transformers' Auto classes and `pipeline("image-segmentation")`. Saved
+models carry their code, so that they also load where the package is not installed.
 
-The import itself is light, so that a script can refuse a wrong argument before torch is loaded: names are resolved when
+The import loads neither torch nor transformers, so that scripts reject wrong arguments at once: names are resolved when
 they are first used, and the classes are registered when transformers is imported.
 """
 
@@ -50,14 +50,14 @@ def __dir__() -> list[str]:
 
 
 def _register(module) -> None:
-    """Registers the classes with transformers, once everything that defines them is imported."""
+    """Registers the classes with transformers, unless a module that defines them is still being imported."""
     for name in _REGISTERED:
         if name in sys.modules and not hasattr(sys.modules[name], "__all__"):
-            return  # it is being imported right now, and its own hook will call this function again
+            return  # this module is being imported, and its hook calls this function again at the end
     importlib.import_module("ifseg_hf.registration").register()
 
 
-# The package `transformers` is complete before any of its modules is imported, so at that moment all of them can be.
+# The hook of `transformers` runs when the package itself is imported, before any of its submodules.
 _REGISTERED = ("ifseg_hf.modeling", "ifseg_hf.processing", "ifseg_hf.registration")
 for _name in ("transformers", *_REGISTERED):
     register_post_import_hook(_register, _name)

@@ -30,25 +30,25 @@ def register() -> None:
     AutoModelForSemanticSegmentation.register(IFSegConfig, IFSegForSemanticSegmentation, exist_ok=True)
     AutoModel.register(OFAConfig, OFAModel, exist_ok=True)
     AutoModelForImageTextToText.register(OFAConfig, OFAForConditionalGeneration, exist_ok=True)
-    # The checkpoint of an OFA is where segmentation starts from. `AutoModelForSemanticSegmentation.register` refuses a
-    # class whose configuration is another; the class converts the configuration in `from_pretrained`.
+    # Segmentation models also load OFA checkpoints: `from_pretrained` converts the configuration. Registered in the
+    # mapping, because `AutoModelForSemanticSegmentation.register` refuses a class with another `config_class`.
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING.register(OFAConfig, IFSegForSemanticSegmentation, exist_ok=True)
     for config_class in (IFSegConfig, OFAConfig):
-        # It needs no torchvision, so it serves where torchvision is installed, too.
+        # The image processor needs no torchvision, and is also used if torchvision is installed.
         image_processors = {"pil": IFSegImageProcessor, "torchvision": IFSegImageProcessor}
         AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
         AutoProcessor.register(config_class, IFSegProcessor, exist_ok=True)
-    # Saved models and processors name these classes in `auto_map` and get a copy of the files that define them. (A
-    # segmentation model names them itself: the files depend on its backbone.)
+    # Saved models and processors refer to these classes in `auto_map` and get copies of the files that define them.
+    # (`IFSegForSemanticSegmentation.save_pretrained` does this itself: its files depend on the backbone.)
     OFAConfig.register_for_auto_class("AutoConfig")
     OFAModel.register_for_auto_class("AutoModel")
     OFAForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
     IFSegImageProcessor.register_for_auto_class("AutoImageProcessor")
     IFSegProcessor.register_for_auto_class("AutoProcessor")
-    # The package registers the pipeline class itself: `pipeline()` then asks nobody to trust code saved with a model.
+    # Registered below, so `pipeline()` need not load the class from the model's folder with `trust_remote_code`.
     IFSegConfig.pipelines = {}
     # `PIPELINE_REGISTRY.register_pipeline` is the documented way, but it warns at every import that the task exists.
-    # The class leaves every other model to transformers' own pipeline.
+    # For every other model the class creates transformers' own pipeline.
     _, task, _ = PIPELINE_REGISTRY.check_task("image-segmentation")
     task["impl"] = IFSegImageSegmentationPipeline
 

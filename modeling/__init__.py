@@ -1,4 +1,4 @@
-"""Configurations and models, saved beside the weights of a checkpoint: no import from the rest of the project."""
+"""Configurations and models. Checkpoints carry copies of these files, which import nothing else of the project."""
 
 from .backbone import IFSegBackbone
 from .backbone_ofa import OFABackbone

@@ -28,25 +28,24 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
-# Queries of a causal self-attention that run together, with the keys up to the last of them.
+# Number of queries in a block of causal self-attention; a block has the keys up to its last query.
 CAUSAL_BLOCK = 256
-# Heads of an image that run together in [`BlockwiseAttention`], one product per thread, and the number of their logits:
-# the part of each thread fits into its cache.
+# Size of a block of [`BlockwiseAttention`]: heads, one product per thread, and logits, as many as fit into the caches.
 HEADS_IN_BLOCK = 4
 LOGITS_IN_BLOCK = 2**19
 
 
 class BlockwiseAttention(torch.autograd.Function):
     """
-    Softmax attention with a trained bias on a CPU: the logits of a few queries at a time.
+    Softmax attention with a trained bias on a CPU, computed for a block of heads and queries at a time.
 
     A block stays in the cache for all operations on it, and the backward pass computes the block again. torch's fused
-    kernel for CPUs has no gradient for a bias; without it, every step of the softmax passes over all logits in main
-    memory. Under autocast the computation is in float32: without AMX bfloat16 is slower, with AMX it is not measured.
+    kernel for CPUs has no gradient for a bias; without a fused kernel, every step of the softmax reads all logits from
+    main memory. Under autocast the computation is in float32: bfloat16 is slower without AMX, and not measured with it.
 
     Args:
         query, key, value: (batch, heads, length, head_dim); bias: (1 or batch, heads, queries, keys).
-        causal: the bias lets no query see a later key; there are as many queries as keys.
+        causal: the bias masks all keys after a query; there are as many queries as keys.
 
     Returns (batch, heads, queries, head_dim).
     """
@@ -60,7 +59,7 @@ class BlockwiseAttention(torch.autograd.Function):
             some = slice(first, first + HEADS_IN_BLOCK)
             for start in range(0, queries, size):
                 rows, columns = slice(start, start + size), slice(start + size if causal else keys)
-                for image in range(batch):  # innermost, while a bias that the images share is in the cache
+                for image in range(batch):  # innermost, so that a bias that the images share stays in the cache
                     shared = 0 if len(bias) == 1 else image
                     yield (image, some, rows), (image, some, columns), (shared, some, rows, columns)
 
@@ -82,7 +81,7 @@ class BlockwiseAttention(torch.autograd.Function):
     def backward(ctx, grad_output: torch.Tensor):
         query, key, value, bias = ctx.saved_tensors
         grad_query, grad_bias = torch.empty_like(query), torch.zeros_like(bias)
-        grad_key, grad_value = key.new_zeros(2, *key.shape)  # contiguous, or products are added head by head
+        grad_key, grad_value = key.new_zeros(2, *key.shape)  # contiguous: baddbmm_ would else add head by head
         for rows, columns, b in BlockwiseAttention.blocks(query, key, bias, ctx.causal):
             q, k, grad = query[rows], key[columns], grad_output[rows]
             weights = torch.baddbmm(bias[b], q, k.mT).softmax(-1)
@@ -96,7 +95,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
 
 def _trains_large_bias_on_cpu(query: torch.Tensor, bias: torch.Tensor) -> bool:
-    """Whether [`BlockwiseAttention`] is faster: logits that fit into one block are in the cache anyway."""
+    """Whether to use [`BlockwiseAttention`]: not for logits that fit into one block, which stay in the cache anyway."""
     trained = torch.is_grad_enabled() and bias.requires_grad and not torch.compiler.is_compiling()
     exact = query.dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
     large = bias.shape[2] * bias.shape[3] * HEADS_IN_BLOCK > LOGITS_IN_BLOCK
@@ -117,8 +116,8 @@ def biased_sdpa_attention_forward(
     """
     transformers' `sdpa` attention for logits with an additive bias (`attention_mask`).
 
-    A bias that is trained on a CPU goes through [`BlockwiseAttention`]. With `causal` the bias lets no query see a
-    later key: the queries run in blocks, each with the keys up to its last query.
+    A large bias that is trained on a CPU runs in [`BlockwiseAttention`]. With `causal`, the bias masks all keys after a
+    query, and queries run in blocks, each with the keys up to its last query.
     """
     if dropout == 0 and _trains_large_bias_on_cpu(query, attention_mask):
         output = BlockwiseAttention.apply(query, key, value, attention_mask, scaling, causal)
@@ -143,7 +142,7 @@ def biased_sdpa_attention_forward(
     return torch.cat(outputs, dim=1), None
 
 
-# transformers' attention functions, with `sdpa` replaced for OFA alone.
+# transformers' attention functions with another `sdpa`. It is not registered globally, so other models keep theirs.
 ATTENTION_FUNCTIONS = AttentionInterface()
 ATTENTION_FUNCTIONS["sdpa"] = biased_sdpa_attention_forward
 
@@ -169,7 +168,7 @@ class OFAAttention(nn.Module):
         return hidden_states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _keys_and_values(self, hidden_states, key_value_states, past_key_values):
-        """Keys and values, (batch, heads, length, head_dim), from and into the cache where there is one."""
+        """Keys and values, (batch, heads, length, head_dim), read from and added to the cache, if there is one."""
         is_cross_attention = key_value_states is not None
         source = key_value_states if is_cross_attention else hidden_states
         if past_key_values is None:
@@ -195,7 +194,7 @@ class OFAAttention(nn.Module):
         """
         Args:
             attention_bias: (1 or batch, heads, queries, keys), added to the logits.
-            causal: the bias lets no query see a later key, so those logits need not be computed.
+            causal: the bias masks all keys after a query, so those logits need not be computed.
         """
         query = self._heads(self.q_proj(hidden_states))
         key, value = self._keys_and_values(hidden_states, key_value_states, past_key_values)

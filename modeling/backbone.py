@@ -1,4 +1,4 @@
-"""The contract between IFSeg and the vision-language model that it is built on (section 2, footnote 1 of the paper).
+"""The interface between IFSeg and its vision-language model (section 2, footnote 1 of the paper).
 
 Any encoder-decoder vision-language model can be a backbone. A backbone is one file `backbone_NAME.py` with a subclass
 of [`IFSegBackbone`], registered for its configuration:
@@ -8,11 +8,11 @@ AutoConfig.register(NameConfig.model_type, NameConfig, exist_ok=True)
 AutoBackbone.register(NameConfig, NameBackbone, exist_ok=True)
 ```
 
-The configuration has the attributes `patch_size` (pixels a side), `image_size` (side of the square image whose patch
-grid a word map has), `vocab_size`, `pad_token_id`, `dropout` and `drop_path_rate`.
+The configuration has the attributes `patch_size` (pixels a side), `image_size` (side of a square image; word maps have
+its patch grid), `vocab_size`, `pad_token_id`, `dropout` and `drop_path_rate`.
 
-Saved models name this file in their `auto_map` as the one that defines `IFSegConfig` and
-`IFSegForSemanticSegmentation`, so it imports both names; importing it registers the backbone.
+The `auto_map` of a saved model points to this file for `IFSegConfig` and `IFSegForSemanticSegmentation`: loading them
+from there registers the backbone. The file therefore imports both names.
 """
 
 from abc import ABC, abstractmethod
@@ -35,10 +35,10 @@ class IFSegBackbone(PreTrainedModel, ABC):
     @abstractmethod
     def embed_words(self, word_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """
-        Image tokens that stand for words (section 2.1): what an artificial image is made of.
+        Image tokens that stand for words (section 2.1); an artificial image is made of them.
 
         Args:
-            word_ids, mask: (batch, N, sub-words), token ids and 1 where there is one.
+            word_ids, mask: (batch, N, sub-words), token ids, and 1 for a sub-word or 0 for padding.
 
         Returns:
             (batch, N, d_in); zero for a word without sub-words.
@@ -46,7 +46,7 @@ class IFSegBackbone(PreTrainedModel, ABC):
 
     def embed_categories(self, category_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """
-        Rows that the decoder's outputs are compared with (section 2.2). Default: [`embed_words`].
+        Category vectors that the decoder's outputs are compared with (section 2.2). Default: [`embed_words`].
 
         Args:
             category_ids, mask: as for [`embed_words`].
@@ -75,9 +75,8 @@ class IFSegBackbone(PreTrainedModel, ABC):
             **kwargs: `output_hidden_states` and `output_attentions`.
 
         Returns:
-            An output whose `last_hidden_state` begins with the h * w patches, row by row, and which has
-            `image_features` (batch, channels, h, w), or `None` for an artificial image. [`decode_patches`] gets the
-            same object.
+            An output with `last_hidden_state`, which begins with the h * w patches, row by row, and `image_features`
+            (batch, channels, h, w), `None` for an artificial image. It is the argument of [`decode_patches`].
         """
 
     @abstractmethod
@@ -86,7 +85,7 @@ class IFSegBackbone(PreTrainedModel, ABC):
         Decodes all patches in one pass.
 
         Args:
-            encoded: what [`encode`] returned.
+            encoded: the result of [`encode`].
             **kwargs: `output_hidden_states` and `output_attentions`.
 
         Returns:
@@ -103,7 +102,7 @@ class IFSegBackbone(PreTrainedModel, ABC):
 
     def project_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
         """
-        Image tokens of an image, in the space of [`embed_words`]: the cosine baseline compares the two.
+        Image tokens of an image, which the cosine baseline compares with the results of [`embed_words`].
 
         Args:
             image_features: (batch, channels, h, w) of [`encode`].
@@ -115,7 +114,7 @@ class IFSegBackbone(PreTrainedModel, ABC):
 
     @property
     def image_trunk(self) -> nn.Module | None:
-        """The module that turns `pixel_values` into `image_features`, if its batch norms are frozen; else `None`."""
+        """The module from `pixel_values` to `image_features`, if it has frozen batch norms; otherwise `None`."""
         return None
 
 

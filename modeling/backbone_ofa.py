@@ -57,7 +57,7 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
         self.post_init()
 
     def embed_words(self, word_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean token embedding of each word, (batch, N, d_model): both image token and row of the classifier."""
+        """Mean token embedding of each word, (batch, N, d_model), used as image token and as category vector."""
         return mean_of_subwords(self.get_input_embeddings()(word_ids), mask)
 
     def encode(
@@ -68,7 +68,7 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
         image_tokens: torch.Tensor | None = None,
         **kwargs,
     ) -> OFAEncoderOutput:
-        """See [`IFSegBackbone.encode`]. Positions are interpolated from the grid of an image of `image_size`."""
+        """See [`IFSegBackbone.encode`]; positions as with `interpolate_pos_encoding` of [`OFAEncoder.forward`]."""
         return self.model.encoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -92,7 +92,7 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
             use_cache=False,
             **kwargs,
         )
-        # output i has read the patches before i, and all patches through cross-attention: the prediction for patch i
+        # output i, which has read `<s>` and the patches before i, and all patches by cross-attention, predicts patch i
         decoded["last_hidden_state"] = decoded.last_hidden_state[:, :-1]
         return decoded
 
@@ -113,14 +113,14 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
         return OFAPatchPositions((height, width), embeddings, tables, relative_bias)
 
     def image_free_parameters(self) -> Iterator[nn.Parameter]:
-        """All that takes part in segmentation but the trunk, `image_proj` and the token embeddings."""
+        """All parameters used in segmentation except those of the trunk, `image_proj` and the token embeddings."""
         encoder = self.model.encoder
         frozen = [encoder.embed_images, encoder.image_proj, encoder.embed_tokens]
         excluded = {id(parameter) for module in frozen for parameter in module.parameters()}
         return (parameter for parameter in self.segmentation_parameters() if id(parameter) not in excluded)
 
     def segmentation_parameters(self) -> Iterator[nn.Parameter]:
-        """All but the decoder's positions of text and image codes, which belong to text generation."""
+        """All parameters except the decoder's positions of text and image codes, which only generation uses."""
         decoder = self.model.decoder
         unused = [
             decoder.embed_positions,

@@ -1,4 +1,4 @@
-"""Configuration of an IFSeg model: the words that it segments into, and the configuration of its backbone."""
+"""Configuration of an IFSeg model: its category words, and the configuration of its backbone."""
 
 import copy
 from dataclasses import fields
@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-# The pipeline class of a saved model, in a file of `processing/` that is saved beside the weights.
+# The pipeline class of a saved model. Its file, of `processing/`, is saved beside the weights.
 PIPELINES = {
     "image-segmentation": {
         "impl": "pipeline_ifseg.IFSegImageSegmentationPipeline",
@@ -23,19 +23,19 @@ class IFSegConfig(PreTrainedConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to OFA-base): configuration of an
-            [`IFSegBackbone`]. It has `patch_size` and `image_size`.
-        prompt (`str`, *optional*), prompt_ids (`list[int]`, *optional*): text that the model reads beside the image.
+            [`IFSegBackbone`].
+        prompt (`str`, *optional*), prompt_ids (`list[int]`, *optional*): wording and tokens of the prompt that the
+            model reads with the image.
         category_ids (`list[list[int]]`, *optional*): sub-words of each category.
         word_ids (`list[list[int]]`, *optional*), word_categories (`list[int]`, *optional*): in a hierarchical
             vocabulary (Appendix A.1), the sub-words of each fine name and the index of its category.
-        word_noise (`float`, defaults to 0): in training, the standard deviation of Gaussian noise on every patch of a
-            word map, along any direction, as a share of the root mean square distance between two words. Not in the
-            paper.
+        word_noise (`float`, defaults to 0): in training, the standard deviation of Gaussian noise on every component
+            of a word map's patches, relative to the root mean square distance between two words. Not in the paper.
     """
 
     model_type = "ifseg"
     sub_configs = {"backbone_config": AutoConfig}
-    # beside the logits, which are all that Trainer's evaluation is to gather
+    # Trainer's evaluation gathers the logits alone
     keys_to_ignore_at_inference = ["encoder_last_hidden_state", "image_features", "patch_mask"]
     pipelines: ClassVar[dict] = PIPELINES
 
@@ -75,7 +75,7 @@ class IFSegConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """As in every configuration; a folder or Hub id of a backbone, such as a converted OFA, is accepted as well."""
+        """Reads the configuration of an IFSeg model, or of a backbone, such as a converted OFA."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             config_dict = cls.from_backbone_config(_backbone_config(config_dict)).to_dict()
@@ -83,7 +83,7 @@ class IFSegConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in every configuration; names passed as `id2label` determine `label2id`, too."""
+        """Makes a configuration from its dictionary; an `id2label` in `kwargs` also replaces `label2id`."""
         if kwargs.get("id2label") is not None:
             config_dict = {**config_dict, "id2label": kwargs.pop("id2label")}
         return super().from_dict(config_dict, **kwargs)
@@ -99,7 +99,7 @@ class IFSegConfig(PreTrainedConfig):
                 "and category_ids change together, by model.set_words(**processor.encode_categories([...]))."
             )
         if sorted(self.id2label) != list(range(categories)):
-            raise ValueError(f"id2label numbers the categories {sorted(self.id2label)}: count them from 0.")
+            raise ValueError(f"id2label has the indices {sorted(self.id2label)}: number the categories from 0.")
         if self.label2id != {name: i for i, name in self.id2label.items()}:
             raise ValueError(
                 "label2id and id2label contradict each other: set both, or pass id2label alone to the constructor."
@@ -113,16 +113,16 @@ class IFSegConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens of the backbone."""
+        """Number of tokens in the backbone's vocabulary."""
         return self.backbone_config.vocab_size
 
     @vocab_size.setter
     def vocab_size(self, value: int):
-        self.backbone_config.vocab_size = value  # by `resize_token_embeddings`
+        self.backbone_config.vocab_size = value  # `resize_token_embeddings` sets it
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the square image whose patch grid a word map has."""
+        """Side in pixels of a square image; word maps have its patch grid."""
         return self.backbone_config.image_size
 
     @property
@@ -137,9 +137,9 @@ class IFSegConfig(PreTrainedConfig):
 
     @property
     def custom_pipelines(self) -> dict:
-        """Pipeline classes that `pipeline()` loads from the model's folder, with `trust_remote_code`.
+        """Pipeline classes that `pipeline()` loads from the model's folder, with `trust_remote_code=True`.
 
-        The package registers its own class and empties `pipelines`: `pipeline()` then asks nobody to trust any code.
+        Empty once the package has registered its own class: `pipeline()` then does not ask for `trust_remote_code`.
         """
         return copy.deepcopy(self.pipelines)
 

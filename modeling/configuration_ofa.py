@@ -29,8 +29,8 @@ class OFAConfig(PreTrainedConfig):
         token_bucket_size (`int`, defaults to 256): relative text distances up to half of this value have a bucket each,
             longer distances share logarithmic buckets.
         image_bucket_size (`int`, defaults to 42): side of the largest patch grid with position embeddings.
-        image_size (`int`, defaults to 512): side of the image whose patch grid the segmentation positions are made for;
-            positions of other grids are interpolated. Word maps have `image_size // patch_size` patches a side.
+        image_size (`int`, defaults to 512): side of a square image. The segmentation positions are for its patch grid,
+            `image_size // patch_size` patches a side, which word maps have, too; for other grids they are interpolated.
         trunk_type (`str`, defaults to `"resnet"`): the image trunk. `"resnet"` is the published one: a ResNet v1.5
             without its last stage, with frozen batch norm.
         trunk_embedding_size (`int`, defaults to 64): channels of the trunk's stem.

@@ -27,11 +27,11 @@ def image_sizes(pixel_mask: torch.Tensor) -> list[tuple[int, int]]:
 
 def group_by_image_size(forward):
     """
-    Decorator for a forward pass that takes images of one size: lets it take a padded batch of several sizes.
+    Decorator that extends a forward pass for images of one size to padded batches of several sizes.
 
-    Images of equal size run together, cropped to their size, so that each image gets the result that it gets alone.
-    The outputs are padded with zeros at the right and bottom. A batch without `pixel_mask`, or of one size, costs one
-    pass. The inputs in `PER_IMAGE_INPUTS` are split; all others are passed on unchanged.
+    Images of equal size run together, cropped to their size, so that padding changes no result. The outputs are padded
+    with zeros at the right and bottom. A batch without `pixel_mask`, or of one size, is a single pass. The inputs in
+    `PER_IMAGE_INPUTS` are split by image; the others are passed on unchanged.
 
     Raises `ValueError` for a `pixel_mask` of another shape than `pixel_values`.
     """
@@ -63,7 +63,7 @@ def group_by_image_size(forward):
         order = [row for rows in groups.values() for row in rows]
         joined = {name: _join([output[name] for output in outputs], order) for name in outputs[0] if name != "loss"}
         if outputs[0].get("loss") is not None:
-            # the mean over all labelled pixels, whichever group they are in
+            # the mean over the labelled pixels of all groups
             counts = [(kwargs["labels"][rows] != -100).sum() for rows in groups.values()]
             total = sum(output["loss"] * count for output, count in zip(outputs, counts, strict=True))
             joined["loss"] = total / sum(counts)
@@ -89,9 +89,11 @@ def _select(inputs: dict, rows, size: tuple[int, int]) -> dict:
 
 def _join(parts: list, rows: list[int]):
     """
-    Outputs of several groups of images as one output: zero-padded to the largest, images back in their order.
+    Joins the outputs of several groups of images: zero-padded to the largest, in the order of the batch.
 
-    Each part is `None`, a tensor whose first dimension is the group, or a tuple of such tensors.
+    Args:
+        parts: one output per group: `None`, a tensor with one row per image, or a tuple of such tensors.
+        rows: index in the batch of each image, group by group.
     """
     if any(part is None for part in parts):
         return None

@@ -1,4 +1,4 @@
-"""Cross-entropy of resized logits, without the resized logits of a whole image in memory."""
+"""Cross-entropy of bilinearly resized logits that never holds the resized logits of a whole image in memory."""
 
 import torch
 from torch import nn
@@ -18,10 +18,10 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 
 class _ResizedCrossEntropy(torch.autograd.Function):
     """
-    Cross-entropy summed over the pixels of resized logits, and its gradient, for a few rows of pixels at a time.
+    Cross-entropy summed over the pixels of resized logits, and its gradient, computed a few rows of pixels at a time.
 
-    There is never a (batch, categories, H, W) tensor, which would take gigabytes for 171 categories. Bilinear resizing
-    is two matrix products, and so is its gradient.
+    A whole (batch, categories, H, W) tensor would take gigabytes for 171 categories. Bilinear resizing is two matrix
+    products, and so is its gradient.
     """
 
     @staticmethod
@@ -34,7 +34,7 @@ class _ResizedCrossEntropy(torch.autograd.Function):
         blocks = []
         for rows in to_rows.split(max(1, limit // (categories * width))):
             used = rows.any(0).nonzero()
-            source = slice(int(used[0]), int(used[-1]) + 1)  # the rows of logits that these rows of pixels need
+            source = slice(int(used[0]), int(used[-1]) + 1)  # the rows of logits with non-zero weights
             blocks.append((source, rows[:, source].to(logits)))
 
         loss = logits.new_zeros(())

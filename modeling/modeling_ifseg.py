@@ -23,11 +23,11 @@ class IFSegSegmentationOutput(ModelOutput):
     Args:
         loss: mean cross-entropy over the labelled pixels, with `labels` only.
         logits: (batch, categories, h, w), one prediction per patch.
-        image_features: (batch, channels, h, w), what post-processing compares; `None` for word maps.
+        image_features: (batch, channels, h, w), compared by the smoothing of post-processing; `None` for word maps.
         patch_mask: bool (batch, h, w), the patches of each image; the others are padding, zero in every output.
         encoder_last_hidden_state: (batch, h * w + tokens, d).
         encoder_hidden_states, encoder_attentions, decoder_hidden_states, decoder_attentions, cross_attentions: on
-            request, one tensor a layer.
+            request, one tensor per layer.
     """
 
     loss: torch.Tensor | None = None
@@ -55,7 +55,7 @@ class IFSegForSemanticSegmentation(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the losses are means: Trainer is to average them over accumulated batches
+    accepts_loss_kwargs = False  # the loss is a mean, so Trainer must average it over accumulated batches
     _supports_sdpa = True
 
     def __init__(self, config: IFSegConfig):
@@ -103,7 +103,7 @@ class IFSegForSemanticSegmentation(PreTrainedModel):
         return torch.tensor([ids], device=device), torch.tensor([mask], device=device)
 
     def _prompt_and_categories(self, input_ids, category_ids, category_mask, device):
-        """Prompt, sub-words of the categories and their mask: those passed, or else those of the configuration."""
+        """Prompt, sub-words of the categories and their mask, with the configuration's in place of missing ones."""
         config = self.config
         if input_ids is None:
             if config.prompt_ids is None:
@@ -124,7 +124,7 @@ class IFSegForSemanticSegmentation(PreTrainedModel):
     # Training ---------------------------------------------------------------------------------------------------------
 
     def freeze_for_word_maps(self):
-        """Freezes all but what image-free training updates: the backbone's `image_free_parameters`."""
+        """Freezes all parameters except the backbone's `image_free_parameters`, which image-free training updates."""
         trained = {id(parameter) for parameter in self.backbone.image_free_parameters()}
         for parameter in self.parameters():
             if id(parameter) not in trained:
@@ -212,7 +212,7 @@ class IFSegForSemanticSegmentation(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """As in every model; the checkpoint of a backbone, such as a converted OFA, is accepted as well."""
+        """Loads an IFSeg checkpoint, or the checkpoint of a backbone, such as a converted OFA."""
         if isinstance(config, PreTrainedConfig) and config.model_type != cls.config_class.model_type:
             config = cls.config_class.from_backbone_config(config)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)

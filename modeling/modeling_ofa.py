@@ -1,4 +1,4 @@
-"""OFA: an encoder over image and text, a decoder over text, and the head that writes text."""
+"""OFA: an encoder over image and text, a decoder over text, and the head for text generation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ from .trunk_ofa import TRUNKS, OFAFrozenBatchNorm2d
 @dataclass
 class OFAEncoderOutput(BaseModelOutput):
     """
-    What the decoder reads: `L` patches first, then `T` text tokens.
+    Output of the encoder, the input of cross-attention: `L` patches, then `T` text tokens.
 
     Args:
         last_hidden_state: (batch, L + T, d_model).
@@ -63,7 +63,7 @@ class OFAEncoderOutput(BaseModelOutput):
 @dataclass
 class OFAPatchPositions:
     """
-    Positions of `<s>` and the patches of a grid, where the decoder reads patches instead of text.
+    Positions of `<s>` and the patches of a grid, for a decoder that reads patches instead of text.
 
     Args:
         grid: height and width in patches.
@@ -167,7 +167,7 @@ class OFAPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the losses are means: Trainer is to average them over accumulated batches
+    accepts_loss_kwargs = False  # the loss is a mean, so Trainer must average it over accumulated batches
     _no_split_modules = ["OFAResNetTrunk", "OFAEncoderLayer", "OFADecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
@@ -230,8 +230,8 @@ class _OFAStack(OFAPreTrainedModel):
     def image_positions(self, height: int, width: int, interpolate: bool) -> torch.Tensor:
         """Positions of a height x width patch grid, (height * width, d_model), before their layer norm.
 
-        With `interpolate`, positions of grids with more patches than an image of `image_size` has are resized from its
-        grid. Raises `ValueError` for a larger grid than there are positions for without it.
+        With `interpolate`, a grid with more patches than the grid of an `image_size` image gets the positions of that
+        grid, resized. Without it, raises `ValueError` for a side above `image_bucket_size`.
         """
         config = self.config
         side, base = config.image_bucket_size, config.grid_size
@@ -344,8 +344,8 @@ class OFAEncoder(_OFAStack):
             attention_mask: (1 or batch, T), 0 where the text is padding.
             pixel_values: (batch, 3, H, W) images; pixel_mask: (batch, H, W), 0 where they are padding.
             image_embeds: (batch, h, w, d_model) image tokens in place of the projected features of an image.
-            interpolate_pos_encoding: resize the positions of an image of `image_size` to the grid, as segmentation
-                does; otherwise they are looked up directly, as OFA does.
+            interpolate_pos_encoding: resize the relative biases (and for larger images the positions) from the grid of
+                an `image_size` image, as segmentation does. By default they are looked up directly, as in OFA.
         """
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("Pass input_ids or inputs_embeds, not both.")
@@ -373,7 +373,7 @@ class OFAEncoder(_OFAStack):
         hidden_states = cat_sequences(parts)
         mask = None
         if attention_mask is not None or pixel_mask is not None:
-            # one mask, and so one bias, where all images share it
+            # one row, and so one bias, if all images share the mask
             rows = len(masks[-1]) if pixel_mask is None else batch
             mask = cat_sequences([part[:rows].expand(rows, -1) for part in masks])
 
@@ -408,7 +408,7 @@ class OFADecoder(_OFAStack):
         self.self_pos_k_linear = nn.Linear(d_model, d_model)
         self.cross_pos_q_linear = nn.Linear(d_model, d_model)
         self.cross_pos_k_linear = nn.Linear(d_model, d_model)
-        # for the image codes that OFA can generate; kept so that a checkpoint loses nothing
+        # for image codes, which this project does not generate; kept so that conversion loses no weights
         self.code_layernorm_embedding = nn.LayerNorm(d_model, eps=config.layer_norm_eps)
         rates = torch.linspace(0, config.drop_path_rate, config.decoder_layers, device="cpu").tolist()
         self.layers = nn.ModuleList(OFADecoderLayer(config, i, rate) for i, rate in enumerate(rates))
@@ -619,10 +619,10 @@ class OFAForConditionalGeneration(OFAPreTrainedModel, GenerationMixin):
     ) -> Seq2SeqLMOutput:
         r"""
         Args:
-            labels: (batch, S) tokens to predict, -100 ignored. They give the mean cross-entropy and, shifted by one,
-                the decoder's input where that is not passed.
+            labels: (batch, S) tokens to predict, -100 ignored, for the mean cross-entropy. Shifted by one, they are
+                the decoder's input unless one is passed.
 
-        The others are as for [`OFAModel`]. The logits are (batch, S, vocab_size).
+        Other arguments: see [`OFAModel`]. The logits are (batch, S, vocab_size).
         """
         if labels is not None:
             use_cache = False
@@ -661,14 +661,14 @@ class OFAForConditionalGeneration(OFAPreTrainedModel, GenerationMixin):
         )
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """`labels` (batch, S) moved one to the right behind the start token, -100 replaced by padding."""
+        """`labels` (batch, S) shifted right by one behind the start token, -100 replaced by padding."""
         start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
     def _expand_inputs_for_generation(self, *args, encoder_outputs: OFAEncoderOutput | None = None, **kwargs):
         if encoder_outputs is not None:
-            # beam search repeats every tensor of the encoder's output along the batch, so none may be shared by it
+            # beam search repeats every tensor of the encoder's output, so each needs a row for every image
             batch = len(encoder_outputs.last_hidden_state)
             encoder_outputs["position_embeddings"] = encoder_outputs.position_embeddings.expand(batch, -1, -1)
             if encoder_outputs.attention_mask is not None:

@@ -13,7 +13,7 @@ from torch import nn
 class OFATable(nn.Embedding):
     """An embedding that also returns its whole table, when called without indices.
 
-    Read by a call, not by `.weight`: accelerate brings offloaded weights to the device when a module is called.
+    Call the table instead of reading `.weight`: accelerate loads offloaded weights only when a module is called.
     """
 
     def forward(self, input: torch.Tensor | None = None) -> torch.Tensor:
@@ -40,7 +40,7 @@ def grid_relative_bias(table: torch.Tensor, height: int, width: int) -> torch.Te
     centre = side // 2
     window = table.view(side, side, -1).permute(2, 0, 1)
     window = window[:, centre - height + 1 : centre + height, centre - width + 1 : centre + width]
-    # (heads, x, y' - y, x'), where the rows' distance y' - y rises; one query row's keys are then a slice of it
+    # (heads, x, y' - y, x') in ascending order of y' - y: the biases of the queries of one row are a slice
     lines = window.unfold(2, width, 1).transpose(1, 2).flip(2, 3)
     bias = torch.stack([lines[:, :, height - 1 - y : 2 * height - 1 - y] for y in range(height)], dim=1)
     return bias.view(-1, height * width, height * width)
@@ -58,8 +58,8 @@ def resized_grid_relative_bias(table: torch.Tensor, side: int, height: int, widt
     window = window.view(diagonals, diagonals, -1).permute(2, 0, 1)
     crop = slice(diagonals // 2 - side + 1, diagonals // 2 + side)
     one_hot = torch.eye(2 * side - 1, dtype=window.dtype, device=window.device)
-    # Bilinear resizing is separable. Rows first: (heads, x - x', y, y'), still small. Then one product distributes the
-    # 2 * side - 1 distances x - x' over the columns.
+    # Bilinear resizing is separable. Rows first, to the small (heads, x - x', y, y'); then one product maps the
+    # 2 * side - 1 distances x - x' to pairs of columns.
     rows = _resized_differences(window[:, crop, crop].transpose(1, 2), side, height)
     columns = _resized_differences(one_hot, side, width)
     bias = rows.permute(0, 2, 3, 1) @ columns.flatten(1)
@@ -80,8 +80,8 @@ def _resized_differences(values: torch.Tensor, side: int, size: int) -> torch.Te
 def text_relative_bias(table: torch.Tensor, query_start: int, key_length: int) -> torch.Tensor:
     """Biases between text tokens, (heads, key_length - query_start, key_length).
 
-    Queries are the positions from `query_start` on, keys all `key_length`. Distances r = i - j of at most
-    mid = bucket_size / 2 have a row of their own, longer ones share logarithmic buckets up to 1023.
+    Queries are the positions from `query_start`, keys all `key_length` positions. Each distance i - j of at most
+    bucket_size / 2 has a row in the table; longer distances, up to 1023, share logarithmic buckets.
 
     Args:
         table: (2 * bucket_size - 1, heads); distance 0 is the middle row.
@@ -96,7 +96,7 @@ def text_relative_bias(table: torch.Tensor, query_start: int, key_length: int) -
 
 
 class _AddBlocks(torch.autograd.Function):
-    """[`add_blocks`] with gradients that are views; additions in place would copy the whole gradient for each block."""
+    """[`add_blocks`] whose gradients are views; autograd would copy the whole gradient for each addition in place."""
 
     @staticmethod
     def forward(bias: torch.Tensor, places: list[tuple[slice, slice]], *blocks: torch.Tensor) -> torch.Tensor:
@@ -131,7 +131,7 @@ def add_blocks(bias: torch.Tensor, blocks: list[BiasBlock]) -> torch.Tensor:
 
 def prepend_start_token(bias: torch.Tensor, rows: torch.Tensor) -> list[BiasBlock]:
     """
-    Relative biases of `<s>` and the patches, blocks of (heads, L + 1, L + 1), from those of the patches.
+    Relative biases of `<s>` and the patches, blocks of (heads, L + 1, L + 1), from the biases of the patches.
 
     Args:
         bias: (heads, L, L); rows: (3, heads), the last rows of a relative table: `<s>` as query, as key, as both.

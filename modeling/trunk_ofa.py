@@ -32,8 +32,8 @@ def conv_norm(conv: nn.Module, norm: nn.Module, hidden_states: torch.Tensor) -> 
     """
     `norm(conv(hidden_states))`, in one pass over the image where the norm can be folded into the convolution.
 
-    It cannot where the norm learns its statistics, where the convolution is wrapped (by an adapter), and where
-    accelerate brings the weights of either to the device only when the module is called.
+    It cannot if the norm learns its statistics, if the convolution is wrapped by an adapter, or if accelerate loads the
+    weights of either only when the module is called.
     """
     foldable = type(conv) is nn.Conv2d and type(norm) is OFAFrozenBatchNorm2d
     if not foldable or hasattr(conv, "_hf_hook") or hasattr(norm, "_hf_hook"):
@@ -91,14 +91,14 @@ class OFAResNetTrunk(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             channels = out_channels
         self.stages = len(config.trunk_depths)
-        # Convolutions are fastest with the channels last in memory. But with 8 channels, as only small test models
-        # have, the backward pass on AVX-512 (torch 2.13) then corrupts memory; its vectors hold 16.
+        # Convolutions are fastest with the channels last in memory. With 8 channels, which only small test models have,
+        # their backward pass corrupts memory on AVX-512 (torch 2.13), whose vectors hold 16 numbers.
         widths = (config.trunk_embedding_size, *(width // 4 for width in config.trunk_hidden_sizes))
         self.channels_last = all(width % 16 == 0 for width in widths)
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The layout in memory that the convolutions get; not an attribute, which `torch.save` could not pickle."""
+        """The memory layout of the convolutions; a property, since `torch.save` cannot pickle it as an attribute."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ class OFAResNetTrunk(nn.Module):
 
 
 # `trunk_type` of the configuration -> class. A trunk has `out_channels` and maps (batch, 3, H, W) to (batch,
-# out_channels, h, w), one vector a patch.
+# out_channels, h, w), one vector per patch.
 TRUNKS = {"resnet": OFAResNetTrunk}
 
 __all__ = ["TRUNKS", "OFAFrozenBatchNorm2d", "OFAResNetTrunk", "conv_norm"]

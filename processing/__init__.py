@@ -1,6 +1,6 @@
-"""Prompt, categories, pixels, segmentation, post-processing: what a Hub checkpoint carries.
+"""Prompts, images, segmentation and post-processing, imported as `ifseg_hf.processing`.
 
-Imported as `ifseg_hf.processing`.
+Checkpoints carry copies of these files, which import nothing else of the project.
 """
 
 from .image_processing_ifseg import IFSegImageProcessor

@@ -1,4 +1,4 @@
-"""Images and segmentation maps to tensors: the reference's resize, exactly, and transformers' conventions around it."""
+"""Image processor: images and segmentation maps to tensors, resized exactly as in the published implementation."""
 
 import os
 
@@ -141,9 +141,12 @@ def output_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def _source_of(target: int, source: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns, for each of `target` positions along an axis of length `source`, the indices of the two source pixels
-    beside it (not clamped) and the weight of the second, float32 as in OpenCV."""
+def _source_pixels(target: int, source: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the source pixels of linear resizing along an axis, from length `source` to length `target`.
+
+    For each target pixel: the indices of the two source pixels, not clamped, and the weight of the second, float32 as
+    in OpenCV.
+    """
     position = ((np.arange(target) + 0.5) * (1 / (target / source)) - 0.5).astype(np.float32)
     first = np.floor(position)
     return first.astype(np.int64), first.astype(np.int64) + 1, position - first
@@ -161,12 +164,12 @@ def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if image.shape[:2] == (height, width):
         return image
-    left, right, weight_x = _source_of(width, image.shape[1])
+    left, right, weight_x = _source_pixels(width, image.shape[1])
     # As in OpenCV: beyond the left and right edges the weights become 1 and 0; beyond the top and bottom edges the rows
     # are clamped and the weights stay.
     weight_x = np.where((left < 0) | (right >= image.shape[1]), np.float32(0), weight_x)
     left, right = left.clip(0, image.shape[1] - 1), right.clip(0, image.shape[1] - 1)
-    top, bottom, weight_y = _source_of(height, image.shape[0])
+    top, bottom, weight_y = _source_pixels(height, image.shape[0])
     top, bottom = top.clip(0, image.shape[0] - 1), bottom.clip(0, image.shape[0] - 1)
 
     weights: list[np.ndarray] = [1 - weight_x, weight_x, 1 - weight_y, weight_y]
@@ -215,8 +218,8 @@ class IFSegImageProcessor(PilBackend):
     r"""
     Turns images into `pixel_values` and `pixel_mask`, segmentation maps into `labels`, outputs into segmentation maps.
 
-    Needs NumPy and Pillow only. The resize is OpenCV's bilinear resize (no antialiasing), bit for bit, with which the
-    published results were computed.
+    Needs NumPy and Pillow only. Images are resized as by OpenCV (bilinear, without antialiasing), bit for bit, since
+    the published results were computed with OpenCV.
 
     Args:
         do_resize (`bool`, defaults to `True`), size (`dict`, defaults to `{"shortest_edge": 512, "longest_edge":
@@ -227,14 +230,14 @@ class IFSegImageProcessor(PilBackend):
             with 0 to the largest height and width among them, or to `pad_size`.
         do_reduce_labels (`bool`, defaults to `False`), ignore_index (`int`, *optional*): see
             [`IFSegImageProcessorKwargs`].
-        smoothing_neighbors (`int`, defaults to 3), smoothing_iterations (`int`, defaults to 25): smoothing that the
-            model needs; the default of [`~IFSegImageProcessor.post_process_semantic_segmentation`] and of
-            [`IFSegSegmenter`]. 0 iterations for a model that was trained on images: it needs no smoothing.
+        smoothing_neighbors (`int`, defaults to 3), smoothing_iterations (`int`, defaults to 25): defaults of
+            [`~IFSegImageProcessor.post_process_semantic_segmentation`] and [`IFSegSegmenter`]. A model that was trained
+            on images needs no smoothing: 0 iterations.
         sliding_window (`int`, *optional*): side in pixels of the crops that the model was trained on.
             [`IFSegSegmenter`] then segments images in such crops; by default it segments whole images.
     """
 
-    _auto_class = "AutoImageProcessor"  # saved with its code, wherever it was loaded from
+    _auto_class = "AutoImageProcessor"  # `save_pretrained` always saves the code, too
     valid_kwargs = IFSegImageProcessorKwargs
     model_input_names = ["pixel_values", "pixel_mask"]
 
@@ -364,7 +367,7 @@ class IFSegImageProcessor(PilBackend):
         return processed
 
     def smoothing(self, neighbors: int | None = None, iterations: int | None = None) -> tuple[int, int]:
-        """Returns neighbours and iterations of the smoothing; this processor's where they are `None`."""
+        """Returns neighbours and iterations of the smoothing, with this processor's in place of `None`."""
         neighbors = self.smoothing_neighbors if neighbors is None else neighbors
         return neighbors, self.smoothing_iterations if iterations is None else iterations
 
@@ -379,9 +382,9 @@ class IFSegImageProcessor(PilBackend):
         """
         Returns label maps: a category for every pixel.
 
-        The probabilities of each patch are averaged with those of its `smoothing_neighbors` most similar patches,
-        itself included, `smoothing_iterations` times; then resized bilinearly; then the largest wins. Without
-        smoothing, which is right for a model trained on images, the logits are resized instead.
+        The probabilities of each patch are averaged with those of its `smoothing_neighbors` most similar patches, the
+        patch itself included, `smoothing_iterations` times, and resized bilinearly; each pixel gets the most probable
+        category. Without smoothing, as for a model trained on images, the logits are resized instead.
 
         Args:
             outputs ([`IFSegSegmentationOutput`]): the model's outputs for a batch of images.

@@ -1,4 +1,4 @@
-"""`pipeline("image-segmentation", ...)` for IFSeg: any words at call time, smoothing, a score for every mask."""
+"""`pipeline("image-segmentation", ...)` for IFSeg, with other words at call time, smoothing, and mask scores."""
 
 import copy
 import os
@@ -21,14 +21,14 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
 
     ```python
     pipe = pipeline("image-segmentation", model="path/or/name")
-    pipe("image.jpg")                                   # the words the model was tuned for
-    pipe("image.jpg", categories=["cat", "sofa"])       # any others
+    pipe("image.jpg")                                   # the words that the model was tuned on
+    pipe("image.jpg", categories=["cat", "sofa"])       # other words
     ```
 
-    Registered for the task in place of [`ImageSegmentationPipeline`] it leaves other models to that class.
+    This class is registered for the task. For models other than IFSeg it creates an [`ImageSegmentationPipeline`].
     """
 
-    _load_processor = None  # loaded where there is one, for its prompt template
+    _load_processor = None  # optional; it has the prompt template
 
     def __new__(cls, model=None, *args, **kwargs):
         if getattr(getattr(model, "config", None), "model_type", "ifseg") != "ifseg":
@@ -36,13 +36,13 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         return super().__new__(cls)
 
     def check_model_type(self, supported_models):
-        """Does nothing: transformers compares with the names of the classes in its own package."""
+        """Skips transformers' check, which accepts only model classes of transformers itself."""
 
     def __call__(self, inputs=None, **kwargs):
         """
         Args:
-            inputs: an image or a list of them: paths, URLs, PIL images, arrays or tensors. A dataset or generator is
-                consumed lazily, `batch_size` images at a time, of any sizes.
+            inputs: an image or a list of images: paths, URLs, PIL images, arrays or tensors of any sizes. A dataset or
+                generator is read lazily, `batch_size` images at a time.
             categories (`list[str]` or `dict[str, list[str]]`, *optional*): the words to choose from, instead of those
                 in the model's configuration.
             prompt (`str`, *optional*): a template with `{categories}` or the question before the words, instead of the
@@ -51,7 +51,7 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
                 [`IFSegImageProcessor.post_process_semantic_segmentation`]. 0 iterations do not smooth.
             inference (`str`, *optional*): "whole" images or "slide" for overlapping square crops; see
                 [`IFSegSegmenter`].
-            subtask (`str`, *optional*): only "semantic" exists.
+            subtask (`str`, *optional*): only "semantic" is supported.
             timeout (`float`, *optional*): seconds to wait for a URL.
 
         Returns:
@@ -69,7 +69,7 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         return getattr(self.processor, "prompt_template", PROMPT_TEMPLATE)
 
     def _segmenter(self, inference: str | None = None) -> IFSegSegmenter:
-        """Returns a segmenter of the present model and image processor, which may be replaced at any time."""
+        """Returns a new segmenter, because `model` and `image_processor` may have been replaced since the last call."""
         return IFSegSegmenter(self.model, self, inference, self.device)
 
     def _sanitize_parameters(self, **kwargs):
@@ -91,7 +91,7 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
             image = read_image(image, timeout)
         image = self.image_processor.process_image(image)
         inputs = self.image_processor(image, input_data_format="channels_first", return_tensors="pt").to(self.dtype)
-        # In a list, because transformers' collation would refuse images of several sizes; _forward pads them.
+        # In a list, because transformers cannot collate images of several sizes; _forward pads them.
         return {"images": [inputs], "target_size": [image.shape[1:]]}
 
     def _forward(
@@ -132,7 +132,7 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
 
 
 def _pad_batch(images: list) -> dict[str, torch.Tensor]:
-    """Returns one batch of batches of one image each, padded at the right and bottom; lists may be nested once."""
+    """Joins one-image batches into one batch, padded at the right and bottom; lists may be nested once."""
     images = [image for item in images for image in (item if isinstance(item, list) else [item])]
     height, width = (max(image["pixel_mask"].shape[axis] for image in images) for axis in (1, 2))
 

@@ -1,7 +1,7 @@
-"""From the model's outputs to a label for every pixel: smoothing over similar patches, resizing, argmax.
+"""Post-processing of the model's outputs into label maps: smoothing over similar patches, resizing, argmax.
 
-Section 2.4 of the paper: a model tuned on word maps alone has never seen an image, so its prediction for a patch is
-averaged with its predictions for the patches whose image features are most similar.
+A model tuned on word maps alone has never seen an image, so the prediction for each patch is averaged with the
+predictions for the patches whose image features are most similar (section 2.4 of the paper).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag, interpolate, normalize
 
 SMOOTHING_NEIGHBORS, SMOOTHING_ITERATIONS = 3, 25  # the paper's, for models that were tuned on word maps
 
-# Entries of the largest temporary tensor (8 MiB of float32): rows of the similarity matrix, of the resized image.
+# Size of the largest temporary tensors (8 MiB of float32), which are rows of the similarity matrix or of an image.
 _BLOCK = 2**21
 
 
@@ -22,7 +22,7 @@ def nearest_patches(features: Tensor, neighbors: int) -> Tensor:
 
     Args:
         features (`Tensor` of shape `(patches, channels)`): image features, any floating type.
-        neighbors (`int`): how many, at least 1; an image of fewer patches has all of them.
+        neighbors (`int`): how many, at least 1; an image with fewer patches returns all of them.
 
     Returns:
         `Tensor` of shape `(patches, neighbors)`, int64: indices of the patches of highest cosine similarity.
@@ -36,11 +36,11 @@ def nearest_patches(features: Tensor, neighbors: int) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         features = normalize(features.float().contiguous(), dim=-1)
         rows = max(1, _BLOCK // patches)
-        # Written in place: small tensors between the blocks would keep a block from reusing the last block's memory.
+        # Written in place: results allocated between blocks would keep a block from reusing the last block's memory.
         indices = features.new_empty(patches, min(neighbors, patches), dtype=torch.int64)
         for start, nearest in zip(range(0, patches, rows), indices.split(rows), strict=True):
             similarity = features[start : start + rows] @ features.T
-            # Above any cosine: among exactly equal patches (a blank image) the patch itself comes first.
+            # Larger than any cosine, so that the patch itself comes first among equal patches (a blank image).
             similarity.diagonal(start).fill_(2)
             nearest.copy_(similarity.topk(nearest.shape[1]).indices)
     return indices
@@ -57,7 +57,7 @@ def smooth_probabilities(
 
     Args:
         probabilities (`Tensor` of shape `(patches, categories)`).
-        features (`Tensor` of shape `(patches, channels)`): image features, whose cosine similarity is compared.
+        features (`Tensor` of shape `(patches, channels)`): image features; neighbours have high cosine similarity.
         neighbors (`int`, defaults to 3): the most similar patches, the patch itself included.
         iterations (`int`, defaults to 25): 0 returns the probabilities unchanged.
 
@@ -71,7 +71,7 @@ def smooth_probabilities(
 
 
 def _repeat_mean(probabilities: Tensor, neighbors_of: Tensor, iterations: int) -> Tensor:
-    """Repeats the mean over the neighbours (patches, neighbors) of every patch."""
+    """Replaces the probabilities of each patch by the mean over its neighbours (patches, neighbors), repeatedly."""
     for _ in range(iterations):
         probabilities = embedding_bag(neighbors_of, probabilities, mode="mean")
     return probabilities
@@ -99,7 +99,7 @@ def patch_scores(
 
 def smoothing_sweep(outputs, settings: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
     """
-    Yields [`patch_scores`] for several pairs of neighbours and iterations, which share the search for neighbours.
+    Yields [`patch_scores`] for several pairs of neighbours and iterations, with one search for neighbours per image.
 
     Yields:
         For each image a list of `Tensor` of shape `(categories, h, w)`, one for each of the `settings`.
@@ -135,7 +135,7 @@ def smoothing_sweep(outputs, settings: Sequence[tuple[int, int]]) -> Iterator[li
 
 def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """Resizes `(categories, h, w)` scores to `size` `(height, width)`, bilinearly (`align_corners=False`)."""
-    # With a pixel's categories side by side in memory, this and the argmax over them take half the time.
+    # With the categories last in memory, this function and the argmax take half the time.
     scores = scores[None].contiguous(memory_format=torch.channels_last)
     return interpolate(scores, size=size, mode="bilinear", align_corners=False)[0]
 
@@ -160,7 +160,7 @@ def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """
     categories, h, w = scores.shape
     to_rows, to_columns = _linear_weights(h, size[0], scores), _linear_weights(w, size[1], scores)
-    # An absent category has the smallest possible logit: unclamped, its sums would be infinite, their products NaN.
+    # An absent category has the smallest possible logit: without clamping, sums would be infinite and products NaN.
     lines = scores.permute(1, 2, 0).flatten(1).clamp(min=torch.finfo(scores.dtype).min / 4)
     labels = scores.new_empty(size, dtype=torch.int64)
     count = max(1, _BLOCK // (size[1] * categories))

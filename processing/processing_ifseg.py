@@ -1,19 +1,19 @@
-"""Words and images to what the model reads: the tokenizer and the image processor behind one call."""
+"""Processor: words and images to the inputs of the model, by a tokenizer and an image processor."""
 
 from collections.abc import Mapping
 
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-# This import also makes transformers copy the pipeline's file beside a saved processor: it copies, with the file of a
-# class, all files that are imported there relatively.
+# This relative import also makes transformers save the pipeline's file with a processor: it copies the file of the
+# class and all files that are imported there relatively.
 from .pipeline_ifseg import IFSegImageSegmentationPipeline
 from .prompt_ifseg import CATEGORIES, PROMPT_TEMPLATE, PromptEncoder, complete_template
 
 
 class IFSegProcessor(ProcessorMixin):
     r"""
-    A tokenizer and an [`IFSegImageProcessor`] in one.
+    Wraps a tokenizer and an [`IFSegImageProcessor`] into one processor.
 
     ```python
     inputs = processor(images=image, categories=["cat", "grass"], return_tensors="pt")
@@ -25,26 +25,26 @@ class IFSegProcessor(ProcessorMixin):
         image_processor ([`IFSegImageProcessor`]).
         tokenizer ([`PreTrainedTokenizerBase`]): OFA's (BART's byte-level byte-pair encoding) or another with the
             tokens `<s>`, `</s>` and `<pad>`.
-        prompt_template (`str`, *optional*): text with `{categories}` where the names come, saved with the processor.
-            By default the published one, which ends with the word "unknown"; that word is never a category.
+        prompt_template (`str`, *optional*): text with `{categories}` in place of the names, saved with the processor.
+            Default: the published prompt, which ends with the word "unknown"; that word is never a category.
     """
 
-    _auto_class = "AutoProcessor"  # saved with its code, wherever it was loaded from
+    _auto_class = "AutoProcessor"  # `save_pretrained` always saves the code, too
 
     def __init__(self, image_processor, tokenizer, prompt_template: str = PROMPT_TEMPLATE):
         super().__init__(image_processor, tokenizer)
         self.prompt_template = complete_template(None, prompt_template)
-        # Saving sets this; set here, a processor is the same before it is saved, after it and when it is loaded.
+        # `save_pretrained` sets this. Set here as well, so that a processor equals its saved and reloaded copy.
         self.auto_map = {"AutoProcessor": f"{__name__.rpartition('.')[2]}.{type(self).__name__}"}
 
     def __call__(self, images=None, categories=None, prompt: str | None = None, segmentation_maps=None, **kwargs):
         """
         Args:
-            images (*optional*): an image or a list of them; see [`IFSegImageProcessor.preprocess`].
+            images (*optional*): an image or a list of images; see [`IFSegImageProcessor.preprocess`].
             categories (`list[str]`, `dict[str, list[str]]`, or a list of either, one per image; *optional*): the words
-                to choose from. A dict is a hierarchical vocabulary (Appendix A.1 of the paper): coarse categories,
-                which are predicted, each with the fine names that word maps are made of (a name may belong to
-                several). White space in names is collapsed.
+                to choose from. A dict is a hierarchical vocabulary (Appendix A.1 of the paper): the coarse categories
+                that the model predicts, each with the fine names that word maps are made of (a fine name may belong
+                to several categories). White space in names is collapsed.
             prompt (`str`, *optional*): a template with `{categories}`; or a question without it, which replaces the
                 text before `{categories}` in `prompt_template`. Default: `prompt_template`.
             segmentation_maps (*optional*): one map of labels per image.
@@ -57,14 +57,14 @@ class IFSegProcessor(ProcessorMixin):
 
             - **input_ids**, **attention_mask** (rows, tokens): the prompt, padded at the right.
             - **category_ids**, **category_mask** (rows, categories, sub-words): the sub-words of every category,
-              padded. An image with fewer categories than others of its batch ends with empty ones (mask 0).
+              padded. Lists with fewer categories than others of the batch are padded with empty categories (mask 0).
 
-            Fine names are not among them: only word maps are made of these, from the configuration
-            ([`encode_categories`]).
+            Fine names are not returned: word maps take them from the model's configuration ([`encode_categories`]).
 
         Raises:
-            `ValueError` for no or an empty list of categories, for one that is empty, double or unknown to the
-            tokenizer, for a prompt longer than the model's positions, and for another number of lists than images.
+            `ValueError` for neither images nor categories, for an empty list, for a name that is empty, repeated or
+            unknown to the tokenizer, for a prompt with more tokens than the model has positions, and if the number of
+            lists differs from the number of images.
         """
         images_kwargs = kwargs.pop("images_kwargs", {})
         for name in images_kwargs.keys() & kwargs.keys():
@@ -95,7 +95,7 @@ class IFSegProcessor(ProcessorMixin):
 
     def encode_categories(self, categories, prompt: str | None = None, append_unknown: bool = True) -> dict:
         """
-        Returns what a configuration keeps of its words, for `model.set_words(**processor.encode_categories(names))`.
+        Returns the arguments of `set_words`: `model.set_words(**processor.encode_categories(names))`.
 
         Args:
             categories (`list[str]` or `dict[str, list[str]]`), prompt (`str`, *optional*): as in [`__call__`], one
@@ -105,8 +105,8 @@ class IFSegProcessor(ProcessorMixin):
         Returns:
             `dict` of lists without padding:
 
-            - **prompt** (`str`): the template. **prompt_ids** (`list[int]`): the template's tokens with the names in
-              it (of a hierarchical vocabulary the coarse ones, which are predicted).
+            - **prompt** (`str`): the template. **prompt_ids** (`list[int]`): its tokens with the names of the
+              categories filled in (in a hierarchical vocabulary the coarse categories).
             - **category_ids** (`list[list[int]]`): the sub-words of each category.
             - **word_ids** (`list[list[int]]`), **word_categories** (`list[int]`): the sub-words of each fine name and
               the index of its category; `None` unless the vocabulary is hierarchical.

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 
-CATEGORIES = "{categories}"  # placeholder of a template
+CATEGORIES = "{categories}"  # placeholder in a prompt template
 PROMPT_TEMPLATE = f"what is the segmentation map of the image? object:{CATEGORIES} unknown"
-MAX_TOKENS = 1024  # text positions of every OFA, for tokenizers that don't know their model's limit
+MAX_TOKENS = 1024  # limit of the published OFA models, for tokenizers without `model_max_length`
 
 
 def complete_template(prompt: str | None, template: str = PROMPT_TEMPLATE) -> str:
     """
-    Returns a prompt as a template, with white space collapsed.
+    Returns the prompt template of a prompt, with white space collapsed.
 
     Args:
         prompt (`str`, *optional*): a template; or a question without `{categories}`, which then replaces the text
@@ -48,7 +48,7 @@ class PromptEncoder:
 
     def encode(self, categories, prompt: str | None = None) -> dict:
         """
-        Returns what a model's configuration keeps of its words; see [`IFSegProcessor.encode_categories`].
+        Returns the arguments of the model's `set_words`; see [`IFSegProcessor.encode_categories`].
 
         Args:
             categories (`list[str]` or `dict[str, list[str]]`): names, or fine names by coarse category.
@@ -70,7 +70,7 @@ class PromptEncoder:
         }
 
     def pad(self, rows: list[dict]) -> dict[str, list]:
-        """Returns the model's inputs for several results of [`encode`], padded to equal lengths, as nested lists."""
+        """Returns several results of [`encode`] as inputs of the model: nested lists, padded to equal lengths."""
         pad = self.tokenizer.pad_token_id
         input_ids, attention_mask = _pad([row["prompt_ids"] for row in rows], pad)
         category_ids, category_mask = _pad_twice([row["category_ids"] for row in rows], pad)
@@ -82,7 +82,7 @@ class PromptEncoder:
         }
 
     def tokenize(self, text: str) -> list[int]:
-        """Returns the ids of " text", as in the middle of a sentence; "</s>" inside it is ordinary text."""
+        """Returns the token ids of `text` after a space; special tokens such as "</s>" in it are ordinary text."""
         return self.tokenizer(f" {text}", add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _name_ids(self, name: str) -> list[int]:
@@ -99,7 +99,7 @@ class PromptEncoder:
         start = [special["bos"], *(self.tokenize(before) if before else [])]
         end = [*(self.tokenize(after) if after else []), special["eos"]]
         limit = self.tokenizer.model_max_length
-        limit = limit if limit < 1_000_000 else MAX_TOKENS  # a tokenizer without a limit says 1e30
+        limit = limit if limit < 1_000_000 else MAX_TOKENS  # without a limit, `model_max_length` is 1e30
         length, fitting = len(start) + len(end), 0
         for ids in category_ids:
             length += len(ids)
@@ -113,7 +113,7 @@ class PromptEncoder:
 
 
 def _clean_names(names, what: str) -> list[str]:
-    """Returns the names with white space collapsed. Raises `ValueError` for an empty list, and for wrong names."""
+    """Returns the names with white space collapsed. Raises `ValueError` for an empty list or a wrong name."""
     if isinstance(names, str) or not isinstance(names, (list, tuple)):
         raise ValueError(f'The {what} must be a list of words such as ["cat", "grass"], not {names!r}.')
     if not names:

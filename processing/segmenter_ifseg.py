@@ -1,4 +1,4 @@
-"""Segmentation with a model and its processor: words, whole images or crops, smoothing, label maps."""
+"""Segmenter: a model and its processor, from images and words to label maps."""
 
 from collections.abc import Iterator, Mapping
 
@@ -16,7 +16,7 @@ INFERENCE = ("whole", "slide")
 
 class IFSegSegmenter:
     """
-    A model and its processor as one object that segments images into words.
+    Wraps a model and its processor, and segments images into the categories named by words.
 
     ```python
     segmenter = IFSegSegmenter(model, processor)
@@ -28,10 +28,10 @@ class IFSegSegmenter:
         model ([`IFSegForSemanticSegmentation`]): is put into evaluation mode.
         processor ([`IFSegProcessor`]): or another object with its `image_processor`, `tokenizer` and
             `prompt_template`, such as [`IFSegImageSegmentationPipeline`].
-        inference (`str`, *optional*): "whole" segments an image in one pass, "slide" in overlapping square crops, over
-            which the outputs are averaged. Default: "slide" for a model that was trained on crops, as its image
-            processor's `sliding_window` says.
-        device (`torch.device`, *optional*): where the model takes its inputs. Default: the model's device.
+        inference (`str`, *optional*): "whole" segments an image in one pass, "slide" in overlapping square crops whose
+            outputs are averaged. Default: "slide" if the image processor has a `sliding_window`, as for models trained
+            on crops.
+        device (`torch.device`, *optional*): device of the inputs. Default: the model's device.
     """
 
     def __init__(self, model, processor, inference: str | None = None, device: str | torch.device | None = None):
@@ -49,19 +49,19 @@ class IFSegSegmenter:
 
     @property
     def smoothing(self) -> tuple[int, int]:
-        """Neighbours and iterations of the smoothing that the model needs; 0 iterations for none."""
+        """The image processor's neighbours and iterations of the smoothing; 0 iterations for none."""
         return self.image_processor.smoothing()
 
     # Words ------------------------------------------------------------------------------------------------------------
 
     def check_words(self) -> None:
-        """Raises `ValueError` if the model was not tuned for words and none were set."""
+        """Raises `ValueError` if the model has no words, neither from tuning nor from [`set_words`]."""
         if self.model.config.category_ids is None:
             raise ValueError('This model has no words yet: pass some, as in categories=["cat", "grass"].')
 
     def encode_words(self, categories=None, prompt: str | None = None) -> dict:
         """
-        Returns words as a model's configuration keeps them; see [`IFSegProcessor.encode_categories`].
+        Returns the arguments of the model's `set_words`; see [`IFSegProcessor.encode_categories`].
 
         Args:
             categories (`list[str]` or `dict[str, list[str]]`, *optional*): names, or fine names by coarse category.
@@ -70,7 +70,7 @@ class IFSegSegmenter:
                 prompt in the model's configuration, or else the processor's template.
 
         Raises:
-            `ValueError` without a tokenizer, and where the model has no categories and none are given.
+            `ValueError` without a tokenizer, and if neither the model nor the caller has categories.
         """
         if self.processor.tokenizer is None:
             raise ValueError("Other words need a tokenizer, and there is none: pass tokenizer=...")
@@ -82,11 +82,11 @@ class IFSegSegmenter:
         return PromptEncoder(self.processor.tokenizer, template).encode(categories, prompt)
 
     def set_words(self, categories=None, prompt: str | None = None) -> None:
-        """Makes categories and prompt the model's own; arguments and defaults as in [`encode_words`]."""
+        """Stores categories and prompt in the model's configuration; arguments and defaults as in [`encode_words`]."""
         self.model.set_words(**self.encode_words(categories, prompt))
 
     def word_inputs(self, words: dict) -> dict[str, Tensor]:
-        """Returns the result of [`encode_words`] as inputs of the model, with a first dimension of 1."""
+        """Returns the result of [`encode_words`] as inputs of the model, tensors with a first dimension of 1."""
         padded = PromptEncoder(self.processor.tokenizer).pad([words])
         return dict(BatchFeature(padded, tensor_type="pt"))
 

@@ -25,9 +25,8 @@ def sliding_window_outputs(
     """
     Returns the model's outputs for every patch, averaged over the square crops that contain the patch.
 
-    Crops begin at patches, and the last crop of a row or column ends at the image's edge: every patch is covered, and
-    the outputs have the shapes of outputs for whole images. An image smaller than a crop is one crop of the image's
-    size.
+    Crops begin at patch boundaries, and the last crop of a row or column ends at the image's edge. Every patch is thus
+    covered, and the outputs have the same shapes as for whole images. An image smaller than a crop is a single crop.
 
     Args:
         model ([`IFSegForSemanticSegmentation`]): in evaluation mode.
@@ -35,15 +34,15 @@ def sliding_window_outputs(
             *optional*): as the model takes them.
         crop (`int`, *optional*): side in pixels, a multiple of the model's patches. Default: `config.image_size`.
         stride (`int`, *optional*): pixels from crop to crop, rounded down to whole patches. Default: two thirds of
-            `crop`: neighbouring crops then overlap by a third.
+            `crop`, so that neighbouring crops overlap by a third.
         batch_size (`int`, defaults to 8): crops in one batch.
         **words: `input_ids`, `attention_mask`, `category_ids`, `category_mask` in place of the model's own words;
             the same for all images (a first dimension of 1).
 
     Returns:
         [`ModelOutput`] with **logits** (batch, categories, h, w), **image_features** (batch, channels, h, w), both
-        float32, and **patch_mask** (batch, h, w), bool, as
-        [`IFSegImageProcessor.post_process_semantic_segmentation`] takes them.
+        float32, and **patch_mask** (batch, h, w), bool: the argument of
+        [`IFSegImageProcessor.post_process_semantic_segmentation`].
 
     Raises:
         `ValueError` for a crop or stride out of range, or different words for each image.
@@ -96,13 +95,13 @@ def _average_over_windows(
                 sums = [tensor.new_zeros(len(tensor), height, width) for tensor in found]
             for total, tensor in zip(sums, found, strict=True):
                 area = total[:, y : y + window, x : x + window]
-                # Divided before the sum: an absent category has the smallest possible logit, its sum would be infinite.
+                # Divided before the sum, because sums of an absent category's logits (the smallest float) overflow.
                 area += tensor[:, : place.shape[0], : place.shape[1]] / place
     return sums[0], sums[1]
 
 
 def _crops(image: Tensor, corners: list[tuple[int, int]], side: int, patch: int) -> dict[str, Tensor]:
-    """Returns a batch of crops; crops that end at the image's edge, between two patches, are padded."""
+    """Returns a batch of crops; crops that the image's edge cuts off are padded."""
     crops = [image[:, y * patch : y * patch + side, x * patch : x * patch + side] for y, x in corners]
     height, width = (max(crop.shape[axis] for crop in crops) for axis in (1, 2))
     margins = [(0, width - crop.shape[2], 0, height - crop.shape[1]) for crop in crops]

@@ -24,9 +24,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--categories",
-        help="the words that a released IFSeg checkpoint was trained on, in their order, with commas between them",
+        help="the words that a released IFSeg checkpoint was trained on, comma-separated and in the same order",
     )
-    parser.add_argument("--prompt", help="replaces the prompt made of the categories")
+    parser.add_argument("--prompt", help="question before the categories, or a template with {categories}")
     parser.add_argument("--max-shard-size", default="1GB", help="largest weight file (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.categories is not None:
@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def summary(report: "ConversionReport") -> str:
-    """The report as text: tensors used and left out with the reason, and the commands to run next."""
+    """The report as text: tensors that were used, tensors that were left out and why, and the next command."""
     names: dict[str, list[str]] = {}
     for name, reason in report.accounted.items():
         names.setdefault(reason, []).append(name)

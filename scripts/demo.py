@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-# Settings of the tuning, and words for the bundled images.
+# Settings of the tuning, with words for the bundled images.
 SETTINGS = Path(__file__).resolve().parent / "configs" / "nano.yaml"
 
 
@@ -20,7 +20,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image", action="append", help="an image file; may be repeated (default: three bundled images)"
     )
-    parser.add_argument("--categories", help=f"words with commas between them, or a file (default: {SETTINGS.name}'s)")
+    parser.add_argument("--categories", help=f"comma-separated words, or a file of words (default: {SETTINGS.name}'s)")
     parser.add_argument("--steps", type=int, help=f"steps of tuning (default: {SETTINGS.name}'s)")
     parser.add_argument(
         "--output-dir", type=Path, default=Path("outputs/demo"), help="folder for the results (%(default)s)"
@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def bundled_images() -> dict:
-    """Returns images by name, RGB arrays, from packages that the project depends on for this demo."""
+    """Returns sample images of scikit-learn and scikit-image by name, as RGB arrays."""
     import skimage.data
     from sklearn.datasets import load_sample_image
 

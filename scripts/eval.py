@@ -30,8 +30,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--baseline",
         choices=["cosine", "clip", "maskclip"],
-        help="cosine: similarity of the model's patches and words, untuned; clip, maskclip: --model is a CLIP. An "
-        "untuned OFA needs no flag: its converted checkpoint is the --model",
+        help="cosine: similarity of the model's patches and words, without tuning; clip, maskclip: --model is a CLIP. "
+        "For OFA without tuning, leave out this flag and give the converted checkpoint as --model",
     )
     parser.add_argument(
         "--dataset",
@@ -39,36 +39,47 @@ def argument_parser() -> argparse.ArgumentParser:
         help="folder with a dataset.json; coco-stuff, coco-stuff-unseen, coco-stuff-seen, coco-stuff-coarse or ade20k; "
         "or a Hub id",
     )
-    parser.add_argument("--data-dir", help="folder that a dataset of that name was unpacked to")
+    parser.add_argument("--data-dir", help="folder that coco-stuff or ade20k was unpacked to")
     parser.add_argument("--split", help="split to evaluate on (default: the validation split)")
     parser.add_argument(
         "--categories",
-        help="some of the dataset's names: commas between them or a file; a YAML or JSON mapping replaces them, "
-        "word: [names that count as the word]. Other pixels are ignored",
+        help="categories to evaluate: comma-separated or a file; or a YAML or JSON file that merges categories, "
+        "word: [categories of the dataset]. Pixels of other categories are ignored",
     )
     parser.add_argument(
         "--unseen",
-        help="categories that training did not see, with commas: adds the means over seen and unseen categories and "
-        "their harmonic mean",
+        help="comma-separated categories without labels in training: adds the means over seen and unseen categories "
+        "and their harmonic mean",
     )
-    parser.add_argument("--dataset-categories", help="names of the numbers in the masks, where the dataset lacks them")
-    parser.add_argument("--ignore-index", type=int, help='number for "no label", where the dataset does not name it')
+    parser.add_argument("--dataset-categories", help="names of the mask values, for a dataset that does not name them")
+    parser.add_argument("--ignore-index", type=int, help="mask value of unlabelled pixels, if the dataset lacks it")
     parser.add_argument("--streaming", action="store_true", help="stream a dataset of the Hub")
     parser.add_argument(
-        "--smoothing-neighbors", type=integers, metavar="K", help="with commas: each of them (default: the model's, 3)"
+        "--smoothing-neighbors",
+        type=integers,
+        metavar="K",
+        help="numbers of patches to average, comma-separated; each is evaluated (default: the model's, 3)",
     )
     parser.add_argument(
-        "--smoothing-iterations", type=integers, metavar="N", help="likewise; 0: none (default: the model's, 25 or 0)"
+        "--smoothing-iterations",
+        type=integers,
+        metavar="N",
+        help="how often to average, comma-separated; 0: no smoothing (default: the model's, 25, or 0 if trained on "
+        "images)",
     )
     parser.add_argument(
         "--inference", choices=["whole", "slide"], help="whole images or square crops (default: the model's)"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="images of one size per batch (8)")
-    parser.add_argument("--limit", type=int, help="evaluate on the first images only, this many")
-    parser.add_argument("--on-error", choices=["fail", "skip"], default="fail", help="at an image that can't be read")
-    parser.add_argument("--output-dir", type=Path, help="(default: outputs/evaluation/MODEL-DATASET)")
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate on the first N images only")
+    parser.add_argument(
+        "--on-error", choices=["fail", "skip"], default="fail", help="for images that can't be read (default: fail)"
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, help="folder for the results (default: outputs/evaluation/MODEL-DATASET)"
+    )
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="folder for a PNG of labels per image")
-    parser.add_argument("--save-overlays", type=int, default=0, metavar="N", help="overlays of the first N images")
+    parser.add_argument("--save-overlays", type=int, default=0, metavar="N", help="save overlays of the first N images")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code saved with a model of another backbone"
     )
@@ -188,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("Stopped. The same command resumes the evaluation.", file=sys.stderr)
         return 130
     finally:
-        state.destroy_process_group()  # left to the end of the interpreter, gloo's threads at times abort it
+        state.destroy_process_group()  # otherwise gloo's threads sometimes abort the interpreter when it ends
     return 0
 
 

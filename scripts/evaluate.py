@@ -1,7 +1,7 @@
-"""Former name of eval.py; the command still works.
+"""Former name of eval.py, kept as a command.
 
-Python puts the folder of a script first on its path. A script here that imports the package `evaluate` therefore finds
-this file instead, which then loads the package in its place.
+Python puts the folder of a script first on `sys.path`, so a script of this folder that imports the package `evaluate`
+gets this file. Imported as a module, the file therefore loads the package in its place.
 """
 
 import importlib.util

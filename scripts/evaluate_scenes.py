@@ -2,7 +2,7 @@
 
     python scripts/evaluate_scenes.py --images IMAGES --street CAMVID
 
-Tuning is as in configs/nano.yaml, and for mosaics with smaller and coarser word maps.
+The settings of the tuning are those of configs/nano.yaml; for mosaics, word maps are smaller and have fewer cells.
 """
 
 import argparse
@@ -26,10 +26,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--words", type=integers, default=[10, 40, 100], help="numbers of words (default: 10,40,100)")
     parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="seeds of tuning (default: 0,1,2)")
     parser.add_argument("--scenes", type=int, default=500, help="mosaics for each number of words (default: 500)")
-    parser.add_argument("--mosaic-size", type=int, default=128, help="short side of mosaics (default: 128, unscaled)")
+    parser.add_argument(
+        "--mosaic-size", type=int, default=128, help="short side of mosaics (default: 128, not resized)"
+    )
     tuning = parser.add_argument_group("tuning for mosaics", f"(other settings: {SETTINGS.name})")
     tuning.add_argument("--image-size", type=int, default=128, help="16 times the side of word maps (default: 128)")
-    tuning.add_argument("--max-cells", type=int, default=3, help="most cells of a word map a side (default: 3)")
+    tuning.add_argument("--max-cells", type=int, default=3, help="largest side of the random grids (default: 3)")
     parser.add_argument("--ablation", action="store_true", help="vary the tuning, on mosaics of the first of --words")
     parser.add_argument("--cache", default=None, help="folder that keeps the decoded images (default: a temporary one)")
     parser.add_argument("--output", default=None, help="JSON file for all numbers")
@@ -52,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace, scratch: str) -> dict:
-    """All numbers; prints their tables. `scratch`: folder for tuned models."""
+    """Returns the results as JSON values, and prints their tables. `scratch`: folder for tuned models."""
     from ifseg_hf import resolve_model
     from ifseg_hf.data.segmentation import load_segmentation_dataset
     from ifseg_hf.nano import scene_evaluation, scenes

@@ -1,4 +1,4 @@
-"""What images add to words alone: trains and evaluates every row of the table in scripts/README.md on your own dataset.
+"""Trains with and without images, and evaluates every row of the table in scripts/README.md on your own dataset.
 
     python scripts/experiments.py DATASET --unseen "tree, car, sign" --output-dir OUT
     python scripts/experiments.py DATASET --unseen "tree, car, sign" --output-dir OUT --only supervised --dry-run
@@ -23,14 +23,20 @@ def integers(text: str) -> list[int]:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="DATASET", help="images with masks")
-    parser.add_argument("--unseen", required=True, help="categories whose masks some rows do not use, with commas")
+    parser.add_argument("dataset", metavar="DATASET", help="folder with dataset.json, train/ and val/")
+    parser.add_argument("--unseen", required=True, help="comma-separated categories whose masks some rows do not use")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/experiments"), help="default: %(default)s")
-    parser.add_argument("--model", default="ifseg-ofa-nano", help="to start from (default: the embedded model)")
-    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="with commas (default: 0,1,2)")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--steps", type=int, default=600, help="of each run on images (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="of each run on images (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="ifseg-ofa-nano", help="folder or Hub id to start from (default: the embedded model)"
+    )
+    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="comma-separated (default: 0,1,2)")
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"rows to run: {', '.join(NAMES)}"
+    )
+    parser.add_argument("--steps", type=int, default=600, help="steps of each run on images (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="batch size of each run on images (default: %(default)s)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     options = parser.parse_args(arguments)
     if min(options.steps, options.batch_size) < 1 or min(options.seeds) < 0:
@@ -39,7 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] | None = None) -> int:
-    """`run`: runs a script by its name with arguments; by default in a new process."""
+    """Runs the experiments. `run`: runs a script, given its name and arguments; by default in a new process."""
     options = parse_arguments(arguments)
     from ifseg_hf.experiments.image_experiments import ImageExperiments, draw_experiments, read_results, seeds_table
     from ifseg_hf.experiments.plan import run_plan, run_script, write_text

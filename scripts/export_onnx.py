@@ -10,11 +10,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a model")
     parser.add_argument("output", metavar="OUT.onnx", type=Path, help="file to write")
     parser.add_argument(
-        "--height", type=int, default=512, metavar="PIXELS", help="of the images (default: %(default)s)"
+        "--height", type=int, default=512, metavar="PIXELS", help="height of the images (default: %(default)s)"
     )
-    parser.add_argument("--width", type=int, default=512, metavar="PIXELS", help="of the images (default: %(default)s)")
     parser.add_argument(
-        "--categories", help="words with commas between them, or a file of them (default: the model's categories)"
+        "--width", type=int, default=512, metavar="PIXELS", help="width of the images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--categories", help="comma-separated words, or a file of words (default: the model's categories)"
     )
     options = parser.parse_args(arguments)
     if min(options.height, options.width) < 1:

@@ -2,7 +2,7 @@
 
     python scripts/plot_runs.py RUN [RUN ...] --labels checkpoint checkpoint scratch --level "image-free: 39.8"
 
-Runs with the same label, such as several seeds, become one line: their mean, in a band from the lowest to the highest.
+Runs with the same label, such as several seeds, share one line: their mean, with a band from the lowest to the highest.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def level(text: str) -> tuple[str, float]:
     return name.strip(), float(number)
 
 
-level.__name__ = '"name: per cent"'  # argparse prints this name if the text is wrong
+level.__name__ = '"name: per cent"'  # argparse names the type in its error message
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -13,7 +13,9 @@ from pathlib import Path
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder of parquet files: images of 64 x 64 with class names")
-    parser.add_argument("--street", default=None, help="folder of street images; their masks choose named boxes")
+    parser.add_argument(
+        "--street", default=None, help="folder of street images with masks, from which named boxes are made"
+    )
     parser.add_argument(
         "--output-dir", required=True, help="folder for the checkpoint, and for the state of its stages"
     )

@@ -11,7 +11,7 @@ import sys
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub name of the model that labels")
+    parser.add_argument("--model", required=True, help="folder or Hub id of the model that predicts the labels")
     parser.add_argument(
         "--dataset", help="images with masks: a folder with dataset.json, coco-stuff, ... or owner/name"
     )
@@ -19,7 +19,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", help="split of the dataset (default: train, where there are splits)")
     parser.add_argument("--images", help="folder of images without masks, in place of --dataset")
     parser.add_argument(
-        "--categories", help="words, or which of the dataset's names count as which (default: the dataset's names)"
+        "--categories",
+        help="comma-separated words or a file; or a YAML or JSON file, word: [categories of the dataset] (default: the "
+        "dataset's categories)",
     )
     parser.add_argument("--output-dir", required=True, help="folder for the new dataset")
     parser.add_argument(
@@ -27,26 +29,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--unseen",
-        help="categories, with commas, or a subset: their given labels count as none, and only they are predicted",
+        help="comma-separated categories, or the name of a subset: only these are predicted, and their given labels "
+        "are dropped",
     )
     parser.add_argument(
         "--smoothing-neighbors",
         type=int,
         metavar="K",
-        help="patches averaged, itself included (default: the model's, 3)",
+        help="number of patches to average, the patch itself included (default: the model's, 3)",
     )
     parser.add_argument(
         "--smoothing-iterations",
         type=int,
         metavar="N",
-        help="times they are averaged; 0 for none (default: the model's, 25, or 0 after training on images)",
+        help="how often to average; 0: no smoothing (default: the model's, 25, or 0 if trained on images)",
     )
     parser.add_argument(
         "--min-confidence",
         type=float,
         default=0.0,
         metavar="P",
-        help="probability below which a pixel gets no label (0)",
+        help="probability below which a pixel gets no label (default: 0)",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code saved with a model of another backbone"
@@ -56,9 +59,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if (options.dataset is None) == (options.images is None):
         parser.error("give either --dataset or --images")
     if options.images and options.categories is None:
-        parser.error("--images have no names: give --categories")
+        parser.error("--images needs --categories")
     if options.images and (options.keep_labels or options.unseen):
-        parser.error("--images have no labels for --keep-labels or --unseen")
+        parser.error("--keep-labels and --unseen need the labels of a --dataset, not --images")
     return options
 
 
@@ -96,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"pseudo_label.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     finally:
-        state.destroy_process_group()  # left to the end of the interpreter, gloo's threads at times abort it
+        state.destroy_process_group()  # otherwise gloo's threads sometimes abort the interpreter when it ends
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A table of the paper: tunes the models that it needs, evaluates them, and prints the paper's numbers beside ours.
+"""Tunes and evaluates the models of a table of the paper, and prints the paper's numbers beside ours.
 
     python scripts/reproduce.py --table 1 --model ofa-base --data DATA
     python scripts/reproduce.py --table 12 --model ofa-base --data DATA --dry-run
@@ -34,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] | None = None) -> int:
-    """`run`: runs a script by its name with arguments; by default in a new process, as `accelerate launch` does."""
+    """Reproduces a table. `run`: runs a script, given its name and arguments; by default with `accelerate launch`."""
     options = parse_arguments(arguments)
     from ifseg_hf.experiments.paper_tables import TableSettings, comparison_table, table_results, table_steps
     from ifseg_hf.experiments.plan import ACCELERATE, run_plan, run_script

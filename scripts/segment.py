@@ -1,7 +1,7 @@
 """Segments images into words: python scripts/segment.py cat.jpg --model tuned --output-dir out
 
-Writes `<image>_mask.png` (pixel value = index of the word) and `<image>_overlay.png` (with a legend), and prints which
-share of the image each word covers. The exit code is 1 if an image could not be read; the others are segmented first.
+Writes `<image>_mask.png` (pixel value = index of the word) and `<image>_overlay.png` (with a legend), and prints the
+share of the image that each word covers. The exit code is 1 if an image could not be read; it does not stop the others.
 """
 
 import argparse
@@ -15,22 +15,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         default="ifseg-ofa-nano",
-        help="folder or Hub id of a model (default: the embedded model, which is not tuned for any words)",
+        help="folder or Hub id of a model (default: the embedded model, which is not tuned on words)",
+    )
+    parser.add_argument("--categories", help="comma-separated words, or a file of words (default: the model's own)")
+    parser.add_argument(
+        "--prompt", help="question before the words, or a template with {categories} (default: the model's own)"
     )
     parser.add_argument(
-        "--categories", help="words with commas between them, or a file of them (default: the model's own)"
-    )
-    parser.add_argument(
-        "--prompt", help="the question before the words, or a text with {categories} in it (default: the model's own)"
-    )
-    parser.add_argument(
-        "--smoothing-neighbors", type=int, metavar="K", help="patches averaged, itself included (the model's: 3)"
+        "--smoothing-neighbors",
+        type=int,
+        metavar="K",
+        help="number of patches to average, the patch itself included (default: the model's, 3)",
     )
     parser.add_argument(
         "--smoothing-iterations",
         type=int,
         metavar="N",
-        help="times they are averaged; 0 for none (the model's: 25, or 0 after training on images)",
+        help="how often to average; 0: no smoothing (default: the model's, 25, or 0 if trained on images)",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code saved with a model of another backbone"
@@ -45,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def unique_stems(images: list[str]) -> list[str]:
-    """Returns a file name without ending for each image: its own, with a number where several would be the same."""
+    """Returns the stem of each image's file name, with a number appended where it would repeat an earlier one."""
     stems: list[str] = []
     for image in images:
         stem, number = Path(image).stem, 2

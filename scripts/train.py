@@ -4,7 +4,7 @@
     accelerate launch scripts/train.py --config scripts/configs/ade20k.yaml
     accelerate launch scripts/train.py --stage supervised --dataset FOLDER --output-dir OUT
 
-Start an interrupted run again with --resume to continue it.
+To continue an interrupted run, repeat the command with --resume.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from ifseg_hf.training.config import TrainingConfig, read_settings, setting_type
 
 
 def parse_arguments(arguments: list[str] | None = None) -> TrainingConfig:
-    """The checked settings. A wrong setting ends the program with a message of one line and status 2."""
+    """Returns the checked settings. A wrong setting ends the program with a message of one line and status 2."""
     parser = Parser(
         description=__doc__,
         usage="%(prog)s [--config FILE] [--categories WORDS] [--dataset DATASET] --output-dir FOLDER [settings]",
@@ -93,7 +93,7 @@ def publish(config: TrainingConfig) -> None:
 def main(arguments: list[str] | None = None) -> int:
     config = parse_arguments(arguments)
     try:
-        # These imports take seconds, so that they come after the arguments are checked.
+        # Imports that take seconds come after the arguments, so that wrong arguments are reported at once.
         from accelerate import PartialState
 
         from ifseg_hf.hub.publish import HubError

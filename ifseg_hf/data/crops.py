@@ -18,7 +18,7 @@ from ifseg_hf.data.word_maps import WordMapSampler
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, resize_bilinear, resize_nearest
 
 SCALES = (0.5, 2.0)
-LARGEST_SHARE = 0.75  # of a crop's labelled pixels that one category may cover
+LARGEST_SHARE = 0.75  # the largest share of a crop's labelled pixels that one category may cover
 TRIES = 10  # crops drawn before one that exceeds LARGEST_SHARE is accepted
 NO_LABEL = 255  # value of unlabelled pixels in the masks of pseudo-labels
 
@@ -26,7 +26,7 @@ NO_LABEL = 255  # value of unlabelled pixels in the masks of pseudo-labels
 def load_training_dataset(
     dataset: str, data_dir: str | None = None, split: str | None = None, categories: list | dict | None = None
 ) -> SegmentationDataset:
-    """The training split of a dataset, by default, restricted to `categories`.
+    """The training split of a dataset, or another `split`, restricted to `categories`.
 
     Args:
         dataset, data_dir, split: see [`load_segmentation_dataset`].
@@ -191,7 +191,7 @@ class CropDataset(Dataset):
         if self.masks is not None:
             labels = read_labels(self.masks / f"{sample['id']}.png")
         labels[np.isin(labels, self.ignored)] = IGNORE_INDEX
-        random = np.random.default_rng([self.seed, index, 1])  # the third number: not the generator of an epoch
+        random = np.random.default_rng([self.seed, index, 1])  # [seed, epoch] is the generator of an epoch's order
         scale = random.uniform(*SCALES) * self.short_side / min(labels.shape)
         height, width = (max(1, round(side * scale)) for side in labels.shape)
         image, labels = resize_bilinear(image, height, width), resize_nearest(labels, height, width)
@@ -202,11 +202,11 @@ class CropDataset(Dataset):
 class MixedDataset(Dataset):
     """An endless map-style dataset of crops and word maps, the word maps spread evenly among the crops.
 
-    A sample is one of [`CropDataset`], or `{"word_map": int64 (g, g), "grid_size": int64 (2,)}` as in
+    A sample is a sample of [`CropDataset`], or `{"word_map": int64 (g, g), "grid_size": int64 (2,)}` as in
     [`WordMapDataset`].
 
     Args:
-        crops: dataset of the crops, taken in its order.
+        crops: dataset of the crops, drawn in order.
         word_maps: draws the word maps; not needed with `ratio` 0.
         ratio: share of the samples that are word maps, from 0 to 1.
     """

@@ -31,7 +31,7 @@ _MASK_COLUMNS = ("mask", "label", "annotation", "segment", "target", "ground_tru
 # Mask values of things that COCO named but never labelled: street sign, hat, shoe, eye glasses, plate, mirror, window,
 # desk, door, blender, hair brush.
 _COCO_ABSENT = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
-# Names of the 171 that Table 15 omits, as the remainder of their coarse category, or spells differently.
+# The names among the 171 that Table 15 omits or spells differently, by their coarse category.
 _COCO_COARSE = {
     "person": ["person"],
     "sports": ["skis"],
@@ -50,11 +50,11 @@ _COCO_COARSE = {
     "ceiling": ["ceiling", "ceiling tile"],
     "wall": ["other wall"],
 }
-# Table 15 lists door, desk and mirror twice. Only the stuff is labelled: the things are in _COCO_ABSENT.
+# Table 15 lists door, desk and mirror both as things and as stuff. The things are in _COCO_ABSENT: drop them.
 _COCO_STUFF_ONLY = ("door", "desk", "mirror")
 
 BENCHMARKS = ("coco-stuff", "coco-stuff-unseen", "coco-stuff-seen", "coco-stuff-coarse", "ade20k")
-"""Names of the datasets that [`load_segmentation_dataset`] loads from `data_dir`, where they were unpacked."""
+"""Names of the datasets that [`load_segmentation_dataset`] loads from the folder `data_dir`."""
 
 
 class SampleError(ValueError):
@@ -127,7 +127,7 @@ class SegmentationDataset:
 
     def select(self, categories: Sequence[str] | Mapping[str, Sequence[str]]) -> "SegmentationDataset":
         """
-        The dataset with other categories; pixels of names that are not selected are ignored.
+        The dataset restricted to some categories; pixels of other categories are ignored.
 
         Args:
             categories: a list of the names to keep, in this order; or `{category: [name, ...]}`, to rename categories
@@ -181,7 +181,7 @@ def load_segmentation_dataset(
         source: one of
 
             - one of [`BENCHMARKS`], unpacked in `data_dir`: COCO-Stuff (`val2017/*.jpg` and
-              `stuffthingmaps_trainval2017/val2017/*.png`), all 171 categories or a view of them, or ADE20K's
+              `stuffthingmaps_trainval2017/val2017/*.png`), all 171 categories or a subset, or ADE20K's
               SceneParsing (`images/validation/*.jpg`, `annotations/validation/*.png`);
             - a folder with `images/` and `masks/`, or `<split>/images/` and `<split>/masks/`, in which a mask has the
               name of its image, and a `dataset.json` with `"categories"`, the names in order of the mask values, and
@@ -239,7 +239,7 @@ def _load_coco(folder: Path, split: str | None, view: str) -> SegmentationDatase
 
 
 def _coarse_categories(names: Sequence[str]) -> dict[str, list[str]]:
-    """The names, among the 171 `names`, of each of the 27 coarse categories: Table 15 with its omissions filled in."""
+    """The fine names, out of the 171 `names`, of each of the 27 coarse categories: Table 15, completed."""
     coarse = {}
     for category, fine in read_categories("coco-stuff-coarse").items():  # type: ignore[union-attr]
         dropped = _COCO_STUFF_ONLY if category == "furniture (things)" else ()
@@ -450,7 +450,7 @@ def _list_files(folder: Path, extensions: Sequence[str]) -> dict[str, str]:
 
 
 def _file_name(sample: Mapping, column: str) -> str:
-    """The path of a sample's file; if it is incomplete, as in archives, the sample's id."""
+    """The path of a sample's file; for files without a folder, as in archives, a text with the sample's id."""
     path = (sample[column] or {}).get("path")
     if path and os.path.dirname(path):
         return path

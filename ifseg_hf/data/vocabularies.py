@@ -63,7 +63,7 @@ def _check_categories(categories: Iterable[str] | Mapping[str, Iterable[str]]) -
 
 
 def _check_names(names: Iterable[str], what: str) -> list[str]:
-    """The names with single spaces between words; `what` they are is for errors. Raises `ValueError`."""
+    """The names with single spaces between words. Raises `ValueError`, in which `what` describes the names."""
     seen: dict[str, None] = {}
     for position, name in enumerate(names, 1):
         if not isinstance(name, str):

@@ -16,8 +16,8 @@ from datasets import Array2D, Features, IterableDataset, List, Value
 from torch.utils.data import Dataset, default_collate
 
 _DRAWN_TOGETHER = 64  # word maps drawn by one call of NumPy: more do not fit into the processor's cache
-# Blocks before an endless stream repeats its samples. `datasets` keeps a list of all blocks, and gives processes equal
-# numbers of them if it can: 10080 is divisible by every number up to 10, by 12, 14, 15, 16, 18, 20, 24, 28, 30 and 32.
+# Blocks before an endless stream repeats its samples. `datasets` keeps a list of all blocks, and divides them evenly
+# among processes if it can: 10080 is divisible by all numbers up to 10, by 12, 14, 15, 16, 18, 20, 24, 28, 30 and 32.
 _BLOCKS = 10080
 
 
@@ -91,7 +91,12 @@ class WordMapSampler:
         return words[first[category] + _below(count[category], raw & 0xFFFFFFFF)]
 
     def enlarge(self, cells: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Word maps (count, g, g) of small grids of `sizes` (count, 2) in the corners of `cells` (count, S * S)."""
+        """Enlarges small grids to word maps (count, g, g).
+
+        Args:
+            cells: (count, S * S), a grid of S x S words per sample, row by row.
+            sizes: (count, 2), height and width of the part at the upper left of each grid that is enlarged.
+        """
         rows, columns = self.nearest[sizes[:, 0]], self.nearest[sizes[:, 1]]
         index = (np.arange(len(cells)) * cells.shape[1])[:, None, None] + rows[:, :, None] * self.max_cells
         return cells.take(index + columns[:, None, :])
@@ -108,7 +113,7 @@ class WordMapDataset(Dataset):
 
     Args:
         num_words, seed, grid_size, max_cells, word_categories, random_cells: see [`WordMapSampler`].
-        length (`int`): number of samples, 0 to `length - 1`. They do not depend on it.
+        length (`int`): number of samples. A sample does not depend on it.
     """
 
     def __init__(
@@ -166,7 +171,7 @@ def word_map_stream(
 
     Args:
         num_words, seed, grid_size, max_cells, word_categories, random_cells: see [`WordMapSampler`].
-        start (`int`): index of the first sample. A late start takes no longer than an early one.
+        start (`int`): index of the first sample. Skipped samples are not drawn.
         length (`int`, *optional*): number of samples. Default: an endless stream, which repeats its samples after
             10080 blocks; `WordMapDataset` has no such limit.
         block_size (`int`): samples in a block.

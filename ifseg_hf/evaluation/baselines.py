@@ -1,7 +1,7 @@
-"""CLIP and MaskCLIP, which the paper compares with (section 3), as segmenters with the interface of IFSeg's.
+"""CLIP and MaskCLIP, the paper's baselines (section 3), with the interface of [`IFSegSegmenter`].
 
 Patch features of CLIP's vision transformer are compared with the embeddings of the words. Neither baseline is tuned.
-Their outputs have the fields of an IFSeg model's outputs: smoothing, resizing and argmax are the same code for all.
+The outputs have the same fields as an IFSeg model's, so smoothing, resizing and argmax are the same code.
 """
 
 import re
@@ -64,7 +64,7 @@ class CLIPSegmenter:
 
     @property
     def smoothing(self) -> tuple[int, int]:
-        """Neighbours and iterations of the smoothing: the same as for an IFSeg model that was tuned on words."""
+        """Neighbours and iterations of the smoothing, as for an IFSeg model that was tuned on words."""
         return self.image_processor.smoothing()
 
     @torch.no_grad()
@@ -76,12 +76,12 @@ class CLIPSegmenter:
 
         Args:
             categories (`list[str]` or `dict[str, list[str]]`): names; or the fine names of each category. The
-                category's embedding is then the mean of its fine names' embeddings, scaled to unit length (the
-                category's own name takes part only if it is listed).
+                category's embedding is then the mean of its fine names' embeddings, scaled to unit length; the
+                category's name is used only if it is among them.
 
         Raises:
-            `ValueError` for no, an empty or a double name, and for a name that the tokenizer does not know or that is
-            too long for the model.
+            `ValueError` for an empty list, for an empty or repeated name, and for a name that the tokenizer does not
+            know or that is too long for the model.
         """
         categories = read_categories(categories)
         fine = list(categories.values()) if isinstance(categories, Mapping) else [[name] for name in categories]
@@ -91,7 +91,7 @@ class CLIPSegmenter:
 
     def preprocess(self, images: list[np.ndarray]) -> BatchFeature:
         """
-        Returns images as the model reads them: whole, never cropped.
+        Returns images as inputs of the model: whole, never cropped.
 
         The short side becomes 512 pixels unless the long side would exceed 2048; then each side is rounded to the
         nearest multiple of the patch size, at least one patch, which changes the ratio by half a patch at most. The
@@ -119,7 +119,7 @@ class CLIPSegmenter:
             - **image_features** (batch, C, h, w), float32: the patch features at unit length, for smoothing.
             - **patch_mask** (batch, h, w), bool: the patches of each image. Outputs of other patches are 0.
 
-            Every image gets the outputs that it gets alone: images of one size run as a batch.
+            Images of one size run as a batch, so that padding changes no output.
         """
         if self.word_embeddings is None:
             raise ValueError("There are no words to compare the images with: call set_words first.")
@@ -151,7 +151,7 @@ class CLIPSegmenter:
 
 
 class _WholePatches(IFSegImageProcessor):
-    """Resizes images to multiples of `patch_size`: CLIP's patch embedding would ignore the remaining pixels."""
+    """Resizes images to multiples of `patch_size`, because CLIP's patch embedding ignores incomplete patches."""
 
     patch_size: int
 
@@ -176,7 +176,7 @@ class _ValueAttention(nn.Module):
 
 def load_baseline(kind: str, model_name_or_path: str | Path, device: str | torch.device = "cpu") -> CLIPSegmenter:
     """
-    Loads a segmenter that was never tuned for segmentation; `set_words` sets its words.
+    Loads CLIP or MaskCLIP as a segmenter; `set_words` sets its words.
 
     - `"clip"`: the last hidden states of the patches, normalised (`post_layernorm`) and projected (`visual_projection`)
       as CLIP does with its class token.

@@ -1,4 +1,4 @@
-"""The cosine baseline: how far pre-training alone aligns patches and words."""
+"""The cosine baseline, which measures how well pre-training alone aligns patches and words."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from ifseg_hf.processing.segmenter_ifseg import IFSegSegmenter
 __all__ = ["COSINE", "TEMPERATURE", "CosineSegmenter"]
 
 COSINE = "cosine"
-TEMPERATURE = 0.1  # it matters only where smoothing averages probabilities
+TEMPERATURE = 0.1  # changes predictions only with smoothing, which averages probabilities
 
 
 class CosineSegmenter(IFSegSegmenter):

@@ -1,4 +1,4 @@
-"""Pixel counts of an evaluation, shared by its processes and kept on disk, so that it can be resumed."""
+"""Pixel counts of an evaluation, shared by its processes and kept on disk, so that the evaluation can be resumed."""
 
 import json
 import os
@@ -20,8 +20,8 @@ class Counts:
     """
     Confusion matrices and counted images of this process and, in `folder`, of all other processes and earlier runs.
 
-    Every process writes a separate file, which is replaced as a whole. The sum over all files is the state: nothing
-    is merged, moved or deleted, so a killed process leaves no half-done change.
+    Every process writes a separate file, which it replaces as a whole. The state is the sum over all files: they are
+    never merged, moved or deleted, so the folder is valid whenever a process is killed.
 
     Args:
         folder: where the counts are kept; `None` keeps them in memory.

@@ -45,7 +45,7 @@ _BUFFERED = 64  # images in memory that wait for others of their size
 
 
 def fingerprint(segmenter: Segmenter) -> str:
-    """Returns a hash of a segmenter's weights, to recognise another model saved to the same folder."""
+    """Returns a hash of a segmenter's weights, by which a resumed evaluation notices that the model has changed."""
     digest = hashlib.sha256()
     for name, value in sorted(segmenter.model.state_dict().items()):
         digest.update(name.encode())
@@ -79,15 +79,15 @@ def evaluate_segmenter(
             Needed with several processes, on a disk that all of them see.
         on_error: "skip" leaves out images that cannot be read, "fail" raises [`SampleError`] at the first.
         limit: evaluate only the first images, this many.
-        predictions_dir: takes a PNG of each image's predicted labels (of the first setting), named after the image.
-        overlays_dir, overlays: takes, for the first `overlays` images, a PNG of image, truth and prediction in a row.
+        predictions_dir: folder for a PNG of each image's predicted labels (first setting), named after the image.
+        overlays_dir, overlays: folder for a PNG of image, truth and prediction in a row, and how many images get one.
         progress: whether to show a bar with the mean IoU so far (of this process and the first setting).
 
     Returns:
         The [`Evaluation`], over all processes, in every process.
 
     Raises:
-        `ValueError`: no image, a setting out of range, or a `state_dir` of another evaluation.
+        `ValueError`: there is no image, a setting is out of range, or `state_dir` holds another evaluation.
     """
     smoothing = _checked_smoothing([segmenter.smoothing] if smoothing is None else smoothing)
     if on_error not in ("skip", "fail"):

@@ -38,12 +38,12 @@ class MeanIoU(evaluate.Metric):
     """
     Counts the pixels of each pair of a true and a predicted category, and computes [`scores`] of the counts.
 
-    Nothing is downloaded or written to disk, and memory does not grow with the number of maps. With several
-    processes, each counts its own images, then all call [`~MeanIoU.reduce`], then any calls [`~MeanIoU.compute`].
+    Downloads and writes no files, and memory does not grow with the number of maps. With several processes, each counts
+    its images, then all call [`~MeanIoU.reduce`], then any process calls [`~MeanIoU.compute`].
 
     Args:
         num_labels (`int`): categories; labels are `0 ... num_labels - 1`.
-        ignore_index (`int`, defaults to -100): label of pixels of the truth that are left out.
+        ignore_index (`int`, defaults to -100): label of reference pixels that are not counted.
 
     Attributes:
         confusion_matrix (`np.ndarray` of shape `(num_labels, num_labels)`, int64): pixels so far, by true category

@@ -1,4 +1,4 @@
-"""Results of an evaluation: scores by smoothing setting, ready for JSON, and as Markdown tables."""
+"""Results of an evaluation: scores of each smoothing setting, for JSON files and as Markdown tables."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ class Evaluation:
         names: the categories.
         matrices: for each smoothing setting an int64 (N, N) array, pixels by true (row) and predicted category.
         images: number of counted images. skipped: error messages of the others. seconds: duration of the last run.
-        subsets: of the categories, for [`scores`].
+        subsets: lists of categories by name; see [`ifseg_hf.evaluation.metrics.scores`].
     """
 
     names: list[str]
@@ -57,7 +57,7 @@ def _number(value: float) -> float | None:
 
 
 def percent(value: float | None) -> str:
-    """Returns a share in per cent with one decimal; "-" for none."""
+    """Returns a share in per cent with one decimal; "-" for `None` and nan."""
     return "-" if value is None or np.isnan(value) else f"{100 * value:.1f}"
 
 

@@ -1,4 +1,4 @@
-"""What evaluation needs of a segmenter, and the function that loads one."""
+"""The interface of the segmenters that can be evaluated, and the function that loads one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ class Segmenter(Protocol):
     """A model that segments images into any words: [`IFSegSegmenter`], [`CosineSegmenter`], [`CLIPSegmenter`].
 
     Attributes:
-        model (`torch.nn.Module`): its weights tell one evaluation from another.
+        model (`torch.nn.Module`): its weights identify the evaluation when it is resumed.
         inference (`str`): "whole" images, or "slide" for overlapping square crops.
         smoothing (`tuple[int, int]`): neighbours and iterations of the smoothing that the model needs.
     """
@@ -60,8 +60,8 @@ def load_segmenter(
         device: where the model computes, in float32.
         inference: "whole" images, or "slide" for overlapping square crops. By default as the model's processor says:
             crops if the model was trained on crops of images.
-        seed: of the segmentation positions of a converted OFA, which has none before it is tuned. `None` leaves the
-            state of the random number generator unchanged.
+        seed: for the random segmentation positions of a converted OFA, which has none in its checkpoint. `None` does
+            not seed the random number generator.
         trust_remote_code: run the code saved with the model, for a backbone that this package does not have.
 
     Raises:

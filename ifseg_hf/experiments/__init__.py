@@ -1,1 +1,1 @@
-"""The paper's tables and the ablations as commands."""
+"""The paper's tables and experiments on images, as plans of commands."""

@@ -1,4 +1,4 @@
-"""What images add to words alone, as commands: training on masks, on pseudo-labels, on the masks of some categories.
+"""Experiments on images, as commands: training on masks, on pseudo-labels, and on the masks of some categories.
 
 Every row of the result table is a model, trained once for each seed.
 """
@@ -20,7 +20,7 @@ ON_IMAGES = (
 )
 ON_IMAGES_EVALUATED = f"{ON_IMAGES} --eval-steps {{eval_steps}} --eval-dataset {{dataset}}"
 
-# How the folder of each step is made; see plan.py. `ImageExperiments.plan` says what the other placeholders stand for.
+# The command of each step, by the step's name; see plan.py. `ImageExperiments.plan` has the values of the placeholders.
 COMMANDS = {
     "image-free": "train.py --config {configs}/nano.yaml --model {model} --categories {words} --seed {seed}",
     "labels": "pseudo_label.py --model {image-free} --images {dataset}/train/images --categories {words} "
@@ -59,8 +59,7 @@ class ImageExperiments:
     Args:
         dataset: a folder with dataset.json, train/ and val/; its categories are the words.
         unseen: categories whose masks some experiments do not use, with commas between them.
-        out: folder for the models and the results. Several programs may use one at the same time, each with other
-            seeds.
+        out: folder for the models and the results. Several processes may share a folder if their seeds differ.
         configs: the folder of nano.yaml and images_nano.yaml.
         model: folder or Hub id of the model to start from.
         steps, batch_size: of the training runs on images.

@@ -16,7 +16,7 @@ from ifseg_hf.experiments.results import markdown_table
 PSEUDO_LABELS = "pseudo_label.py --data-dir {coco_dir} --split train2017"
 SELF_TRAINING = "train.py --stage self-training --steps 8000"
 
-# How the folder of each step is made; see plan.py. `TableSettings.values` says what the other placeholders stand for.
+# The command of each step, by the step's name; see plan.py. `TableSettings.values` has the values of the placeholders.
 COMMANDS = {
     "unseen": "train.py --model {ofa} --categories coco-stuff-unseen",
     "unseen-s8": "train.py --model {ofa} --categories coco-stuff-unseen --max-cells 8",
@@ -166,7 +166,7 @@ class TableSettings:
     limit: int | None = None
 
     def values(self) -> dict[str, str]:
-        """What the placeholders of [`COMMANDS`] stand for."""
+        """The values of the placeholders in [`COMMANDS`] that are not names of steps."""
         coco = next((x for x in (self.data / "coco-stuff", self.data / "coco") if x.is_dir()), self.data)
         ade20k = next((x for x in (self.data / "ade20k",) if x.is_dir()), self.data)
         words = ", ".join(read_categories("coco-stuff-coarse"))
@@ -186,7 +186,7 @@ class TableSettings:
     def evaluation(self, model: str, dataset: str, smoothing: Sequence[tuple[int, int]]) -> Step:
         """The step that evaluates a model or baseline at several smoothing settings.
 
-        It runs every time: `limit` may have changed, and an evaluation that is complete ends at once.
+        The step runs every time, because `limit` may have changed; a complete evaluation ends at once.
         """
         plan = self.plan()
         if model in BASELINES:

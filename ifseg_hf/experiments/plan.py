@@ -1,14 +1,14 @@
 """Workflows of many commands: steps run in the order of their dependencies, and only those that are not complete.
 
-A workflow is a dict of commands as a person would type them. A command without `--output-dir` belongs to a step, whose
-folder the [`Plan`] adds:
+A workflow is a dict of commands by the names of their steps. [`Plan`] adds the flag `--output-dir`, with a folder for
+each step:
 
     COMMANDS = {
         "tuned": "train.py --model {ofa} --categories coco-stuff",
         "labels": "pseudo_label.py --model {tuned} --dataset coco-stuff",
     }
 
-`{tuned}` is the folder of the step "tuned", which therefore runs before; `{ofa}` is a value that the user gives.
+`{tuned}` is the folder of the step "tuned", which therefore runs first; `{ofa}` is a value given to the [`Plan`].
 """
 
 import os
@@ -59,9 +59,9 @@ class Plan:
 
     Args:
         commands: by the name of the step; see the top of this file.
-        values: what the placeholders stand for that are not names of steps.
+        values: values of the placeholders that are not names of steps.
         out: folder of the steps' folders.
-        suffix: ends the name of every folder, such as "-0" for seed 0.
+        suffix: added to the name of every folder, such as "-0" for seed 0.
     """
 
     commands: dict[str, str]
@@ -134,7 +134,7 @@ def run_plan(
 
 
 def shell(command: Sequence[str], launcher: Sequence[str] = PYTHON) -> str:
-    """A command as a person would type it."""
+    """A command as it is typed in a shell."""
     return shlex.join([*launcher, f"scripts/{command[0]}", *command[1:]])
 
 

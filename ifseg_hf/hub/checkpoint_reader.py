@@ -1,4 +1,4 @@
-"""Reading checkpoints inertly: locating them, and loading their tensors without running any code in them."""
+"""Locating checkpoints, and loading their tensors without running any code in them."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ _WEIGHT_FILES = (
 
 
 class ConversionError(ValueError):
-    """A source cannot be converted or a result cannot be written. No output has been left behind."""
+    """A source cannot be converted or a result cannot be written. The output folder is not created."""
 
 
 def locate_checkpoint(source: str | Path, other_files: Iterable[str] = ()) -> Path:
@@ -57,7 +57,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
         path: a folder in the transformers format, or one weight file.
 
     Raises:
-        ConversionError: no weights there, a damaged file, or one that would run code.
+        ConversionError: there are no weights, or a file is damaged or would run code.
     """
     if path.is_file():
         return _read_file(path)
@@ -120,7 +120,7 @@ def _is_plain_tensor(value: Any) -> bool:
 
 
 class _Inert:
-    """Replaces every class and function in a pickle that torch does not trust; creating one has no effect."""
+    """Stands in for every class and function in a pickle that torch does not trust; calling it has no effect."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)

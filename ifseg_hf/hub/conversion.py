@@ -84,7 +84,7 @@ class ConversionReport:
         parameters: number of parameters, tied ones counted once.
         has_words: whether the model has categories.
         used: name in the source -> name in the model.
-        accounted: name in the source -> why the tensor is not in the model.
+        accounted: name in the source -> the reason why the tensor is not in the model.
         ignored: names of other entries in the source (training state, arguments).
         notes: remarks to show to the user.
     """
@@ -124,8 +124,8 @@ def convert_ofa_checkpoint(
         max_shard_size: largest weight file.
 
     Raises:
-        ConversionError: the source is of another kind, is damaged, would run code, or has missing or extra tensors;
-            the output is not empty or cannot be written.
+        ConversionError: the source is no OFA or IFSeg checkpoint, is damaged, would run code, or has missing or extra
+            tensors; the output folder is not empty or cannot be written.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -196,7 +196,7 @@ def _check_not_converted(path: Path) -> None:
 
 
 def match_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns the use of every tensor: name -> name in the model, and name -> why it is not in the model.
+    """Returns the use of every tensor: name -> name in the model, and name -> reason why it is not in the model.
 
     Names in the model are those of the OFA backbone, and `segmentation_positions.*`. Unknown names are returned
     unchanged; [`empty_model`] refuses them.
@@ -220,7 +220,7 @@ def match_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> OFAConfig:
-    """The configuration of the OFA with these tensors.
+    """The configuration of an OFA whose tensors have these shapes.
 
     Args:
         shapes: names as returned by [`match_names`] -> shapes.
@@ -288,7 +288,7 @@ def _size_name(config: OFAConfig) -> str:
 
 
 def _vocabulary_files(folder: Path) -> list[Path]:
-    """The vocabulary files in a folder; those of the transformers format if both formats are there."""
+    """The vocabulary files in a folder, preferably in the transformers format."""
     for names in (_TRANSFORMERS_VOCABULARY, _FAIRSEQ_VOCABULARY):
         if all((folder / name).is_file() for name in names):
             return [folder / name for name in names]
@@ -335,7 +335,7 @@ def read_fairseq_vocabulary(dictionary: Path, encoder: Path) -> dict[str, int]:
 def _fit_to_vocabulary(
     config: OFAConfig, state_dict: dict[str, torch.Tensor], tokens: int, tokenizer_dir: Path
 ) -> list[str]:
-    """Drops a row of the embedding beyond the vocabulary; returns a note if there was one. Raises on other sizes."""
+    """Drops one embedding row beyond the vocabulary and returns a note about it. Raises for other differences."""
     notes = []
     if config.vocab_size == tokens + 1:
         state_dict[_EMBEDDING] = state_dict[_EMBEDDING][:-1]
@@ -369,7 +369,7 @@ def _check_copies(weights: Mapping[str, torch.Tensor], embedding: torch.Tensor) 
 
 
 def empty_model(config: OFAConfig, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedModel:
-    """The model of a configuration, on the meta device. Raises unless it has exactly these tensors.
+    """The model of a configuration, on the meta device. Raises unless its tensors have exactly these shapes.
 
     Args:
         shapes: names as returned by [`match_names`] -> shapes. With segmentation positions, the model is an

@@ -20,8 +20,8 @@ def model_card(
     """The model card of a saved model: description, code examples, categories, training settings and results.
 
     Args:
-        folder: of the model. Results in its `evaluation_results.json`, if there is one, become a table and the
-            model-index.
+        folder: folder of the model. The results in its `evaluation_results.json`, if there is one, become a table and
+            the model-index.
         repo_id, revision: where the model will be published; the code examples load it from there.
         base_model: Hub id, or the name of the checkpoint embedded in this package.
     """
@@ -78,7 +78,7 @@ def _crop_size(folder: Path) -> int | None:
 
 
 def _fine_categories(categories: list[str], settings: dict[str, Any]) -> list[list[str]] | None:
-    """The words that each category was trained as, as Markdown; None if it was trained as itself."""
+    """The fine names of each category, as Markdown; None if training had no hierarchical vocabulary."""
     fine = settings.get("categories")
     if not isinstance(fine, dict):
         return None

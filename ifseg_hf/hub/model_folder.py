@@ -1,4 +1,4 @@
-"""What the folder of a saved model says about the model: its configuration, training settings and results."""
+"""Reading the folder of a saved model: its configuration, training settings and results."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,6 @@
 """Publishing of saved models on the Hub: weights, configuration, processor, code and model card in one commit.
 
-Neither torch nor transformers is imported, so that a script can refuse a wrong repository id or a missing token in its
-first second.
+Imports neither torch nor transformers, so that scripts reject a wrong repository id or a missing token at once.
 """
 
 import json
@@ -29,8 +28,7 @@ from ifseg_hf.hub.model_folder import RESULTS_FILE, public_settings, read_json, 
 from ifseg_hf.pretrained import EMBEDDED
 from ifseg_hf.training.config import SETTINGS_FILE
 
-# The files of a folder that are published besides weights and code. Training leaves more there (checkpoints to resume
-# from, logs), which stay private.
+# The files of a folder that are published besides weights and code. Checkpoints and logs of training are not.
 _FILES = (
     "config.json",
     "generation_config.json",
@@ -67,9 +65,9 @@ def push_to_hub(
     part of this model are deleted from the revision.
 
     Args:
-        folder: of `save_pretrained`, with its processor; training and conversion write such folders.
+        folder: folder of a saved model with its processor, such as training and conversion write.
         repo_id: `owner/name`, or `name` for the owner of the token. The repository is created if it does not exist.
-        private: whether a new repository is private. Default: as the owner has set.
+        private: whether a new repository is private. Default: the owner's default.
         revision: a branch, created if it does not exist. Default: `main`.
         commit_message: first line of the commit's message.
         token: default: the token of `hf auth login` or `HF_TOKEN`.
@@ -130,7 +128,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def check_access(repo_id: str, token: str | None = None) -> str:
-    """Returns `owner/name` if the token may write there, after one request to the Hub; for the start of a long run.
+    """Returns `owner/name` if the token may write there, by one request to the Hub, before a long run starts.
 
     Raises:
         `ValueError`: the id is malformed.
@@ -204,7 +202,7 @@ def add_results(repo_id: str, evaluation: dict[str, Any], token: str | None = No
 
 
 def files_to_publish(folder: Path) -> list[Path]:
-    """The files of a saved model that are published as they are: all but the training settings.
+    """The files of a saved model that are published unchanged: all except the training settings.
 
     Raises `ValueError` if a file that `from_pretrained(..., trust_remote_code=True)` needs is missing, or if the
     results of the folder are malformed.
@@ -259,7 +257,7 @@ def _missing_code(folder: Path, modules: set[str]) -> list[str]:
 def _published_settings(folder: Path, api: HfApi) -> dict[str, Any]:
     """The public training settings; {} for a model that was not trained by this package.
 
-    `model`, where training started, is among them if others can load it: the embedded checkpoint or one on the Hub.
+    They include `model`, the start of training, if it is the embedded checkpoint or on the Hub.
     """
     settings = read_settings(folder)
     published = public_settings(settings)

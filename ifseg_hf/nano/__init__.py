@@ -1,1 +1,1 @@
-"""The embedded checkpoint, and how it was made."""
+"""The embedded checkpoint, and its pre-training and evaluation."""

@@ -1,4 +1,4 @@
-"""Batches of scenes for pre-training, phase after phase."""
+"""Batches of scenes for the phases of pre-training."""
 
 import random
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ Size = int | tuple[int, int]  # of all sides, or (height, width), in pixels
 class Phase:
     """A part of training: `steps` steps with `batch` scenes of `size` pixels.
 
-    If there are several sizes, each step draws one. `batch` is the number of scenes of the first size; larger scenes
-    are fewer, so that every step has about as many pixels.
+    If there are several sizes, each step draws one. `batch` is the number of scenes of the first size; for other sizes
+    the number changes so that every step has about the same number of pixels.
 
     Args:
         single: each scene is one image or one street crop.
         train_trunk: (vision-language) whether the trunk is trained.
         train_norms: (vision-language) whether the trunk's batch norms use the statistics of the batch.
-        language_every: (vision-language) captions and infilling are part of one in so many steps; the other steps,
-            which are cheaper, only align the patches with the names. 0: of no step, and the word embeddings are fixed.
+        language_every: (vision-language) number of steps from one with captions and infilling to the next. The cheaper
+            steps between them only align patches with names. 0: no captions and infilling, fixed word embeddings.
         whole_image_share: share of steps whose scenes are single images, for [`patch_loss`].
         whole_image_sizes: sizes of these images; (height, width) distorts them.
     """
@@ -65,11 +65,11 @@ def collate_scenes(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 
 
 class SceneBatches(IterableDataset):
-    """Batches of scenes, phase after phase, from step `start`; each batch is a function of (seed, step).
+    """Batches of scenes of all phases, in order, from step `start`; each batch is a function of (seed, step).
 
-    A batch is what [`collate_scenes`] returns, and `whole_images`: whether its scenes are for [`patch_loss`].
+    A batch is the result of [`collate_scenes`] and `whole_images`: whether its scenes are for [`patch_loss`].
 
-    Each of several processes gets its share of every batch: scenes `rank`, `rank + world`, ...
+    Of every batch, process `rank` of `world` processes draws the scenes `rank`, `rank + world`, ...
     """
 
     def __init__(

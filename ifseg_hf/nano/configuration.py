@@ -1,12 +1,12 @@
-"""Sizes of the nano OFA."""
+"""Configuration of the nano OFA."""
 
 from ifseg_hf.modeling.configuration_ofa import OFAConfig
 
 
 def nano_config(vocab_size: int = 1000, **kwargs) -> OFAConfig:
-    """The configuration of an OFA with under 6 million parameters, for images of 256 x 256.
+    """The configuration of an OFA with fewer than 6 million parameters, for images of 256 x 256.
 
-    `kwargs` replace single sizes.
+    Keyword arguments replace single attributes.
     """
     sizes = {
         "vocab_size": vocab_size,

@@ -7,9 +7,9 @@ from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
 
 
 def convolution_muon(weights: list[nn.Parameter], learning_rate: float, weight_decay: float) -> "torch.optim.Muon":
-    """Muon, which is made for matrices, for convolutions (out, in, h, w): it trains their views (out, h * w * in).
+    """Muon, an optimizer for matrices, on convolutions (out, in, h, w) viewed as matrices (out, h * w * in).
 
-    Its updates are scaled to the size of AdamW's. The weights must keep their place in memory.
+    Updates are scaled to the size of AdamW's. The weights must stay at the same address in memory.
     """
     orders = [(0, 1, 2, 3) if weight.is_contiguous() else (0, 2, 3, 1) for weight in weights]  # or channels last
     views = [w.detach().permute(order).view(len(w), -1) for w, order in zip(weights, orders, strict=True)]

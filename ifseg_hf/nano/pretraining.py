@@ -63,7 +63,7 @@ COMBINED_PHASES = [replace(_COMBINED, steps=1500), replace(_COMBINED, steps=120,
 _TRANSFORMER = Phase(
     500, 32, (128, 96, 128, 192), train_trunk=False, whole_image_share=0.3, whole_image_sizes=(96, 128)
 )
-# Distorted as strongly as images in mosaics are.
+# Sizes that distort images as strongly as mosaics do.
 _DISTORTED = (64, 96, 128, 128, (48, 128), (128, 48), (80, 128), (128, 80), (64, 96), (96, 64))
 _DISTORTED_COMBINED = replace(_PATCHES, language_every=4, whole_image_sizes=_DISTORTED)
 FOURTH_PATCH_PHASES = [
@@ -86,13 +86,13 @@ def average_weights(model: nn.Module, other: dict[str, torch.Tensor]) -> None:
 def save_pretrained_model(model: OFAForConditionalGeneration, tokenizer: BartTokenizer, folder: str | Path) -> None:
     """Saves the model in float16 with its processor, for images and word maps of three quarters of `image_size`.
 
-    Tuning on words has to learn the position of each patch first, which takes minutes with about half as many patches.
-    Word maps have the same grid as images: on a coarser grid, the positions between those learnt would be mistaken for
-    their neighbours.
+    Tuning on words first has to learn the position of each patch, which takes minutes for this smaller number of
+    patches. Word maps have the same grid as images: after tuning on a coarser grid, the model would confuse the patches
+    between the learnt positions with their neighbours.
     """
     size = model.config.image_size * 3 // 4
     image_processor = IFSegImageProcessor(size={"shortest_edge": size, "longest_edge": 4 * size})
-    # A copy, because `model` stays in float32 and channels last.
+    # Saves a copy, because `model` itself must stay in float32 and channels last.
     config = copy.deepcopy(model.config)
     config.image_size = size
     small = OFAForConditionalGeneration(config)
@@ -122,7 +122,7 @@ class Pretraining:
     model: str | Path | None = None
 
     def __post_init__(self):
-        if not hasattr(torch.optim, "Muon"):  # needed after hours of training
+        if not hasattr(torch.optim, "Muon"):  # checked now, because Muon is first used after hours of training
             raise ImportError(f"Pre-training needs torch 2.9 or later, for Muon; this is {torch.__version__}.")
         self.stages = Path(self.output_dir) / "stages"
         self.stages.mkdir(parents=True, exist_ok=True)
@@ -195,8 +195,8 @@ class Pretraining:
         before = {name: value.clone() for name, value in model.state_dict().items()}
         run(PATCH_PHASES, "patches.pt", trunk_learning_rate=1e-3, seed=3)
         run(TRANSFORMER_PHASES, "patches_in_words.pt", learning_rate=6e-4, seed=4)
-        # The patch loss also trains patches around an object to have its name. The mean of the weights before and
-        # after has sharp outlines and keeps most of the gain. In the second round, scenes have this effect.
+        # The patch loss also gives the object's name to the patches around it. The mean of the weights before and after
+        # has sharp outlines and keeps most of the gain. In the second round, the scenes sharpen the outlines.
         self.average_with(model, before)
         run(SECOND_PATCH_PHASES, "patches_2.pt", trunk_learning_rate=1e-3, seed=31)
         run(TRANSFORMER_PHASES, "patches_2_in_words.pt", learning_rate=6e-4, seed=41)
@@ -205,7 +205,7 @@ class Pretraining:
         run(THIRD_PATCH_PHASES, "patches_3.pt", trunk_learning_rate=1e-3, muon=True, seed=61)
         # The transformer needs a longer round to use the patches of the changed trunk.
         run(SECOND_SCENE_PHASES, "scenes_2.pt", learning_rate=8e-4, trunk_learning_rate=4e-4, seed=71)
-        # Scenes make the patches less accurate; patches and scenes together restore them, and train the transformer.
+        # Scenes lower the accuracy of patches; training on both restores it, and trains the transformer.
         settings = {"learning_rate": 4e-4, "trunk_learning_rate": 5e-4, "muon": True, "warmup": 50, "seed": 81}
         run(COMBINED_PHASES, "settling.pt", **settings)
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -234,8 +234,8 @@ def pretrain(
 ) -> Path:
     """Runs both stages, see [`Pretraining`]; returns `output_dir`, which then holds the checkpoint.
 
-    `workers` processes of one thread each train together. On a CPU they are faster than as many threads of one process,
-    which wait for one another at every layer.
+    `workers` processes of one thread each train together. On a CPU this is faster than one process with as many
+    threads, which wait for one another at every layer.
     """
     arguments = (images, street, output_dir, scale, model)
     run = Pretraining(*arguments)  # decodes the images before the other processes start

@@ -1,6 +1,6 @@
-"""Evaluation of a small OFA before and after tuning on words alone: mosaics of held-out images, and street images.
+"""Evaluation of a small OFA before and after tuning on words alone, on mosaics of held-out images and street images.
 
-The cosine baseline is evaluated beside it. The tuning is varied as in the paper's ablations (Appendix A.1 and B).
+Also evaluates the cosine baseline, and variants of the tuning as in the paper's ablations (Appendix A.1 and B).
 """
 
 import json
@@ -52,10 +52,10 @@ def word_lists(images: NamedImages, counts: list[int]) -> dict[int, list[str]]:
 
 
 def at_size(folder: str | Path, image_size: int, short_side: int, output: str | Path) -> Path:
-    """Copies a local model folder to `output`, for word maps of `image_size` / 16 patches a side.
+    """Copies a local model folder to `output`, and sets the sizes of word maps and images.
 
-    Images are resized to a short side of `short_side`. If they have another grid than word maps, positions are
-    interpolated.
+    Word maps have `image_size` / 16 patches a side. Images are resized to a short side of `short_side`; positions are
+    interpolated if their grid differs from that of word maps.
     """
     shutil.copytree(folder, output, dirs_exist_ok=True)
     for name, change in [
@@ -88,7 +88,7 @@ def evaluate_scenes(
     seeds: Sequence[int],
     smoothing: Sequence[Smoothing] = SMOOTHING,
 ) -> dict:
-    """IoU of each word, in per cent: of the cosine baseline, before tuning, and after tuning with each seed.
+    """IoU of each word in per cent, for the cosine baseline, before tuning, and after tuning with each seed.
 
     Returns:
         {"words": [...], "cosine": {setting: IoUs}, "before": {setting: IoUs}, "after": {setting: [IoUs, ...]}}, one
@@ -167,8 +167,8 @@ class Variant:
     """A way of tuning.
 
     Args:
-        settings: of [`TrainingConfig`], in place of the usual ones.
-        change: changes a copy of the model folder before tuning.
+        settings: settings of [`TrainingConfig`] that differ from the usual tuning.
+        change: function that changes a copy of the model folder before tuning.
         words: fine names by category; `None`: the names of the data.
     """
 
@@ -185,10 +185,10 @@ def use_image_decoder_positions(folder: Path) -> None:
 
 @torch.no_grad()
 def silence_cross_attention(folder: Path) -> None:
-    """Sets the output of the decoder's cross-attention to zero, and keeps it from being learnt (Appendix B).
+    """Sets the output of the decoder's cross-attention to zero, so that tuning cannot use it (Appendix B).
 
-    All parameters behind the attention weights are zero. Their gradients are products with one of these zeros, except
-    that of the last bias: tuning can only learn one constant vector per layer, the same for every patch and image.
+    All parameters after the attention weights become zero. Their gradients are then zero, too, except for the last
+    bias: tuning can only learn one constant vector per layer, the same for every patch and image.
     """
     model = OFAForConditionalGeneration.from_pretrained(folder)
     for layer in model.model.decoder.layers:
@@ -228,7 +228,7 @@ def ablate(
     """Mean IoU in per cent before tuning and after each of `tunings`: {name: {setting: one number per seed}}.
 
     Args:
-        tune: as [`Tune`], with settings of [`TrainingConfig`] as further arguments.
+        tune: a [`Tune`] that also takes settings of [`TrainingConfig`] as keyword arguments.
         scratch: folder for the changed models.
     """
 

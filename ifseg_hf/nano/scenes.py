@@ -1,7 +1,7 @@
 """Scenes for pre-training and evaluation: mosaics of named images and street crops, and street views with named boxes.
 
-A scene is a mostly square image with a list of named rectangles, the only targets of pre-training. The masks of street
-images serve to choose boxes that show one object, and as the ground truth of evaluation.
+A scene is an image, usually square, with named boxes, which are the only targets of pre-training. The masks of street
+images are used to choose boxes that show one object, and as the ground truth of evaluation.
 """
 
 import io
@@ -48,8 +48,8 @@ class Streets:
 
 @dataclass
 class Scene:
-    """`image` (H, W, 3) uint8; `boxes` (n, 4) float32: left, top, right, bottom as shares of its sides; `labels`, n
-    indices."""
+    """`image` (H, W, 3) uint8; `boxes` (n, 4) float32: left, top, right, bottom as shares of the image's width and
+    height; `labels`: n indices into the names."""
 
     image: np.ndarray
     boxes: np.ndarray
@@ -105,8 +105,8 @@ def all_names(images: NamedImages, streets: Streets | None) -> list[str]:
 def street_boxes(streets: Streets, sides=(24, 36, 54, 80, 120, 180), large=0.7, thin=0.35) -> np.ndarray:
     """Boxes of street images that show one object: rows (image, left, top, side, street name), int64.
 
-    A large object fills at least the share `large` of its box. A thin one (`THIN`) fills at least `thin`, and more than
-    any other thin object. Boxes below 36 pixels are kept for thin objects only.
+    A large object fills at least the share `large` of its box. A thin object (see `THIN`) fills at least `thin`, and
+    more than any other thin object. Boxes of fewer than 36 pixels are kept for thin objects only.
     """
     height, width = streets.masks.shape[1:]
     is_thin = np.array([name in THIN for name in streets.names])
@@ -132,7 +132,7 @@ def street_boxes(streets: Streets, sides=(24, 36, 54, 80, 120, 180), large=0.7, 
 def rectangles(rng: random.Random, count: int, low: float = 0.3) -> list[tuple[float, float, float, float]]:
     """Cuts the unit square into `count` rectangles (left, top, right, bottom).
 
-    Repeatedly one of the largest is cut in two across its longer side, at `low` to 1 - `low` of its length.
+    Repeatedly cuts one of the largest rectangles in two across its longer side, at a share from `low` to 1 - `low`.
     """
     parts = [(0.0, 0.0, 1.0, 1.0)]
     while len(parts) < count:
@@ -160,7 +160,7 @@ def reading_order(boxes: np.ndarray) -> list[int]:
 
 
 class SceneMaker:
-    """Draws random scenes of named images and street images, from the generator that is passed in.
+    """Draws random scenes of named images and street images.
 
     Args:
         crop: the smallest share of an image's area that a scene shows.
@@ -174,7 +174,7 @@ class SceneMaker:
         self.street_share = 0.12
         self.names = all_names(images, streets)
         self.rows_of = [np.flatnonzero(images.labels == i) for i in range(len(images.names))]
-        # Between the frequencies of the names and equal shares.
+        # A compromise between the frequencies of the names and equal shares.
         weight = np.array([len(rows) for rows in self.rows_of]) ** 0.5
         self.name_share = (weight / weight.sum()).cumsum()
         if streets is not None:
@@ -184,7 +184,7 @@ class SceneMaker:
             self.boxes_of_image = [np.flatnonzero(self.boxes[:, 0] == i) for i in range(len(streets.images))]
 
     def named_image(self, rng: random.Random) -> tuple[Image.Image, tuple, int]:
-        """A random image, the box of it to show, its label."""
+        """A random image, the box (left, top, right, bottom) to crop from it in pixels, and its label."""
         label = int(np.searchsorted(self.name_share, rng.random()))
         row = int(rng.choice(self.rows_of[min(label, len(self.rows_of) - 1)]))
         area, ratio = rng.uniform(self.crop, 1), rng.uniform(0.75, 1.33) ** 0.5
@@ -194,14 +194,14 @@ class SceneMaker:
         return Image.fromarray(self.images.pixels[row]), part, int(self.images.labels[row])
 
     def street_crop(self, rng: random.Random) -> tuple[Image.Image, tuple, int]:
-        """A random box of a street image that shows one object, every name with equal probability."""
+        """A random street crop that shows one object, as [`named_image`]; every name has equal probability."""
         name = rng.randrange(len(self.boxes_of_name))
         number, left, top, side, _ = self.boxes[rng.choice(self.boxes_of_name[name])].tolist()
         image = Image.fromarray(self.streets.images[number][top : top + side, left : left + side])
         return image, (0, 0, side, side), self.street_label[name]
 
     def mosaic(self, rng: random.Random, size: int | tuple[int, int], parts: list, street_share: float = 0.1) -> Scene:
-        """A scene with one image or street crop in each of `parts`; `size`: of both sides, or (height, width)."""
+        """A scene with an image or a street crop in each rectangle of `parts`; `size`: side, or (height, width)."""
         height, width = (size, size) if isinstance(size, int) else size
         canvas = Image.new("RGB", (width, height))
         boxes, labels = [], []
@@ -230,7 +230,7 @@ class SceneMaker:
         inside = (rows[:, 1] >= left) & (rows[:, 2] >= top)
         inside &= (rows[:, 1] + rows[:, 3] <= left + side) & (rows[:, 2] + rows[:, 3] <= top + side)
         rows = rows[inside]
-        # One box per name in turn, because most boxes show road or sky.
+        # Takes one box of each name in turn, because most boxes show road or sky.
         groups = [np.flatnonzero(rows[:, 4] == name).tolist() for name in set(rows[:, 4].tolist())]
         groups = [rng.sample(group, len(group)) for group in groups]
         chosen = [group[turn] for turn in range(most) for group in groups if turn < len(group)][:most]
@@ -265,7 +265,7 @@ class SceneMaker:
 
 
 def evaluation_scenes(images: NamedImages, words: list[str], count: int, seed: int, size: int = 128):
-    """Yields `count` mosaics of 1 to 4 whole images with names in `words`; they depend on the seed alone.
+    """Yields `count` mosaics of 1 to 4 whole images with names in `words`, the same for the same `seed`.
 
     Each is an image (size, size, 3) and a mask of word indices (size, size).
     """

@@ -1,4 +1,4 @@
-"""What both stages of pre-training share: state files, processes and precision."""
+"""Functions that both stages of pre-training use: state files, processes and precision."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from ifseg_hf.training.setup import cpu_gains_from_bfloat16
 
 
 def autocast() -> torch.autocast:
-    """bfloat16 where the processor supports it; where it is emulated, it is many times slower than float32."""
+    """Autocast to bfloat16, if this CPU is faster in it than in float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=cpu_gains_from_bfloat16())
 
 

@@ -20,8 +20,8 @@ START, PADDING, END = 0, 1, 2  # ids of the first three
 def train_tokenizer(names: list[str], max_length: int = 512) -> BartTokenizer:
     """Trains a byte-level BPE tokenizer that has one token for every word of the names and of the prompts.
 
-    It encodes any text: other words become several tokens, in the worst case one for each byte. `max_length` is the
-    number of tokens that the model accepts.
+    It encodes any text: other words become several tokens, at most one per byte. `max_length` is the number of tokens
+    that the model accepts.
     """
     prompts = [part.strip() for part in PROMPT_TEMPLATE.split(CATEGORIES)]
     prompts += [CAPTION_PROMPT, INFILLING_PROMPT.format("a")]
@@ -43,7 +43,7 @@ def train_tokenizer(names: list[str], max_length: int = 512) -> BartTokenizer:
 
 
 class Texts:
-    """Token ids of captions and of infilling, for the names of a `SceneMaker`."""
+    """Token ids of captions and of infilling tasks, made of the names of a `SceneMaker`."""
 
     def __init__(self, tokenizer: BartTokenizer, names: list[str]):
         self.tokenizer, self.names = tokenizer, names

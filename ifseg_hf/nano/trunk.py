@@ -108,7 +108,7 @@ def train_trunk(
     Args:
         held_out: images for the accuracy in the log.
         output: .pt file that is rewritten every 500 steps. If it exists, training resumes from it.
-        calibration: scenes on which the statistics of the batch norms are measured at the end.
+        calibration: phase whose scenes give the statistics of the batch norms at the end.
         start: state of a trunk to start from instead of random weights.
     """
     rank, world = processes()

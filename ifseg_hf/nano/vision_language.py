@@ -33,8 +33,8 @@ def patch_loss(
 ) -> torch.Tensor:
     """Cross-entropy of every projected patch with the name of its image; label smoothing 0.1.
 
-    [`alignment_loss`] is low as soon as some patches of a box have its name. Here every patch needs it, so that the
-    trunk learns to use what surrounds a patch.
+    [`alignment_loss`] is low as soon as some patches of a box are close to its name. Here every patch must be, so that
+    the trunk learns to use the surroundings of a patch.
 
     Args:
         patches: (B, h, w, d), `image_proj` of the trunk's features; labels: (B, 1); words: (names, d).
@@ -91,8 +91,8 @@ def train_vision_language(
 ) -> OFAForConditionalGeneration:
     """Trains `model`, whose trunk comes from [`train_trunk`], to write the names in scenes; returns it.
 
-    Loss: captions + `text_weight` * infilling + `alignment_weight` * [`alignment_loss`], or [`patch_loss`] in steps of
-    whole images.
+    Loss: captions + `text_weight` * infilling + `alignment_weight` * [`alignment_loss`]. In steps of whole images,
+    [`patch_loss`] replaces [`alignment_loss`].
 
     Args:
         output: .pt file that is rewritten every `save_every` steps. If it exists, training resumes from it.
@@ -141,7 +141,7 @@ class VisionLanguageTrainer:
         return min(1, (step + 1) / self.config.warmup) * cosine
 
     def train(self) -> OFAForConditionalGeneration:
-        """The steps that are left; returns the model with frozen batch norms."""
+        """Runs the remaining steps; returns the model with frozen batch norms."""
         started = time.time()
         scenes = SceneBatches(self.maker, self.phases, self.config.seed, self.step, self.rank, self.world)
         bar = tqdm(
@@ -170,9 +170,9 @@ class VisionLanguageTrainer:
         return {name: f"{np.mean(values[-50:]):.3f}" for name, values in self.history.items() if values}
 
     def prepare_trunk(self) -> None:
-        """Trains or freezes the trunk and its batch norms as the phase of the next step says.
+        """Sets whether the next step trains the trunk and its batch norms, as its phase says.
 
-        After a phase with `train_norms` the batch norms' statistics are measured on scenes of the phase that follows.
+        After a phase with `train_norms`, measures the statistics of the batch norms on scenes of the next phase.
         """
         phase = self.phase_of[self.step]
         if self.step and self.phase_of[self.step - 1].train_norms and not phase.train_norms:
@@ -194,7 +194,7 @@ class VisionLanguageTrainer:
             patches = self.encoder.image_proj(features.permute(0, 2, 3, 1))
             words = self.texts.embed_names(self.encoder.embed_tokens)
             if not phase.language_every:
-                words = words.detach()  # the transformer, which is not trained, depends on them
+                words = words.detach()  # fixed, because the transformer is not trained on changed embeddings
             if batch["whole_images"]:
                 alignment = patch_loss(patches, batch["labels"], words)
             else:
@@ -205,7 +205,8 @@ class VisionLanguageTrainer:
     def language_loss(self, batch: dict[str, torch.Tensor], pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The trunk's features of a batch, and the loss of its captions and of infilling."""
         seed, model = self.config.seed, self.model
-        # Image positions mostly as segmentation uses them, sometimes as generation does; equal for the largest scenes.
+        # Mostly the interpolated image positions of segmentation, sometimes those of generation. For the largest scenes
+        # both are the same.
         interpolate = random.Random(f"positions:{seed}:{self.step}").random() < 0.75
         encoded = self.encoder(input_ids=self.texts.prompt, pixel_values=pixels, interpolate_pos_encoding=interpolate)
         caption = model(encoder_outputs=encoded, labels=self.texts.captions(batch)).loss

@@ -1,4 +1,4 @@
-"""Batch norms of the image trunk that learn their statistics; everywhere else they are frozen."""
+"""Conversion of the trunk's frozen batch norms to norms that learn their statistics and back, and calibration."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from ifseg_hf.modeling.trunk_ofa import OFAFrozenBatchNorm2d
 
 
 def train_batch_norm(trunk: nn.Module) -> nn.Module:
-    """Replaces frozen batch norms by ones that learn their statistics; parameter names stay the same."""
+    """Replaces frozen batch norms by `nn.BatchNorm2d`, which learns its statistics; parameter names stay the same."""
     for name, module in list(trunk.named_modules()):
         if isinstance(module, OFAFrozenBatchNorm2d):
             norm = nn.BatchNorm2d(len(module.weight))
@@ -31,7 +31,7 @@ def freeze_batch_norm(trunk: nn.Module) -> nn.Module:
 
 
 def use_batch_statistics(trunk: nn.Module, on: bool) -> None:
-    """Lets the norms of [`train_batch_norm`] use and learn the statistics of batches, or use the stored ones."""
+    """Makes the norms of [`train_batch_norm`] use and learn batch statistics, or (`on=False`) use the stored ones."""
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1
@@ -39,7 +39,7 @@ def use_batch_statistics(trunk: nn.Module, on: bool) -> None:
 
 
 def trunk_state(trunk: nn.Module) -> dict[str, torch.Tensor]:
-    """State dict of a trunk, or of one of its norms, for the same module with frozen batch norms."""
+    """State dict of a trunk, or of one of its norms, that the same module with frozen batch norms can load."""
     return {name: value for name, value in trunk.state_dict().items() if "num_batches_tracked" not in name}
 
 

@@ -96,7 +96,8 @@ def batch_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], model_con
     if words:
         labels = word_map_labels(word_map, batch["grid_size"], model_config.image_size, model_config.word_categories)
         loss = model(word_map=word_map, labels=labels).loss * (words / samples)
-    # Images come second, because each forward pass of a distributed model writes the buffers that images use.
+    # Images come second: a distributed model writes its buffers in every forward pass, and the backward pass of images
+    # needs the trunk's buffers unchanged.
     if pixel_values is not None:
         labels = batch["labels"]
         share = (labels != -100).float().mean()

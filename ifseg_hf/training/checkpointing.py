@@ -1,4 +1,4 @@
-"""Files of a training run: checkpoints and the trained model, each complete or absent at any moment."""
+"""Files of a training run: checkpoints and the trained model, which never appear half-written."""
 
 import json
 import os
@@ -47,11 +47,11 @@ def prepare_output(config: TrainingConfig, step: int) -> None:
 def save_checkpoint(
     accelerator: Accelerator, config: TrainingConfig, step: int, loss: float, last: Path | None
 ) -> Path:
-    """Writes `checkpoint-STEP`, all that later steps depend on, and deletes older checkpoints beyond the limit.
+    """Writes the full training state to `checkpoint-STEP`, and deletes older checkpoints beyond the limit.
 
     The folder gets its name once all its files are on the disk, so that a folder with that name is always complete.
 
-    Raises `TrainingError` in every process if one cannot write; the `last` checkpoint is then still there.
+    Raises `TrainingError` in every process if one of them cannot write; the `last` checkpoint is then kept.
     """
     output = Path(config.output_dir)
     folder, incomplete = output / f"checkpoint-{step}", output / f"checkpoint-{step}{INCOMPLETE}"
@@ -72,7 +72,7 @@ def save_checkpoint(
             for path in incomplete.rglob("*"):
                 flush_to_disk(path)
             flush_to_disk(incomplete)
-            if folder.exists():  # of a run that was resumed from an earlier checkpoint
+            if folder.exists():  # the run was resumed from an earlier checkpoint
                 remove(folder)
             incomplete.rename(folder)
             flush_to_disk(output)
@@ -103,11 +103,11 @@ def pseudo_labels_name(step: int | str) -> str:
 
 def describe_last(checkpoint: Path | None) -> str:
     """A sentence for error messages about the last checkpoint."""
-    return f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint of it."
+    return f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint of this run."
 
 
 def drop_tied_weights(models: list, states: list[dict], folder: str) -> None:
-    """Keeps one name of each tied weight in a checkpoint. accelerate would do so with a warning each time."""
+    """Keeps one name of each tied weight in a checkpoint. accelerate would do the same, with a warning each time."""
     for state in states:
         names: dict[int, str] = {}
         for name in list(state):
@@ -125,9 +125,10 @@ def load_checkpoint(accelerator: Accelerator, config: TrainingConfig, checkpoint
         raise SettingError(
             f'The checkpoint "{checkpoint}" cannot be loaded; delete it to continue from the one before: {reason}'
         ) from error
-    accelerator.step = 0  # a checkpoint is between optimiser steps, however many batches were accumulated for one
+    accelerator.step = 0  # no batch is accumulated yet: checkpoints are written between optimiser steps
     if metadata["processes"] != accelerator.num_processes:
-        # There is no generator state for each process; the seed of the first step would repeat its dropout.
+        # The checkpoint lacks the random states of this number of processes. The seed must differ from the seed of the
+        # first step, or else its dropout would be repeated.
         set_seed(config.seed + metadata["step"], device_specific=True)
 
 
@@ -143,7 +144,7 @@ def save_model(
     incomplete = output / f"result{INCOMPLETE}"
     failure = f'The model could not be saved in "{output}". {describe_last(last)} The reason'
     with writing_errors(failure, incomplete):
-        # Complete files are moved to their places, so that neither a kill nor a full disk leaves half a file there.
+        # Files are moved to the output folder when they are complete, so that it never holds half a file.
         with torch.device("meta"):  # a model without weights, because FSDP changes the class of the trained one
             empty = IFSegForSemanticSegmentation(model_config)
         empty.save_pretrained(incomplete, state_dict=state_dict)
@@ -157,15 +158,15 @@ def save_model(
 
 
 def write_settings(config: TrainingConfig, folder: Path) -> None:
-    """Writes the settings of the training. Their file also marks a folder that training may write to again."""
+    """Writes the settings of the run. Their file also marks the folder as one that training may write to again."""
     settings = config.to_dict()
-    del settings["resume"]  # it belongs to one start of the run, not to its result
+    del settings["resume"]  # does not affect the result
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk. Windows can do so for files only."""
+    """Waits until a file, or the list of files of a folder, is on the disk. On Windows only files can be flushed."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -43,18 +43,18 @@ def setting(
     may_change: bool = False,
     bare_flag: str | None = None,
 ) -> Any:
-    """A dataclass field that carries all there is to know about one setting.
+    """A dataclass field with the default, help, range, stages and other metadata of one setting.
 
     Args:
         default: `MISSING` for a required setting.
         help: shown by `scripts/train.py --help`.
-        minimum, above, below: the range: `minimum <= value` or `above < value`, and `value < below`. None is allowed
-            where it is the default.
+        minimum, above, below: the range: `minimum <= value` or `above < value`, and `value < below`. If the default is
+            None, None is allowed, too.
         choices: the allowed values.
         stages: the stages that use the setting; the others allow its default only.
-        private: whether it describes the machine or the person and is left out of a published model card.
+        private: whether the setting describes the machine or the user, and is left out of a published model card.
         may_change: whether a resumed run may have another value.
-        bare_flag: the value of its command-line flag when the flag is given without one.
+        bare_flag: value of the setting if its command-line flag is given without a value.
     """
     limits = {"minimum": minimum, "above": above, "below": below, "choices": tuple(choices), "stages": tuple(stages)}
     rest = {"help": help, "private": private, "may_change": may_change, "bare_flag": bare_flag}
@@ -65,8 +65,8 @@ def setting(
 class TrainingConfig:
     """Settings of [`ifseg_hf.training.loop.train`]; the defaults are the published recipe.
 
-    `categories` may be None if there is a `dataset`, whose categories are then used. For training on images a dict
-    maps each word to the categories of the dataset that it stands for.
+    `categories` may be None if there is a `dataset`: its categories are then used. For training on images, a dict maps
+    each word to the categories of the dataset that are labelled with this word.
     """
 
     categories: list[str] | dict[str, list[str]] | None = setting(  # noqa: RUF009
@@ -79,7 +79,7 @@ class TrainingConfig:
     trust_remote_code: bool = setting(
         False, "run the code saved with the model, for a backbone that this package does not have", may_change=True
     )
-    prompt: str | None = setting(None, "question put to the model, before the words")
+    prompt: str | None = setting(None, "question before the words, or a template with {categories}")
     append_unknown: bool = setting(True, "end the prompt with the word unknown, which is never a category")
     stage: str = setting(
         "word-maps",
@@ -135,15 +135,15 @@ class TrainingConfig:
     )
     eval_dataset: str | None = setting(
         None,
-        "dataset to evaluate on, given like dataset (default: the validation split of dataset)",
+        "dataset to evaluate on, in the forms of dataset (default: the validation split of dataset)",
         stages=ON_IMAGES,
         private=True,
         may_change=True,
     )
     max_cells: int | None = setting(
-        None, "S, the largest side of the random grids (default: the whole feature map)", minimum=1
+        None, "S, the largest side of the random grids of word maps (default: the side of a word map)", minimum=1
     )
-    random_cells: bool = setting(True, "random sizes of the grids; without it every grid has max_cells a side")
+    random_cells: bool = setting(True, "draw the sizes of the grids; otherwise every grid has max_cells a side")
     seed: int = setting(0, "seed of the samples, new parameters and dropout", minimum=0)
     steps: int = setting(2000, "optimiser steps", minimum=1)
     batch_size: int = setting(16, "samples per optimiser step, over all processes and accumulated batches", minimum=1)
@@ -162,10 +162,10 @@ class TrainingConfig:
         0.1, "stochastic depth rate of the last layer of encoder and decoder", minimum=0, below=1
     )
     word_noise: float = setting(
-        0.0, "deviation of the noise on word-map patches, relative to the distance of two words", minimum=0
+        0.0, "standard deviation of noise on word-map patches, relative to the distance of two words", minimum=0
     )
-    # A resumed run needs the same precision, but what None stands for is only known when training starts: it is
-    # compared there.
+    # A resumed run needs the same precision. The loop compares it, because the precision that None selects is known
+    # only when training starts.
     mixed_precision: str | None = setting(
         None,
         "no, fp16 or bf16 (default: that of `accelerate launch`, else bf16 or fp16 on a GPU, no on a CPU)",
@@ -173,7 +173,7 @@ class TrainingConfig:
         may_change=True,
     )
     dataloader_workers: int = setting(
-        0, "processes that load samples; the samples do not depend on it", minimum=0, private=True, may_change=True
+        0, "processes that load samples, without effect on the samples", minimum=0, private=True, may_change=True
     )
     report_to: str | None = setting(
         None, "comma-separated trackers of accelerate (tensorboard, wandb, ...)", private=True, may_change=True
@@ -241,8 +241,8 @@ class TrainingConfig:
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to resume from; None to start at the first step.
 
-        Raises `ValueError` if there is none at the given path. "latest" starts at the first step if there is none, so
-        that the same command starts and resumes a run.
+        Raises `ValueError` if there is no checkpoint at the given path. With "latest", a run without checkpoints
+        starts at the first step, so that the same command starts and resumes a run.
         """
         if self.resume is None:
             return None
@@ -288,7 +288,7 @@ class TrainingConfig:
         if self.dataset is None and self.categories is None:
             raise ValueError("There are no categories: give some (--categories) or a dataset (--dataset).")
         if self.categories is not None and len(self.categories) < 2:
-            raise ValueError("One category leaves nothing to tell apart: give at least two.")
+            raise ValueError("One category is not enough for segmentation: give at least two.")
         if self.refresh_every and not _has_pseudo_labels(self.dataset):
             raise ValueError(
                 f'refresh_every={self.refresh_every} needs pseudo-labels, and "{self.dataset}" is no folder of '
@@ -305,7 +305,7 @@ class TrainingConfig:
             raise ValueError(f"warmup_steps={self.warmup_steps}: must be fewer than steps={self.steps}.")
 
     def _check_model(self) -> None:
-        """Checks `max_cells` and `crop_size` against a model in a local folder; one on the Hub is not looked up."""
+        """Checks `max_cells` and `crop_size` against a model in a local folder; models on the Hub are not checked."""
         config = self._read_model_config()
         if config is None:
             return
@@ -374,18 +374,18 @@ class TrainingConfig:
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f'The output folder "{output}" cannot be made: {error.strerror}.') from None
+            raise ValueError(f'The output folder "{output}" cannot be created: {error.strerror}.') from None
         if not os.access(output, os.W_OK | os.X_OK):
             raise ValueError(f'The output folder "{output}" cannot be written to.')
 
 
 def private_settings() -> set[str]:
-    """Names of the settings that describe the machine or the person, and are not published with a model."""
+    """Names of the settings that describe the machine or the user, and are not published with a model."""
     return {field.name for field in dataclasses.fields(TrainingConfig) if field.metadata["private"]}
 
 
 def _has_pseudo_labels(dataset: str) -> bool:
-    """Whether `dataset` is a folder of scripts/pseudo_label.py, which records which labels were predicted."""
+    """Whether `dataset` is a folder that scripts/pseudo_label.py wrote."""
     try:
         return PSEUDO_LABELS in json.loads((Path(dataset) / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -393,7 +393,7 @@ def _has_pseudo_labels(dataset: str) -> bool:
 
 
 def _brief(value: Any) -> str:
-    """A value as JSON; of a list or a mapping its length and its first three names."""
+    """A value as JSON; a list or a mapping as its length and its first three names."""
     if isinstance(value, (list, dict)):
         names = list(value)
         return f"{len(names)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
@@ -450,13 +450,13 @@ def read_settings(path: str) -> dict[str, Any]:
 
 
 def setting_types(field: Field) -> tuple[type, ...]:
-    """The types of a setting's values, such as `(int, NoneType)`; text may stand for a list."""
+    """The types of a setting's values, such as `(int, NoneType)`; lists may also be given as text."""
     types = tuple(typing.get_origin(kind) or kind for kind in typing.get_args(field.type) or (field.type,))
     return (str, *types) if list in types else types
 
 
 def _convert(field: Field, value: Any, path: str) -> Any:
-    """The value in the type of its setting. YAML reads 5e-5 as text."""
+    """The value converted to the type of its setting; YAML, for example, reads 5e-5 as text."""
     types = setting_types(field)
     if type(value) in types:
         return value

@@ -15,7 +15,7 @@ __all__ = ["SettingError", "TrainingError", "TrainingStopped", "on_every_process
 
 
 class SettingError(ValueError):
-    """A wrong setting that is only noticed once data, devices or the model are known."""
+    """A wrong setting that is found only after data, devices or the model are loaded."""
 
 
 class TrainingError(RuntimeError):
@@ -32,7 +32,7 @@ class TrainingStopped(KeyboardInterrupt):
 
 @contextmanager
 def sample_errors() -> Iterator[None]:
-    """Turns a `SampleError`, also from a loader worker, into a `TrainingError`."""
+    """Turns a `SampleError`, of this process or a loader worker, into a `TrainingError`."""
     try:
         yield
     except SampleError as error:
@@ -65,7 +65,7 @@ def writing_errors(failure: str, incomplete: Path | None = None) -> Iterator[Non
 
 @contextmanager
 def on_every_process(accelerator: Accelerator) -> Iterator[None]:
-    """Makes a `TrainingError` of one process an error of all, which would otherwise wait for that process forever."""
+    """Raises a `TrainingError` of one process in all processes, since the others would wait for it forever."""
     failed = None
     try:
         yield

@@ -101,7 +101,7 @@ def train(config: TrainingConfig) -> TrainingResult:
         run.train()
         run.save()
     except TrainingStopped as error:
-        stopped = error.with_traceback(None)  # whose frames would keep the model
+        stopped = error.with_traceback(None)  # the traceback's frames would keep the model in memory
     run.close()
     if stopped:
         raise stopped
@@ -172,7 +172,7 @@ class TrainingRun:
             )
 
     def _read_checkpoint(self) -> None:
-        """Takes step and loss from the checkpoint to resume from."""
+        """Sets step and loss from the checkpoint that the run resumes from."""
         if not self.resume_from:
             return
         metadata = read_checkpoint(self.resume_from)
@@ -186,7 +186,7 @@ class TrainingRun:
         self.loss = metadata["loss"]
 
     def _load_model(self) -> None:
-        # Seeded before the model is made: OFA has no segmentation positions, which start with random values.
+        # Seeded before the model is created: segmentation positions, which OFA lacks, start with random values.
         set_seed(self.config.seed)
         self.processor, self.model = load_model(self.config, self.data)
         self.model_config = self.model.config
@@ -285,7 +285,7 @@ class TrainingRun:
         return self.accelerator.sync_gradients
 
     def check_finite(self, norm: torch.Tensor) -> None:
-        """Raises `TrainingError` before an optimiser step that would spoil the weights."""
+        """Raises `TrainingError` if the loss or the gradient is not finite, before the step that would use it."""
         if not math.isfinite(self.loss):
             quantity = "loss"
         elif self.accelerator.scaler is None and not math.isfinite(norm):
@@ -294,8 +294,8 @@ class TrainingRun:
         else:
             return
         raise TrainingError(
-            f"The {quantity} is not finite at step {self.step + 1}, after {self.step} good ones. "
-            f"{describe_last(self.checkpoint)} A lower learning rate may help, or mixed precision switched off."
+            f"The {quantity} is not finite at step {self.step + 1}, after {self.step} completed steps. "
+            f"{describe_last(self.checkpoint)} A lower learning rate may help, or training without mixed precision."
         )
 
     def finish_step(self) -> None:
@@ -310,7 +310,7 @@ class TrainingRun:
         self._log(values)
 
     def evaluate(self) -> dict[str, float]:
-        """Mean IoU after `step` steps, also of seen and unseen categories. Leaves the model in evaluation mode."""
+        """Mean IoU of the present model, also over seen and over unseen categories. Leaves it in evaluation mode."""
         from ifseg_hf.evaluation.evaluate import IFSegSegmenter, evaluate_segmenter  # slow to import, rarely needed
 
         counts = self.output / f"evaluation-{self.step}{INCOMPLETE}"
@@ -320,7 +320,7 @@ class TrainingRun:
             evaluation = evaluate_segmenter(segmenter, self.eval_data, state_dir=counts if several else None)
         except ValueError as error:
             raise TrainingError(f"The evaluation after step {self.step} failed: {error}") from error
-        self.accelerator.wait_for_everyone()  # until every process has read the counts of all
+        self.accelerator.wait_for_everyone()  # every process has read the counts
         if several and self.accelerator.is_main_process:
             shutil.rmtree(counts)
         (result,) = evaluation.results()

@@ -1,4 +1,4 @@
-"""Pseudo-labels: labels that a model predicts for images to be trained on (sections 4.2, A.2 and A.3 of the paper)."""
+"""Pseudo-labels: labels that a model predicts for training images (sections 4.2, A.2 and A.3 of the paper)."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def predict_labels(
 ) -> np.ndarray:
     """Returns predicted labels of an image uint8 (H, W, 3): indices into `names`, int64 (H, W).
 
-    The segmenter's words include the categories to predict, and no other word is chosen.
+    Only the categories to predict are chosen, which must be among the segmenter's words.
     """
     outputs = segmenter(segmenter.preprocess([image]))
     neighbors, iterations = segmenter.image_processor.smoothing(config.smoothing_neighbors, config.smoothing_iterations)
@@ -102,11 +102,11 @@ def label_images(
     given: Callable[[dict, np.ndarray], np.ndarray],
     write: Callable[[dict, np.ndarray, np.ndarray], None],
 ) -> np.ndarray:
-    """Labels the samples `indices` of `data`: given labels stay, the model predicts the others.
+    """Labels the samples `indices` of `data`: given labels are kept, the model predicts the others.
 
     Args:
-        given: returns, for a sample and its labels, bool (H, W): which labels are kept.
-        write: is called with the sample, its new labels int64 (H, W) and the result of `given`.
+        given: function of a sample and its labels; returns bool (H, W), true for labels that are kept.
+        write: function of a sample, its new labels int64 (H, W) and the result of `given`.
 
     Returns:
         int64 (3,): numbers of pixels with a given label, a predicted label, and no label.
@@ -146,9 +146,9 @@ def refresh_labels(
 
     Args:
         data: read from `folder`, which [`write_pseudo_labels`] made.
-        state: the process, which gets its share of the samples.
+        state: rank and number of the processes, among which the samples are divided.
 
-    The predictions are not smoothed: the model has been trained on images by now.
+    The predictions are not smoothed, because the model is trained on images.
     """
     settings = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))[PSEUDO_LABELS]
     predicted = settings["predicted"] if "predicted" in settings else settings["guessed"]  # the key in version 0.1.0
@@ -211,16 +211,16 @@ def write_pseudo_labels(
     started again.
 
     Args:
-        model: folder or Hub id. It chooses among the words it was tuned for if they include the categories to predict,
-            else among the categories to predict.
-        data: images to label, and labels, which are read only with `keep_labels`.
-        config: see [`PseudoLabelConfig`]. With `unseen`, these are the categories to predict.
+        model: folder or Hub id. The prompt has the words that the model was tuned on if they include the categories to
+            predict, otherwise only the categories to predict.
+        data: images to label, and labels that are kept with `keep_labels`.
+        config: see [`PseudoLabelConfig`]; `unseen` replaces its `predicted`.
         keep_labels: keep the labels of `data`, and predict labels for the other pixels.
-        unseen: categories whose labels count as none; see [`find_labels`].
+        unseen: categories to predict, whose given labels are not kept; see [`find_labels`].
 
     Raises:
-        `ValueError`: a wrong argument, a folder with other files, or a model that cannot be loaded.
-        `SampleError`: an image that cannot be used.
+        `ValueError`: an argument is wrong, the folder has other files, or the model cannot be loaded.
+        `SampleError`: an image cannot be used.
     """
     config = config or PseudoLabelConfig()
     if len(data.names) >= NO_LABEL:
@@ -252,7 +252,7 @@ def write_pseudo_labels(
         save_labels(labels, output / "masks" / f"{sample['id']}.png")  # the last file: it marks the sample as done
 
     done = {file.stem for file in (output / "masks").glob("*.png")}
-    state.wait_for_everyone()  # every process has seen the same masks: only now may one of them write another
+    state.wait_for_everyone()  # no process writes a mask before every process has listed them
     todo = [index for index, name in enumerate(data.samples["id"]) if name not in done]
     mine = tqdm(todo[state.process_index :: state.num_processes], unit="image", disable=not state.is_main_process)
     counts = label_images(segmenter, data, config, mine, given, write)
@@ -266,7 +266,7 @@ def write_pseudo_labels(
 
 
 def begin(output: Path, begun: Path, content: dict, state: PartialState) -> bool:
-    """Makes the folder, or resumes a folder with the same settings. Returns whether the dataset is complete."""
+    """Creates the folder, or checks that it has the same settings. Returns whether its dataset is complete."""
     for file in (output / "dataset.json", begun):
         if file.is_file():
             if json.loads(file.read_text(encoding="utf-8")) != content:
@@ -279,7 +279,7 @@ def begin(output: Path, begun: Path, content: dict, state: PartialState) -> bool
         for name in ("images", "masks", *([GIVEN] if content[PSEUDO_LABELS]["keep_labels"] else [])):
             (output / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f'The output folder "{output}" cannot be made: {error.strerror}.') from None
+        raise ValueError(f'The output folder "{output}" cannot be created: {error.strerror}.') from None
     if state.is_main_process:
         begun.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     state.wait_for_everyone()

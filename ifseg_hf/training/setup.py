@@ -36,8 +36,8 @@ CALIBRATION_CROPS, CALIBRATION_BATCH = 128, 16
 def cpu_gains_from_bfloat16() -> bool:
     """Whether this CPU is faster in bfloat16 than in float32.
 
-    A CPU without bfloat16 instructions emulates them, up to hundreds of times slower. With AVX-512 but without AMX,
-    bfloat16 matrix products took twice as long as float32 ones (measured on an Intel Xeon).
+    Without bfloat16 instructions, emulation can be hundreds of times slower. With AVX-512 but without AMX, matrix
+    products in bfloat16 took twice as long as in float32 (measured on an Intel Xeon).
     """
     avx512_alone = torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not avx512_alone
@@ -77,7 +77,7 @@ def samples_per_batch(config: TrainingConfig, processes: int) -> int:
     """Batch size of one process, such that an optimiser step has `batch_size` samples in all. Raises `SettingError`."""
     size, rest = divmod(config.batch_size, processes * config.gradient_accumulation_steps)
     if size * (1 - config.word_map_ratio) < 1:
-        # In a batch without an image, a distributed trunk would wait for gradients forever.
+        # Every process needs an image in each batch: distributed training waits for the trunk's gradients.
         raise SettingError(f"word_map_ratio={config.word_map_ratio} leaves no image in a batch of {size} samples.")
     if rest:
         raise SettingError(
@@ -100,14 +100,14 @@ def load_data(config: TrainingConfig) -> SegmentationDataset | None:
     except ValueError as error:
         raise SettingError(" ".join(str(error).split())) from error
     if len(data.names) < 2:
-        raise SettingError("One category leaves nothing to tell apart: give at least two.")
+        raise SettingError("One category is not enough for segmentation: give at least two.")
     return data
 
 
 def load_eval_data(config: TrainingConfig, data: SegmentationDataset | None) -> SegmentationDataset | None:
     """The dataset that `eval_steps` evaluates on, with the categories of `data`. Raises `SettingError`.
 
-    Its subsets are the seen and the unseen categories, if there are unseen ones.
+    The subsets of the dataset are the seen and the unseen categories, if `unseen` is set.
     """
     if not config.eval_steps:
         return None
@@ -163,10 +163,10 @@ def load_model(
 
 def freeze(model: IFSegForSemanticSegmentation, part: str) -> None:
     """
-    Freezes a part of what segmentation uses, and everything that segmentation does not use.
+    Freezes a part of the model, and all parameters that segmentation does not use.
 
     Args:
-        part: "nothing", "words" (their embeddings) or "trunk" (all but what image-free training updates).
+        part: "nothing", "words" (the word embeddings) or "trunk" (all but the backbone's `image_free_parameters`).
     """
     backbone = model.backbone
     parameters = backbone.image_free_parameters() if part == "trunk" else backbone.segmentation_parameters()
@@ -178,7 +178,7 @@ def freeze(model: IFSegForSemanticSegmentation, part: str) -> None:
 
 
 def prepare_image_processor(processor: IFSegProcessor, config: TrainingConfig, model_config: IFSegConfig) -> None:
-    """Sets how the trained model sees images: their size, no smoothing, and crops after supervised training."""
+    """Sets the inference defaults of the trained model: image size, no smoothing, crops after supervised training."""
     image_processor = processor.image_processor
     if config.short_side is not None:
         image_processor.size = {"shortest_edge": config.short_side, "longest_edge": 4 * config.short_side}

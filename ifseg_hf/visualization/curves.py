@@ -1,4 +1,4 @@
-"""Training curves: plots of loss and mean IoU over the steps of runs; needs matplotlib (the extra "plot")."""
+"""Training curves: loss and mean IoU over the steps of several runs. Needs matplotlib (the extra "plot")."""
 
 from collections.abc import Mapping, Sequence
 from os import PathLike

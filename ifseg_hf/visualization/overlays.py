@@ -19,9 +19,9 @@ _BACKGROUND, _TEXT, _GREY = (255, 255, 255), (30, 30, 30), (110, 110, 110)
 
 @lru_cache
 def palette(count: int) -> tuple[Color, ...]:
-    """Returns `count` colours, each chosen for the largest distance from those before it.
+    """Returns `count` colours, each as far as possible from the colours before it.
 
-    A longer palette begins with the shorter one. No colour is close to black or white. After 1000 the colours repeat.
+    The first colours do not depend on `count`. No colour is close to black or white. After 1000 the colours repeat.
     """
     colors = [tuple(bytes.fromhex(color[1:])) for color in _FIRST_COLORS[:count]]
     levels = np.linspace(0, 255, 18)
@@ -95,7 +95,7 @@ def overlay(image: Image.Image, mask, names: Sequence[str], alpha: float = 0.55,
     Args:
         image: of any mode.
         mask: (H, W) of the image's size, indices into `names`. Pixels without a category keep their colours.
-        names: the categories, which choose the colours; the legend shows those in the mask.
+        names: the categories, whose order determines the colours; the legend shows the categories in the mask.
         alpha: opacity of the colours, from 0 to 1.
         legend: whether to add a legend. Without it the result has the image's size.
 
