@@ -51,19 +51,15 @@ class IFSegConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         kwargs.pop("custom_pipelines", None)
         if self.backbone_config is None:
-            self.backbone_config = {"model_type": "ofa"}
-        if isinstance(self.backbone_config, dict):
+            self.backbone_config = _backbone_config({"model_type": "ofa"})
+            misplaced = {field.name for field in fields(self.backbone_config)} & kwargs.keys()
+            if misplaced:
+                raise ValueError(
+                    f"{', '.join(sorted(misplaced))}: attributes of the backbone go into backbone_config, as in "
+                    f"IFSegConfig(backbone_config=OFAConfig({min(misplaced)}=...))."
+                )
+        elif isinstance(self.backbone_config, dict):
             self.backbone_config = _backbone_config(self.backbone_config)
-        of_backbone = {field.name for field in fields(self.backbone_config)} - {
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-        }
-        if misplaced := [name for name in kwargs if name in of_backbone]:
-            raise ValueError(
-                f"{', '.join(misplaced)}: attributes of the backbone go into backbone_config, as in "
-                f"IFSegConfig(backbone_config={type(self.backbone_config).__name__}({misplaced[0]}=...))."
-            )
         super().__post_init__(**kwargs)
         if self.category_ids is not None and self.id2label is not None:
             self.label2id = {name: i for i, name in self.id2label.items()}
