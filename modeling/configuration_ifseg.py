@@ -52,11 +52,12 @@ class IFSegConfig(PreTrainedConfig):
         kwargs.pop("custom_pipelines", None)
         if self.backbone_config is None:
             self.backbone_config = _backbone_config({"model_type": "ofa"})
-            misplaced = {field.name for field in fields(self.backbone_config)} & kwargs.keys()
+            misplaced = sorted({field.name for field in fields(self.backbone_config)} & kwargs.keys())
             if misplaced:
+                more = ", ..." if len(misplaced) > 3 else ""
                 raise ValueError(
-                    f"{', '.join(sorted(misplaced))}: attributes of the backbone go into backbone_config, as in "
-                    f"IFSegConfig(backbone_config=OFAConfig({min(misplaced)}=...))."
+                    f"{', '.join(misplaced[:3])}{more}: attributes of the backbone go into backbone_config, as in "
+                    f"IFSegConfig(backbone_config=OFAConfig({misplaced[0]}=...))."
                 )
         elif isinstance(self.backbone_config, dict):
             self.backbone_config = _backbone_config(self.backbone_config)
