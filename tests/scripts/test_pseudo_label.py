@@ -34,8 +34,8 @@ def test_datasets_of_images_and_of_some_labels(main, tmp_path):
     [
         ([], "either --dataset or --images"),
         (["--dataset", "a", "--images", "b"], "either --dataset or --images"),
-        (["--images", "b"], "give --categories"),
-        (["--images", "b", "--categories", "cat, cup", "--keep-labels"], "no labels for --keep-labels"),
+        (["--images", "b"], "--images needs --categories"),
+        (["--images", "b", "--categories", "cat, cup", "--keep-labels"], "--keep-labels and --unseen need the labels"),
     ],
 )
 def test_flags_that_contradict_each_other(main, arguments, message, capsys):

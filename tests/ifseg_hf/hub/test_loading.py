@@ -249,7 +249,7 @@ def test_categories_can_be_renamed_when_loading(tuned, names):
     [
         ({"num_labels": 5}, "5 names but sub-words for 3"),
         ({"id2label": {0: "a", 1: "b"}}, "2 names but sub-words for 3"),
-        ({"id2label": {0: "a", 1: "b", 3: "c"}}, "numbers"),
+        ({"id2label": {0: "a", 1: "b", 3: "c"}}, "number the categories from 0"),
         ({"label2id": {"a": 0, "b": 1, "c": 2}}, "label2id"),
         ({"category_ids": [[5], [6]]}, "3 names but sub-words for 2"),
         ({"word_ids": [[5], [6], [7]]}, "together"),

@@ -124,14 +124,14 @@ def test_training_starts_from_a_plain_ofa(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_training(tiny_model, tmp_path):
-    with pytest.raises(TrainingError, match=r"not finite at step [23], after [12] good"):
+    with pytest.raises(TrainingError, match=r"not finite at step [23], after [12] completed"):
         train(settings(tiny_model, tmp_path / "out", learning_rate=1e30))
     assert not (tmp_path / "out" / "model.safetensors").exists()
     train(settings(tiny_model, tmp_path / "out", steps=1))  # the folder may be used again
 
 
 def test_the_error_of_a_loss_names_the_last_checkpoint(tiny_model, tmp_path):
-    with pytest.raises(TrainingError, match=r"not finite at step ([23]), after [12] good.*checkpoint-[12]\. "):
+    with pytest.raises(TrainingError, match=r"not finite at step ([23]), after [12] completed.*checkpoint-[12]\. "):
         train(settings(tiny_model, tmp_path / "out", learning_rate=1e30, checkpointing_steps=1))
 
 
