@@ -3,7 +3,7 @@
     python scripts/reproduce.py --table 1 --model ofa-base --data DATA
     python scripts/reproduce.py --table 12 --model ofa-base --data DATA --dry-run
 
-DATA holds COCO-Stuff and ADE20K as they are distributed. A run that was stopped resumes when the same command is run
+DATA holds COCO-Stuff and ADE20K in their published layouts. A run that was stopped resumes when the same command is run
 again.
 """
 

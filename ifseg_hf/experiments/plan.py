@@ -134,7 +134,7 @@ def run_plan(
 
 
 def shell(command: Sequence[str], launcher: Sequence[str] = PYTHON) -> str:
-    """A command as it is typed in a shell."""
+    """A command line for a shell, quoted."""
     return shlex.join([*launcher, f"scripts/{command[0]}", *command[1:]])
 
 
