@@ -47,6 +47,9 @@ def argument_parser() -> argparse.ArgumentParser:
         "word: [categories of the dataset]. Pixels of other categories are ignored",
     )
     parser.add_argument(
+        "--rest", metavar="NAME", help="a category for the pixels of other categories, in place of ignoring them"
+    )
+    parser.add_argument(
         "--unseen",
         help="comma-separated categories without labels in training: adds the means over seen and unseen categories "
         "and their harmonic mean",
@@ -97,6 +100,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--batch-size must be at least 1")
     if options.limit is not None and options.limit < 1:
         parser.error("--limit must be at least 1")
+    if options.rest is not None and options.categories is None:
+        parser.error("--rest is for the categories that --categories does not name: give --categories, too")
     if options.push_to_hub and (options.baseline or options.limit):
         parser.error("--push-to-hub is for whole datasets and your own models: leave out --baseline and --limit")
     if options.output_dir is None:
@@ -117,7 +122,7 @@ def load_data(options: argparse.Namespace):
         options.dataset, options.data_dir, options.split, names, options.ignore_index, options.streaming
     )
     if options.categories is not None:
-        data = data.select(read_categories(options.categories))
+        data = data.select(read_categories(options.categories), options.rest)
     if options.unseen is not None:
         unseen = find_labels(data, options.unseen)
         seen = [label for label in range(len(data.names)) if label not in unseen]

@@ -125,23 +125,30 @@ class SegmentationDataset:
             )
         return labels
 
-    def select(self, categories: Sequence[str] | Mapping[str, Sequence[str]]) -> "SegmentationDataset":
+    def select(
+        self, categories: Sequence[str] | Mapping[str, Sequence[str]], rest: str | None = None
+    ) -> "SegmentationDataset":
         """
         The dataset restricted to some categories; pixels of other categories are ignored.
 
         Args:
             categories: a list of the names to keep, in this order; or `{category: [name, ...]}`, to rename categories
                 and to merge several into one.
+            rest: a category, such as "background", for the pixels of all other categories in place of ignoring them.
+                It comes last unless it is one of `categories`. Unlabelled pixels stay ignored.
 
         Returns:
             [`SegmentationDataset`] of the same samples. It has the subsets of this one if each category lies within a
             subset and no subset is empty, otherwise none.
 
         Raises:
-            `ValueError`: a name is not in the dataset, or in two of the lists.
+            `ValueError`: a name is not in the dataset, or in two of the lists; or there are no other categories for
+                `rest`.
         """
         categories = read_categories(categories)
         groups = categories if isinstance(categories, dict) else {name: [name] for name in categories}
+        if rest is not None:
+            groups = self._with_rest(groups, rest)
         category_of: dict[str, str] = {}
         for category, members in groups.items():
             for name in members:
@@ -164,6 +171,16 @@ class SegmentationDataset:
         if not all(subsets.values()) or sum(map(len, subsets.values())) < len(names):
             subsets = {}
         return SegmentationDataset(self.samples, names, labels, subsets)
+
+    def _with_rest(self, groups: Mapping[str, Sequence[str]], rest: str) -> dict[str, list[str]]:
+        """`groups`, with all names that are in none of them added to the group `rest`. Raises `ValueError`."""
+        selected = {name for members in groups.values() for name in members}
+        others = [name for name in self.names if name not in selected]
+        if not rest.strip() or not others:
+            reason = "give the name of a category" if others else "every category is selected, leave out rest"
+            raise ValueError(f'rest="{rest}": {reason}.')
+        rest = " ".join(rest.split())
+        return {**{name: list(members) for name, members in groups.items()}, rest: [*groups.get(rest, ()), *others]}
 
 
 def load_segmentation_dataset(

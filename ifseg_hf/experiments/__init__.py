@@ -1,1 +1,1 @@
-"""The paper's tables and experiments on images, as plans of commands."""
+"""The paper's tables, its ablations, and experiments on images, as plans of commands or in one process."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from ifseg_hf.experiments.plan import Plan, Step, in_order, write_text
+from ifseg_hf.experiments.plan import Plan, Step, in_order, save_settings
 from ifseg_hf.experiments.results import markdown_table, mean_and_deviation
 from ifseg_hf.training.log import read_log
 from ifseg_hf.visualization.curves import draw_curves
@@ -83,13 +83,7 @@ class ImageExperiments:
     def save_settings(self) -> None:
         """Writes the settings to `out`. Raises `ValueError` if it holds experiments with other settings."""
         settings = {name: x for name, x in asdict(self).items() if name not in ("out", "configs")}
-        file = self.out / SETTINGS_FILE
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
-            raise ValueError(
-                f'"{self.out}" holds experiments with other settings ({file.name}): choose another folder.'
-            )
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        save_settings(self.out / SETTINGS_FILE, settings)
 
     def plan(self, seed: int) -> Plan:
         """The plan of all experiments with one seed."""

@@ -11,6 +11,7 @@ each step:
 `{tuned}` is the folder of the step "tuned", which therefore runs first; `{ofa}` is a value given to the [`Plan`].
 """
 
+import json
 import os
 import re
 import shlex
@@ -151,3 +152,18 @@ def write_text(file: Path, text: str) -> None:
     incomplete = file.with_name(f"{file.name}.{os.getpid()}.incomplete")
     incomplete.write_text(text, encoding="utf-8")
     incomplete.replace(file)
+
+
+def save_settings(file: Path, settings: dict) -> None:
+    """Writes the settings of a workflow as JSON into its folder. Raises `ValueError` if `file` has other settings."""
+    text = json.dumps(settings, indent=1, ensure_ascii=False)
+    if file.is_file():
+        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+        changed = [name for name in {**before, **now} if name not in before or before[name] != now.get(name)]
+        if changed:
+            raise ValueError(
+                f'"{file.parent}" holds {file.stem} with other settings ({", ".join(changed)} in {file.name}): choose '
+                "another folder."
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, f"{text}\n")

@@ -1,4 +1,4 @@
-"""Conversion of the trunk's frozen batch norms to norms that learn their statistics and back, and calibration."""
+"""Conversion of the trunk's frozen batch norms to norms that learn their statistics, and calibration."""
 
 from collections.abc import Iterable
 
@@ -19,27 +19,8 @@ def train_batch_norm(trunk: nn.Module) -> nn.Module:
     return trunk
 
 
-def freeze_batch_norm(trunk: nn.Module) -> nn.Module:
-    """Replaces the batch norms of [`train_batch_norm`] by frozen ones."""
-    for name, module in list(trunk.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            norm = OFAFrozenBatchNorm2d(module.num_features)
-            norm.load_state_dict(trunk_state(module))
-            parent, _, child = name.rpartition(".")
-            setattr(trunk.get_submodule(parent), child, norm)
-    return trunk
-
-
-def use_batch_statistics(trunk: nn.Module, on: bool) -> None:
-    """Makes the norms of [`train_batch_norm`] use and learn batch statistics, or (`on=False`) use the stored ones."""
-    for module in trunk.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.1
-            module.train(on)
-
-
 def trunk_state(trunk: nn.Module) -> dict[str, torch.Tensor]:
-    """State dict of a trunk, or of one of its norms, that the same module with frozen batch norms can load."""
+    """State dict of a trunk with the norms of [`train_batch_norm`], for the same trunk with frozen norms."""
     return {name: value for name, value in trunk.state_dict().items() if "num_batches_tracked" not in name}
 
 

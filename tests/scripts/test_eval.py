@@ -108,6 +108,14 @@ def test_other_words_and_damaged_images(work, evaluate, tmp_path, capsys):
     assert "1 images were left out" in (tmp_path / "skipped" / "results.md").read_text()
 
 
+def test_other_categories_count_as_the_rest(work, evaluate, tmp_path):
+    data = ["--dataset", str(work / "streets"), "--model", str(work / "model"), "--cpu", "--limit", "1"]
+    assert evaluate([*data, "--categories", "sky", "--rest", "other", "--output-dir", str(tmp_path / "out")]) == 0
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert list(result["categories"]) == ["sky", "other"]
+    assert result["categories"]["other"]["iou"] is not None
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -160,6 +168,7 @@ def test_results_go_to_a_model_card(work, evaluate, tmp_path, capsys, monkeypatc
         (["--batch-size", "0"], "at least 1"),
         (["--limit", "0"], "at least 1"),
         (["--push-to-hub", "a/b", "--limit", "3"], "--push-to-hub is for whole datasets"),
+        (["--rest", "background"], "give --categories"),
     ],
 )
 def test_wrong_arguments(evaluate, capsys, arguments, complaint):

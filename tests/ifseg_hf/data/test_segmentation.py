@@ -289,12 +289,30 @@ def test_a_mapping_renames_and_merges_categories(folder):
     assert read_one(data.select({"all": ["ground", "outdoors"]})).tolist() == [0, 0, 0, -100, 0, 0, 0, 0]
 
 
+def test_other_categories_count_as_the_rest(folder):
+    data = load_segmentation_dataset(str(folder))
+    rest = data.select(["road"], rest=" back  ground ")
+    assert rest.names == ["road", "back ground"]
+    assert read_one(rest).tolist() == [1, 1, 0, -100, 0, 0, 0, 0]
+    merged = data.select({"background": ["sky"], "ground": ["road"]}, rest="background")
+    assert merged.names == ["background", "ground"]
+    assert read_one(merged).tolist() == [0, 0, 1, -100, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match=r'rest="other": every category is selected'):
+        data.select(data.names, rest="other")
+    with pytest.raises(ValueError, match='rest=" ": give the name'):
+        data.select(["road"], rest=" ")
+    damage(folder, "value")
+    with pytest.raises(SampleError, match=r"7 \(2 pixels\)"):  # values without a category remain errors
+        read_one(rest)
+
+
 def test_subsets_follow_a_selection(coco):
     data = load_segmentation_dataset("coco-stuff", coco)
     assert data.select(["cow", "car", "road"]).subsets == {"seen": [1], "unseen": [0, 2]}
     assert data.select({"animal": ["cow", "giraffe"], "auto": ["car"]}).subsets == {"seen": [1], "unseen": [0]}
     assert data.select({"animal": ["cow", "horse"], "auto": ["car"], "way": ["road"]}).subsets == {}
     assert data.select(["cat", "dog"]).subsets == {}
+    assert data.select(["cow"], rest="other").subsets == {}
 
 
 @pytest.mark.parametrize(

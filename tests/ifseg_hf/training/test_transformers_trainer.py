@@ -1,5 +1,8 @@
 """Training with transformers' Trainer, compared with our own loop on the same samples."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +13,6 @@ from ifseg_hf import NANO
 from ifseg_hf.data.word_maps import WordMapCollator, word_map_stream
 from ifseg_hf.evaluation.metrics import scores
 from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation
-from ifseg_hf.nano.scene_evaluation import at_size
 from ifseg_hf.processing import IFSegProcessor, resized_argmax
 from ifseg_hf.training.loop import TrainingConfig, train
 
@@ -121,7 +123,9 @@ def mean_iou(model: IFSegForSemanticSegmentation) -> float:
 
 
 def test_trainer_tunes_the_nano_checkpoint_as_our_loop(tmp_path):
-    nano, ours = str(at_size(NANO, 64, 64, tmp_path / "nano")), str(tmp_path / "ours")
+    nano, ours = shutil.copytree(NANO, str(tmp_path / "nano")), str(tmp_path / "ours")
+    config = json.loads((NANO / "config.json").read_text())
+    (tmp_path / "nano" / "config.json").write_text(json.dumps({**config, "image_size": 64}))
     words = ["cat", "dog", "sky", "grass", "road"]
     quiet = {"dropout": 0.0, "drop_path": 0.0, "weight_decay": 0.0, "cpu": True, "mixed_precision": "no"}
     train(TrainingConfig(words, ours, nano, steps=40, batch_size=16, learning_rate=1e-3, **quiet))
