@@ -10,7 +10,7 @@ _SIZES = {
     "large": (1024, 12, 12, 16, 4096, (3, 8, 36)),
     "huge": (1280, 24, 12, 16, 5120, (3, 8, 36)),
 }
-TRUNK_TYPES = ("resnet",)
+TRUNK_TYPES = ("resnet", "efficientnet_lite")
 
 
 class OFAConfig(PreTrainedConfig):
@@ -31,12 +31,15 @@ class OFAConfig(PreTrainedConfig):
         image_bucket_size (`int`, defaults to 42): side of the largest patch grid with position embeddings.
         image_size (`int`, defaults to 512): side of a square image. The segmentation positions are for its patch grid,
             `image_size // patch_size` patches a side, which word maps have, too; for other grids they are interpolated.
-        trunk_type (`str`, defaults to `"resnet"`): the image trunk. `"resnet"` is the published one: a ResNet v1.5
-            without its last stage, with frozen batch norm.
-        trunk_embedding_size (`int`, defaults to 64): channels of the trunk's stem.
-        trunk_hidden_sizes (`tuple[int, ...]`, defaults to `(256, 512, 1024)`): output channels of the trunk's stages,
-            each a multiple of 4: a bottleneck is a quarter as wide.
-        trunk_depths (`tuple[int, ...]`, defaults to `(3, 4, 23)`): bottleneck blocks of the trunk's stages.
+        trunk_type (`"resnet"` or `"efficientnet_lite"`, defaults to `"resnet"`): the image trunk, with frozen batch
+            norm. `"resnet"` is the published one: a ResNet v1.5 without its last stage. `"efficientnet_lite"` is an
+            EfficientNet-Lite, whose last outputs at strides 16 and 32 are joined.
+        trunk_embedding_size (`int`, defaults to 64): channels of the trunk's stem; EfficientNet-Lite2: 32.
+        trunk_hidden_sizes (`tuple[int, ...]`, defaults to `(256, 512, 1024)`): output channels of the trunk's stages.
+            ResNet: each is a multiple of 4, since a bottleneck is a quarter as wide. EfficientNet-Lite has seven
+            stages; Lite2: `(16, 24, 48, 88, 120, 208, 352)`.
+        trunk_depths (`tuple[int, ...]`, defaults to `(3, 4, 23)`): blocks of the trunk's stages; EfficientNet-Lite2:
+            `(1, 3, 3, 4, 4, 5, 1)`.
         dropout, attention_dropout, activation_dropout (`float`): dropout rates of encoder and decoder.
         drop_path_rate (`float`, defaults to 0.1): stochastic depth of the last layer of encoder and decoder. The rate
             rises linearly from 0 at the first layer.
@@ -107,7 +110,9 @@ class OFAConfig(PreTrainedConfig):
             raise ValueError(
                 f"trunk_hidden_sizes={self.trunk_hidden_sizes} and trunk_depths={self.trunk_depths} differ in length."
             )
-        if any(size % 4 for size in self.trunk_hidden_sizes):
+        if self.trunk_type == "efficientnet_lite" and len(self.trunk_depths) != 7:
+            raise ValueError(f"trunk_depths={self.trunk_depths}: an EfficientNet-Lite has seven stages.")
+        if self.trunk_type == "resnet" and any(size % 4 for size in self.trunk_hidden_sizes):
             raise ValueError(f"trunk_hidden_sizes={self.trunk_hidden_sizes}: every size must be a multiple of 4.")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} is not a multiple of {self.patch_size}.")
@@ -121,7 +126,13 @@ class OFAConfig(PreTrainedConfig):
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels: the stem divides the image by 4, every stage but the first by 2."""
+        """
+        Side of a patch in pixels.
+
+        EfficientNet-Lite: 16. ResNet: the stem divides the size of the image by 4, every stage but the first by 2.
+        """
+        if self.trunk_type == "efficientnet_lite":
+            return 16
         return 4 * 2 ** (len(self.trunk_depths) - 1)
 
     @property

@@ -1,5 +1,6 @@
 """OFA: an encoder over image and text, a decoder over text, and the head for text generation."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,7 @@ class OFAPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean, so Trainer must average it over accumulated batches
-    _no_split_modules = ["OFAResNetTrunk", "OFAEncoderLayer", "OFADecoderLayer"]
+    _no_split_modules = ["OFAResNetTrunk", "OFAEfficientNetLiteTrunk", "OFAEncoderLayer", "OFADecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
@@ -182,8 +183,10 @@ class OFAPreTrainedModel(PreTrainedModel):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
         elif isinstance(module, nn.Conv2d):
-            # all convolutions are followed by ReLU; activations would vanish over 30 blocks with the transformer's 0.02
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            # He initialisation, also for depthwise convolutions, whose outputs depend on one channel each. Activations
+            # would vanish over 30 blocks with the transformer's 0.02.
+            fan_out = module.weight[:, 0].numel() // module.groups
+            init.normal_(module.weight, std=math.sqrt(2.0) / math.sqrt(fan_out))
 
 
 class _OFAStack(OFAPreTrainedModel):

@@ -12,7 +12,7 @@ def train_batch_norm(trunk: nn.Module) -> nn.Module:
     """Replaces frozen batch norms by `nn.BatchNorm2d`, which learns its statistics; parameter names stay the same."""
     for name, module in list(trunk.named_modules()):
         if isinstance(module, OFAFrozenBatchNorm2d):
-            norm = nn.BatchNorm2d(len(module.weight))
+            norm = nn.BatchNorm2d(len(module.weight), module.eps)
             norm.load_state_dict(module.state_dict(), strict=False)  # all but num_batches_tracked
             parent, _, child = name.rpartition(".")
             setattr(trunk.get_submodule(parent), child, norm)

@@ -310,7 +310,7 @@ class TrainingConfig:
         if config is None:
             return
         backbone = config.get("backbone_config") or config
-        patch = backbone.get("patch_size") or 4 * 2 ** (len(backbone.get("trunk_depths", (3, 4, 23))) - 1)
+        patch = patch_size(backbone)
         side = backbone.get("image_size", 512) // patch
         if self.max_cells is not None and self.max_cells > side:
             raise ValueError(f"max_cells={self.max_cells}: a word map of this model has at most {side} cells a side.")
@@ -382,6 +382,15 @@ class TrainingConfig:
 def private_settings() -> set[str]:
     """Names of the settings that describe the machine or the user, and are not published with a model."""
     return {field.name for field in dataclasses.fields(TrainingConfig) if field.metadata["private"]}
+
+
+def patch_size(backbone: dict) -> int:
+    """Side of a patch in pixels, from a backbone's config.json: `OFAConfig.patch_size` without importing torch."""
+    if "patch_size" in backbone:
+        return backbone["patch_size"]
+    if backbone.get("trunk_type") == "efficientnet_lite":
+        return 16
+    return 4 * 2 ** (len(backbone.get("trunk_depths", (3, 4, 23))) - 1)
 
 
 def _has_pseudo_labels(dataset: str) -> bool:

@@ -41,6 +41,8 @@ def test_round_trip(tmp_path):
         ({"d_model": 15}, "encoder_attention_heads"),
         ({"trunk_depths": (1, 1)}, "differ in length"),
         ({"trunk_hidden_sizes": (8, 8, 10)}, "multiple of 4"),
+        ({"trunk_type": "vgg"}, "choose resnet or efficientnet_lite"),
+        ({"trunk_type": "efficientnet_lite"}, "seven stages"),
         ({"image_size": 70}, "multiple of 16"),
         ({"image_size": 256}, "image_bucket_size"),
         ({"decoder_positions": "sinus"}, "segmentation"),
