@@ -230,6 +230,10 @@ class OFAEfficientNetLiteTrunk(OFAImageTrunk):
         self.channels_last = True
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.join(*self.stage_outputs(pixel_values))
+
+    def stage_outputs(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs of the fifth stage (batch, channels, h, w), stride 16, and of the seventh, stride 32."""
         pixel_values = self.prepare(pixel_values, self.stem_conv.weight.dtype)
         hidden_states = _conv_norm_relu6(self.stem_conv, self.stem_norm, pixel_values)
         for stage in self.stages[:5]:
@@ -237,9 +241,14 @@ class OFAEfficientNetLiteTrunk(OFAImageTrunk):
         fine = hidden_states
         for stage in self.stages[5:]:
             hidden_states = stage(hidden_states)
+        return fine, hidden_states
+
+    @staticmethod
+    def join(fine: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
+        """Joins the two [`stage_outputs`] along their channels, on the grid of the first."""
         # Joining both outputs is as good as dilating the last stages, and faster: a linear probe names 50.3 % of the
         # patches of COCO images (short side 384) in 0.16 s an image on one thread, 50.4 % in 0.27 s with dilation.
-        coarse = nn.functional.interpolate(hidden_states, size=fine.shape[2:], mode="bilinear", align_corners=False)
+        coarse = nn.functional.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=False)
         return torch.cat([fine, coarse], dim=1)
 
 

@@ -2,9 +2,12 @@
 
 from ifseg_hf.modeling.configuration_ofa import OFAConfig
 
+# Sizes of images in pixels: at most 32 x 24 patches, which fit into the positions of 28 x 28 patches.
+SHORT_SIDE, LONG_SIDE = 384, 512
+
 
 def nano_config(vocab_size: int = 1000, **kwargs) -> OFAConfig:
-    """The configuration of an OFA with fewer than 6 million parameters, for images of 256 x 256.
+    """The configuration of a small OFA on EfficientNet-Lite2, for word maps of 28 x 28 patches.
 
     Keyword arguments replace single attributes.
     """
@@ -12,17 +15,21 @@ def nano_config(vocab_size: int = 1000, **kwargs) -> OFAConfig:
         "vocab_size": vocab_size,
         "d_model": 192,
         "encoder_layers": 3,
-        "decoder_layers": 3,
+        "decoder_layers": 2,
         "encoder_attention_heads": 4,
         "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 768,
-        "decoder_ffn_dim": 768,
+        "encoder_ffn_dim": 576,
+        "decoder_ffn_dim": 576,
         "max_position_embeddings": 512,
         "token_bucket_size": 64,
-        "image_bucket_size": 32,
-        "image_size": 256,
+        "image_bucket_size": 42,
+        "image_size": 448,
+        "trunk_type": "efficientnet_lite",
         "trunk_embedding_size": 32,
-        "trunk_hidden_sizes": (128, 256, 640),
-        "trunk_depths": (1, 2, 3),
+        "trunk_hidden_sizes": (16, 24, 48, 88, 120, 208, 352),
+        "trunk_depths": (1, 3, 3, 4, 4, 5, 1),
+        "decoder_positions": "image",  # those of pre-training: tuning has no new parameters to learn
+        "dropout": 0.0,
+        "drop_path_rate": 0.0,
     }
     return OFAConfig(**{**sizes, **kwargs})

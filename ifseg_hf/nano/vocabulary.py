@@ -23,8 +23,41 @@ _IRREGULAR = {
 _MISLEADING = ("madagascar cat", "yellow lady's slipper")
 # Words of captions that name no region: colours, sizes, actions, and words about the image itself.
 _NOT_REGIONS = frozenset(
-    "area back background big black blue bottom bright brown close dark front gray green grey group image large light "
-    "orange photo picture pink purple red running side small standing top view white yellow".split()
+    [
+        "area",
+        "back",
+        "background",
+        "big",
+        "black",
+        "blue",
+        "bottom",
+        "bright",
+        "brown",
+        "close",
+        "dark",
+        "front",
+        "gray",
+        "green",
+        "grey",
+        "group",
+        "image",
+        "large",
+        "light",
+        "orange",
+        "photo",
+        "picture",
+        "pink",
+        "purple",
+        "red",
+        "running",
+        "side",
+        "small",
+        "standing",
+        "top",
+        "view",
+        "white",
+        "yellow",
+    ]
 )
 
 

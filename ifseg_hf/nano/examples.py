@@ -1,0 +1,169 @@
+"""Training images and what is known of them: names, named boxes, captions. No mask is ever a target."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import load_dataset
+from PIL import Image
+
+from ifseg_hf.data.segmentation import SegmentationDataset, load_segmentation_dataset
+from ifseg_hf.nano.features import View
+from ifseg_hf.nano.vocabulary import Vocabulary
+
+# A box: top, left, bottom and right as fractions of the image's height and width.
+Box = tuple[float, float, float, float]
+
+PATCH = 16
+# Short sides in pixels at which images are seen. Scenes are seen larger than single objects, which fill their images.
+CAPTIONED, SCENES, OBJECTS, STREETS = (288, 384), (176, 224, 272), (128, 176, 224, 288), (384,)
+SCENE_SOURCES = ("corel", "intel", "weather")
+# Categories that are too thin to fill a box.
+THIN = ("bicyclist", "car", "fence", "pedestrian", "pole", "sign")
+
+
+@dataclass
+class Example:
+    """
+    An image at one size, with the position of its features.
+
+    Args:
+        source: the data set; view: position in the [`FeatureCache`].
+        name: the name of the whole image; boxes: names of boxes around objects; captions: sentences, and
+            caption_names: the names in at least two of them; filled: boxes that one category fills, by its name.
+    """
+
+    source: str
+    view: int
+    name: int | None = None
+    boxes: list[tuple[Box, int]] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    caption_names: list[int] = field(default_factory=list)
+    filled: dict[int, list[Box]] = field(default_factory=dict)
+
+
+class TrainingImages:
+    """
+    The images of pre-training, the sizes at which they are seen, and their [`Example`]s.
+
+    Args:
+        world: folder of parquet files with the features `source, name, captions, boxes, image`.
+        coco, street: folders of images with masks, from which filled boxes are chosen; of `coco` every second image,
+            since the others are for development.
+    """
+
+    def __init__(self, world: Path, coco: Path | None, street: Path | None, vocabulary: Vocabulary, seed: int = 0):
+        files = sorted(str(file) for file in Path(world).glob("*.parquet"))
+        self.world = load_dataset("parquet", data_files=files, split="train")
+        self.masked: list[tuple[SegmentationDataset, int]] = []
+        for folder, split, step in ((coco, None, 2), (street, "train", 1)):
+            if folder is not None:
+                data = load_segmentation_dataset(folder, split=split)
+                self.masked += [(data, i) for i in range(0, len(data.samples), step)]
+        self.vocabulary = vocabulary
+        self.views: list[View] = []
+        self.rows = self.world.remove_columns("image").to_list()
+        rng = random.Random(seed)
+        for i, row in enumerate(self.rows):
+            self.views += [View(i, side) for side in self._short_sides(row, rng)]
+        self.views += [View(len(self.rows) + i, STREETS[0]) for i in range(len(self.masked))]
+
+    @staticmethod
+    def _short_sides(row: Mapping, rng: random.Random) -> Sequence[int]:
+        if row["captions"] or row["boxes"]:
+            return CAPTIONED
+        return [rng.choice(SCENES if row["source"] in SCENE_SOURCES else OBJECTS)]
+
+    def image(self, index: int) -> Image.Image:
+        """The image at a position."""
+        if index < len(self.rows):
+            return self.world[index]["image"]
+        return Image.fromarray(self._read(index)[0])
+
+    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels and labels of an image with a mask."""
+        data, i = self.masked[index - len(self.rows)]
+        return data.read(data.samples[i])
+
+    def examples(self, seed: int = 1) -> list[Example]:
+        """What is known of each view. Images of which nothing is known are left out."""
+        rng = random.Random(seed)
+        examples = []
+        for position, view in enumerate(self.views):
+            if view.image < len(self.rows):
+                example = self._named(view.image, position)
+            else:
+                example = self._filled(view, position, rng)
+            if example.name is not None or example.boxes or example.caption_names or example.filled:
+                examples.append(example)
+        return examples
+
+    def _named(self, index: int, position: int) -> Example:
+        row, find = self.rows[index], self.vocabulary.find_label
+        boxes = []
+        if row["boxes"]:
+            width, height = self.world[index]["image"].size
+            for box in row["boxes"]:
+                name, left, top = find(box["name"]), box["x"] / width, box["y"] / height
+                if name is not None:
+                    boxes.append(((top, left, top + box["height"] / height, left + box["width"] / width), name))
+        return Example(
+            row["source"],
+            position,
+            name=find(row["name"]) if row["name"] else None,
+            boxes=boxes,
+            captions=row["captions"],
+            caption_names=self.vocabulary.in_captions(row["captions"]),
+        )
+
+    def _filled(self, view: View, position: int, rng: random.Random) -> Example:
+        data, _ = self.masked[view.image - len(self.rows)]
+        labels = self._read(view.image)[1]
+        street = len(data.names) < 20
+        names = [self.vocabulary.find_label(name) for name in data.names]
+        scale = view.short_side / min(labels.shape)
+        grid = [-(-round(side * scale) // PATCH) for side in labels.shape]
+        thin = [data.names.index(name) for name in THIN if name in data.names] if street else []
+        boxes = filled_boxes(labels, len(names), grid, rng, tries=120 if street else 400, thin=thin)
+        filled = {names[label]: found for label, found in boxes.items() if names[label] is not None}
+        return Example("street" if street else "coco", position, filled=filled)
+
+
+def filled_boxes(
+    labels: np.ndarray, categories: int, grid: Sequence[int], rng: random.Random, tries: int, thin: Sequence[int] = ()
+) -> dict[int, list[Box]]:
+    """
+    Random boxes of 2 to 10 patches a side of which one category fills at least 65 %, by category.
+
+    Args:
+        labels: (H, W), -100 where unlabelled; grid: height and width in patches.
+        tries: boxes drawn. Of the `thin` categories, small boxes are taken that they fill to 35 %.
+    """
+    height, width = grid
+    shares = patch_shares(labels, categories, height, width)
+    sums = np.pad(shares.cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
+    found: dict[int, list[Box]] = {}
+    for _ in range(tries):
+        h, w = rng.randint(2, min(10, height)), rng.randint(2, min(10, width))
+        top, left = rng.randint(0, height - h), rng.randint(0, width - w)
+        bottom, right = top + h, left + w
+        inside = sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]
+        inside = inside / (h * w)
+        largest = int(inside.argmax())
+        chosen = [largest] if inside[largest] >= 0.65 else []
+        chosen += [label for label in thin if inside[label] >= 0.35 and h * w <= 12 and label not in chosen]
+        for label in chosen:
+            box = (top / height, left / width, bottom / height, right / width)
+            found.setdefault(label, []).append(box)
+    return found
+
+
+def patch_shares(labels: np.ndarray, categories: int, height: int, width: int) -> np.ndarray:
+    """The share of each category in each patch, (categories, height, width), of 4 x 4 pixels per patch."""
+    rows = np.arange(height * 4) * labels.shape[0] // (height * 4)
+    columns = np.arange(width * 4) * labels.shape[1] // (width * 4)
+    pixels = labels[rows][:, columns]
+    one_hot = pixels == np.arange(categories)[:, None, None]
+    return one_hot.reshape(categories, height, 4, width, 4).mean((2, 4))

@@ -1,0 +1,258 @@
+"""Named regions of training images, and the loss of naming their patches."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ifseg_hf.nano.examples import Box, Example
+from ifseg_hf.nano.features import FeatureCache
+from ifseg_hf.nano.vocabulary import BACKGROUND, Vocabulary
+
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+# How often images are drawn for what is known of them.
+DRAWN = {"name": 3, "box": 2, "caption": 2, "filled": 4}
+# Weights of the losses of the kinds of regions, see `region_loss`.
+WEIGHTS = {"named": 1.0, "outside": 1.0, "filled": 1.0, "caption": 0.6, "class": 0.3}
+CAPTION_SHARE = 0.15  # of an image that a name in its captions should cover
+MOST_BOXES = 8  # with more boxes, an image is likely to have objects without a box
+CLASS_PROBABILITY = 0.4  # from which on a patch is given to a class of ImageNet-1k
+
+
+@dataclass
+class Region:
+    """
+    A part of an image and its name.
+
+    Args:
+        kind: "named": a photo or a box around an object, of which some patches show something else; "filled": a box
+            that the name fills; "caption": the name is somewhere in the image; "class": a patch that ImageNet's
+            classifier names; "outside": everything outside of `boxes`.
+        boxes: one box, or those that are left out.
+        name: position in the vocabulary; weight: factor of its loss.
+    """
+
+    kind: str
+    boxes: list[Box]
+    name: int
+    weight: float = 1.0
+
+    def mask(self, height: int, width: int) -> np.ndarray:
+        """The patches of the region, bool (height, width)."""
+        mask = np.zeros((height, width), bool)
+        for top, left, bottom, right in self.boxes:
+            y, x = min(height - 1, round(top * height)), min(width - 1, round(left * width))
+            mask[y : max(y + 1, round(bottom * height)), x : max(x + 1, round(right * width))] = True
+        return ~mask if self.kind == "outside" else mask
+
+
+class RegionSampler:
+    """
+    Draws images and some of their regions.
+
+    Args:
+        examples: the images; cache: their features; vocabulary: their names; rng: source of all random choices.
+    """
+
+    def __init__(self, examples: Sequence[Example], cache: FeatureCache, vocabulary: Vocabulary, rng: random.Random):
+        self.cache, self.vocabulary, self.rng = cache, vocabulary, rng
+        self.pools: dict[str, tuple[list[list], list[float]]] = {}
+        by_name: dict[tuple, list[tuple[Example, int | None]]] = {}
+        by_category: dict[tuple, list[tuple[Example, int | None]]] = {}
+        for example in examples:
+            if example.name is not None:
+                by_name.setdefault((example.source, example.name), []).append((example, None))
+            for name in example.filled:
+                by_category.setdefault((example.source, name), []).append((example, name))
+        # Frequent names are drawn more often, but less than in proportion.
+        self._add_pool("name", list(by_name.values()), [len(group) ** 0.5 for group in by_name.values()])
+        boxes = [sum(len(example.filled[name]) for example, name in group) for group in by_category.values()]
+        weights = [n**0.35 * len(group) ** 0.5 for n, group in zip(boxes, by_category.values(), strict=True)]
+        self._add_pool("filled", list(by_category.values()), weights)
+        self._add_pool("box", [[(example, None) for example in examples if example.boxes]], [1.0])
+        self._add_pool("caption", [[(example, None) for example in examples if example.caption_names]], [1.0])
+        self.used = self._count_names(examples)
+        self.classes = torch.from_numpy(vocabulary.classes)
+        self.things = torch.from_numpy(vocabulary.things)
+        self.related = torch.from_numpy(vocabulary.related)
+
+    def _add_pool(self, kind: str, groups: list[list], weights: list[float]) -> None:
+        if groups and groups[0]:
+            self.pools[kind] = groups, weights
+
+    @staticmethod
+    def _count_names(examples: Sequence[Example]) -> dict[int, float]:
+        """Square root of the number of images of each name that has some."""
+        counts: Counter[int] = Counter()
+        for example in examples:
+            names = {*example.caption_names, *example.filled, *(name for _, name in example.boxes), example.name}
+            counts.update(name for name in names if name is not None)
+        return {name: count**0.5 for name, count in counts.items()}
+
+    def draw(self, portrait: bool) -> tuple[Example, list[Region]]:
+        """An image that is not wider than high (`portrait`) or not higher than wide, and its regions."""
+        kinds = list(self.pools)
+        while True:
+            kind = self.rng.choices(kinds, [DRAWN[k] for k in kinds])[0]
+            groups, weights = self.pools[kind]
+            example, category = self.rng.choice(self.rng.choices(groups, weights)[0])
+            height, width = self.cache[example.view].grid
+            if width <= height if portrait else height <= width:
+                break
+        regions = getattr(self, f"_{kind}_regions")(example, category)
+        if kind != "filled":
+            regions += self._class_regions(example)
+        return example, regions
+
+    def _name_regions(self, example: Example, _) -> list[Region]:
+        return [Region("named", [WHOLE], self.generalize(example.name))]
+
+    def _box_regions(self, example: Example, _) -> list[Region]:
+        chosen = self.rng.sample(example.boxes, min(5, len(example.boxes)))
+        return [Region("named", [box], self.generalize(name)) for box, name in chosen]
+
+    def _caption_regions(self, example: Example, _) -> list[Region]:
+        chosen = self.rng.sample(example.caption_names, min(5, len(example.caption_names)))
+        return [Region("caption", [WHOLE], self.generalize(name)) for name in chosen]
+
+    def _filled_regions(self, example: Example, category: int) -> list[Region]:
+        others = [name for name in example.filled if name != category]
+        names = [category, *self.rng.sample(others, min(5, len(others)))]
+        regions = []
+        for name in names:
+            boxes = example.filled[name]
+            regions += [Region("filled", [box], name) for box in self.rng.sample(boxes, min(2, len(boxes)))]
+        return regions
+
+    def _class_regions(self, example: Example) -> list[Region]:
+        """Up to 10 patches of at most 2 names that ImageNet's classifier is sure of."""
+        features = self.cache[example.view]
+        classes = features.classes.long()
+        name = self.classes[classes[0]]
+        same = self.related[name.expand_as(classes), self.classes[classes]]
+        probability = (features.probabilities.float() * same).sum(0) * self.things[classes[0]]
+        height, width = probability.shape
+        sure = (probability > CLASS_PROBABILITY).flatten().nonzero()[:, 0].tolist()
+        names: dict[int, int] = {}
+        regions = []
+        for patch in self.rng.sample(sure, min(10, len(sure))):
+            y, x = divmod(patch, width)
+            found = int(name[y, x])
+            if found not in names and len(names) == 2:
+                continue
+            general = names.setdefault(found, self.generalize(found))
+            box = (y / height, x / width, (y + 1) / height, (x + 1) / width)
+            regions.append(Region("class", [box], general, float(probability[y, x])))
+        return regions
+
+    def generalize(self, name: int) -> int:
+        """The name itself or, in 45 % of the cases, one of the names that hold for it too."""
+        if self.rng.random() < 0.55:
+            return name
+        return self.rng.choice(self.vocabulary.accepted[name].nonzero()[0].tolist())
+
+    def distractors(self, names: Sequence[int], count: int) -> list[int]:
+        """Names that are not related to `names` or to one another."""
+        found: list[int] = []
+        used, weights = list(self.used), list(self.used.values())
+        while len(found) < count:
+            known = self.rng.random() < 0.7
+            name = self.rng.choices(used, weights)[0] if known else self.rng.randrange(len(self.vocabulary))
+            if not any(self.vocabulary.related[name, other] for other in (*names, *found)):
+                found.append(name)
+        return found
+
+    def batch(
+        self, size: int, grid: tuple[int, int], background: bool = False
+    ) -> tuple[torch.Tensor, list[Example], list[list[Region]]]:
+        """
+        Images on one grid, half of them mirrored.
+
+        Args:
+            background: give surfaces, and what is outside of all boxes, the name "background".
+
+        Returns:
+            features (size, h, w, channels), the images, and the regions of each.
+        """
+        features, examples, regions = [], [], []
+        for _ in range(size):
+            example, found = self.draw(portrait=grid[0] > grid[1])
+            if background:
+                found = self._with_background(example, found)
+            joined = self.cache[example.view].joined(grid).permute(1, 2, 0)
+            if self.rng.random() < 0.5:
+                joined = joined.flip(1)
+                for region in found:
+                    region.boxes = [(top, 1 - right, bottom, 1 - left) for top, left, bottom, right in region.boxes]
+            features.append(joined)
+            examples.append(example)
+            regions.append(found)
+        return torch.stack(features), examples, regions
+
+    def _with_background(self, example: Example, regions: list[Region]) -> list[Region]:
+        """The regions with every surface named "background", as in a list of words that has things alone."""
+        background = self.vocabulary.index[BACKGROUND]
+        surfaces = self.vocabulary.accepted[:, background]
+        for region in regions:
+            if surfaces[region.name]:
+                region.name = background
+        if 0 < len(example.boxes) <= MOST_BOXES:
+            regions.append(Region("outside", [box for box, _ in example.boxes], background))
+        return regions
+
+
+def region_loss(
+    scores: torch.Tensor,
+    regions: Sequence[Sequence[Region]],
+    candidates: Sequence[int],
+    related: torch.Tensor,
+    max_patches: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    Weighted mean losses of naming the regions, by their kinds.
+
+    With P the softmax over the candidates that are not related to the region's name, and means over its patches:
+    "named" and "outside": -log mean P; "filled": the mean of that and mean -log P; "class": -log P times its weight;
+    "caption": -log min(1, mean P / 0.15).
+
+    Args:
+        scores: (batch, h, w, candidates), logits.
+        regions: those of each image; candidates: the name of each score.
+        related: bool (names, names), see [`Vocabulary`].
+        max_patches: the most patches of a region that are used, chosen at random. Default: all.
+    """
+    height, width = scores.shape[1:3]
+    position = {name: i for i, name in enumerate(candidates)}
+    rows, targets = [], []
+    flat = [(i, region) for i, found in enumerate(regions) for region in found]
+    for i, region in flat:
+        patches = torch.from_numpy(region.mask(height, width).ravel().nonzero()[0])
+        if max_patches is not None and len(patches) > max_patches:
+            patches = patches[torch.randperm(len(patches))[:max_patches]]
+        rows.append(patches + i * height * width)
+        targets.append(torch.full_like(patches, position[region.name]))
+    names = torch.as_tensor(list(candidates))
+    target = torch.cat(targets)
+    excluded = related[names[target]][:, names]
+    excluded[torch.arange(len(target)), target] = False
+    chosen = scores.flatten(0, 2)[torch.cat(rows)].float().masked_fill(excluded, -1e4)
+    log_p = chosen.log_softmax(1).gather(1, target[:, None])[:, 0]
+    losses: dict[str, list[torch.Tensor]] = {}
+    for (_, region), values in zip(flat, log_p.split([len(x) for x in rows]), strict=True):
+        if not len(values):
+            continue
+        log_mean = values.logsumexp(0) - math.log(len(values))
+        if region.kind == "filled":
+            loss = -(values.mean() + log_mean) / 2
+        elif region.kind == "caption":
+            loss = (math.log(CAPTION_SHARE) - log_mean).clamp(min=0)
+        elif region.kind == "class":
+            loss = -values.mean() * region.weight
+        else:
+            loss = -log_mean
+        losses.setdefault(region.kind, []).append(loss)
+    return {kind: WEIGHTS[kind] * torch.stack(values).mean() for kind, values in losses.items()}
