@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ifseg_hf.nano.examples import Box, Example
+from ifseg_hf.nano.examples import SCENE_SOURCES, Box, Example
 from ifseg_hf.nano.features import FeatureCache
 from ifseg_hf.nano.vocabulary import BACKGROUND, Vocabulary
 
@@ -18,7 +18,8 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 DRAWN = {"name": 3, "box": 2, "caption": 2, "filled": 4}
 # Weights of the losses of the kinds of regions, see `region_loss`.
 WEIGHTS = {"named": 1.0, "outside": 1.0, "filled": 1.0, "caption": 0.6, "class": 0.3}
-CAPTION_SHARE = 0.15  # of an image that a name in its captions should cover
+# The share of a region that its name should cover at least.
+SCENE_SHARE, OBJECT_SHARE, BOX_SHARE, CAPTION_SHARE = 0.8, 0.4, 0.6, 0.15
 MOST_BOXES = 8  # with more boxes, an image is likely to have objects without a box
 CLASS_PROBABILITY = 0.4  # from which on a patch is given to a class of ImageNet-1k
 
@@ -33,13 +34,15 @@ class Region:
             that the name fills; "caption": the name is somewhere in the image; "class": a patch that ImageNet's
             classifier names; "outside": everything outside of `boxes`.
         boxes: one box, or those that are left out.
-        name: position in the vocabulary; weight: factor of its loss.
+        name: position in the vocabulary; weight: factor of its loss; share: the part of the region that the name covers
+            at least. The loss is 0 from there on, so that the surroundings of an object may have other names.
     """
 
     kind: str
     boxes: list[Box]
     name: int
     weight: float = 1.0
+    share: float = 1.0
 
     def mask(self, height: int, width: int) -> np.ndarray:
         """The patches of the region, bool (height, width)."""
@@ -109,15 +112,16 @@ class RegionSampler:
         return example, regions
 
     def _name_regions(self, example: Example, _) -> list[Region]:
-        return [Region("named", [WHOLE], self.generalize(example.name))]
+        share = SCENE_SHARE if example.source in SCENE_SOURCES else OBJECT_SHARE
+        return [Region("named", [WHOLE], self.generalize(example.name), share=share)]
 
     def _box_regions(self, example: Example, _) -> list[Region]:
         chosen = self.rng.sample(example.boxes, min(5, len(example.boxes)))
-        return [Region("named", [box], self.generalize(name)) for box, name in chosen]
+        return [Region("named", [box], self.generalize(name), share=BOX_SHARE) for box, name in chosen]
 
     def _caption_regions(self, example: Example, _) -> list[Region]:
         chosen = self.rng.sample(example.caption_names, min(5, len(example.caption_names)))
-        return [Region("caption", [WHOLE], self.generalize(name)) for name in chosen]
+        return [Region("caption", [WHOLE], self.generalize(name), share=CAPTION_SHARE) for name in chosen]
 
     def _filled_regions(self, example: Example, category: int) -> list[Region]:
         others = [name for name in example.filled if name != category]
@@ -216,8 +220,8 @@ def region_loss(
     Weighted mean losses of naming the regions, by their kinds.
 
     With P the softmax over the candidates that are not related to the region's name, and means over its patches:
-    "named" and "outside": -log mean P; "filled": the mean of that and mean -log P; "class": -log P times its weight;
-    "caption": -log min(1, mean P / 0.15).
+    "named", "caption" and "outside": -log min(1, mean P / share); "filled": the mean of -log mean P and mean -log P;
+    "class": mean -log P times its weight.
 
     Args:
         scores: (batch, h, w, candidates), logits.
@@ -248,11 +252,9 @@ def region_loss(
         log_mean = values.logsumexp(0) - math.log(len(values))
         if region.kind == "filled":
             loss = -(values.mean() + log_mean) / 2
-        elif region.kind == "caption":
-            loss = (math.log(CAPTION_SHARE) - log_mean).clamp(min=0)
         elif region.kind == "class":
             loss = -values.mean() * region.weight
         else:
-            loss = -log_mean
+            loss = (math.log(region.share) - log_mean).clamp(min=0)
         losses.setdefault(region.kind, []).append(loss)
     return {kind: WEIGHTS[kind] * torch.stack(values).mean() for kind, values in losses.items()}
