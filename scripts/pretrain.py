@@ -50,9 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {name: value for name, value in steps.items() if value is not None}
     try:
         folder = pretrain(options.world, options.coco, options.street, options.output_dir, options.workers, **settings)
-    except ImportError as error:
-        print(f"pretrain.py: {error}", file=sys.stderr)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"pretrain.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Stopped. The same command resumes the run.", file=sys.stderr)
+        return 130
     print(f"The checkpoint is in {folder}. The state of its stages, in {folder / 'stages'}, can be deleted.")
     return 0
 

@@ -10,17 +10,18 @@ from datasets import load_dataset
 from PIL import Image
 
 from ifseg_hf.data.segmentation import SegmentationDataset, load_segmentation_dataset
-from ifseg_hf.nano.features import View
+from ifseg_hf.nano.features import View, middle
 from ifseg_hf.nano.vocabulary import Vocabulary
 
-# A box: top, left, bottom and right as fractions of the image's height and width.
+# A box: top, left, bottom and right as fractions of the height and width of the part of the image that is used.
 Box = tuple[float, float, float, float]
 
 PATCH = 16
 # Short sides in pixels at which images are seen. Scenes are seen larger than single objects, which fill their images.
 CAPTIONED, SCENES, OBJECTS, STREETS = (288, 384), (176, 224, 272), (128, 176, 224, 288), (384,)
 SCENE_SOURCES = ("corel", "intel", "weather")
-# Categories that are too thin to fill a box.
+# Boxes that are drawn in an image with a mask, and categories of streets that are too thin to fill a box.
+TRIES = {"coco": 400, "street": 120}
 THIN = ("bicyclist", "car", "fence", "pedestrian", "pole", "sign")
 
 
@@ -57,11 +58,11 @@ class TrainingImages:
     def __init__(self, world: Path, coco: Path | None, street: Path | None, vocabulary: Vocabulary, seed: int = 0):
         files = sorted(str(file) for file in Path(world).glob("*.parquet"))
         self.world = load_dataset("parquet", data_files=files, split="train")
-        self.masked: list[tuple[SegmentationDataset, int]] = []
-        for folder, split, step in ((coco, None, 2), (street, "train", 1)):
+        self.masked: list[tuple[str, SegmentationDataset, int]] = []
+        for source, folder, split, step in (("coco", coco, None, 2), ("street", street, "train", 1)):
             if folder is not None:
                 data = load_segmentation_dataset(folder, split=split)
-                self.masked += [(data, i) for i in range(0, len(data.samples), step)]
+                self.masked += [(source, data, i) for i in range(0, len(data.samples), step)]
         self.vocabulary = vocabulary
         self.views: list[View] = []
         self.rows = self.world.remove_columns("image").to_list()
@@ -84,7 +85,7 @@ class TrainingImages:
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Pixels and labels of an image with a mask."""
-        data, i = self.masked[index - len(self.rows)]
+        _, data, i = self.masked[index - len(self.rows)]
         return data.read(data.samples[i])
 
     def examples(self, seed: int = 1) -> list[Example]:
@@ -104,11 +105,11 @@ class TrainingImages:
         row, find = self.rows[index], self.vocabulary.find_label
         boxes = []
         if row["boxes"]:
-            width, height = self.world[index]["image"].size
+            used = middle(*self.world[index]["image"].size)
             for box in row["boxes"]:
-                name, left, top = find(box["name"]), box["x"] / width, box["y"] / height
-                if name is not None:
-                    boxes.append(((top, left, top + box["height"] / height, left + box["width"] / width), name))
+                name, inside = find(box["name"]), fractions(box, used)
+                if name is not None and inside is not None:
+                    boxes.append((inside, name))
         return Example(
             row["source"],
             position,
@@ -119,16 +120,32 @@ class TrainingImages:
         )
 
     def _filled(self, view: View, position: int, rng: random.Random) -> Example:
-        data, _ = self.masked[view.image - len(self.rows)]
+        source, data, _ = self.masked[view.image - len(self.rows)]
         labels = self._read(view.image)[1]
-        street = len(data.names) < 20
+        left, top, right, bottom = middle(labels.shape[1], labels.shape[0])
+        labels = labels[top:bottom, left:right]
         names = [self.vocabulary.find_label(name) for name in data.names]
         scale = view.short_side / min(labels.shape)
         grid = [-(-round(side * scale) // PATCH) for side in labels.shape]
-        thin = [data.names.index(name) for name in THIN if name in data.names] if street else []
-        boxes = filled_boxes(labels, len(names), grid, rng, tries=120 if street else 400, thin=thin)
+        thin = [data.names.index(name) for name in THIN if name in data.names] if source == "street" else []
+        boxes = filled_boxes(labels, len(names), grid, rng, TRIES[source], thin)
         filled = {names[label]: found for label, found in boxes.items() if names[label] is not None}
-        return Example("street" if street else "coco", position, filled=filled)
+        return Example(source, position, filled=filled)
+
+
+def fractions(box: Mapping[str, float], used: tuple[int, int, int, int]) -> Box | None:
+    """
+    A box in pixels as fractions of the part of its image that is used; `None` if the box is outside of that part.
+
+    Args:
+        box: `x`, `y`, `width` and `height`; used: left, top, right and bottom.
+    """
+    left, top, right, bottom = used
+    width, height = right - left, bottom - top
+    x, y = max(0, (box["x"] - left) / width), max(0, (box["y"] - top) / height)
+    x_end = min(1, (box["x"] + box["width"] - left) / width)
+    y_end = min(1, (box["y"] + box["height"] - top) / height)
+    return (y, x, y_end, x_end) if x < x_end and y < y_end else None
 
 
 def filled_boxes(

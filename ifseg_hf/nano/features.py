@@ -62,13 +62,22 @@ class Features:
 
 
 def crop_middle(image: Image.Image) -> Image.Image:
-    """The middle of an image, twice as long as it is wide, if the image is longer than [`MAX_RATIO`] allows."""
-    width, height = image.size
+    """The part of an image that is used, see [`middle`]."""
+    used = middle(*image.size)
+    return image if used == (0, 0, *image.size) else image.crop(used)
+
+
+def middle(width: int, height: int) -> tuple[int, int, int, int]:
+    """
+    Left, top, right and bottom of the part that is used of an image.
+
+    It is the whole image or, if its sides differ by a factor above [`MAX_RATIO`], the middle with a ratio of 2.
+    """
     if max(width, height) <= MAX_RATIO * min(width, height):
-        return image
-    new = min(width, 2 * height), min(height, 2 * width)
-    left, top = (width - new[0]) // 2, (height - new[1]) // 2
-    return image.crop((left, top, left + new[0], top + new[1]))
+        return 0, 0, width, height
+    new_width, new_height = min(width, 2 * height), min(height, 2 * width)
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return left, top, left + new_width, top + new_height
 
 
 def pixel_values(image: Image.Image, short_side: int) -> torch.Tensor:

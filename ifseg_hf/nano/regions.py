@@ -92,8 +92,8 @@ class RegionSampler:
         """Square root of the number of images of each name that has some."""
         counts: Counter[int] = Counter()
         for example in examples:
-            names = {*example.caption_names, *example.filled, *(name for _, name in example.boxes), example.name}
-            counts.update(name for name in names if name is not None)
+            names = {*example.caption_names, *example.filled, *(name for _, name in example.boxes)}
+            counts.update(sorted(names if example.name is None else names | {example.name}))
         return {name: count**0.5 for name, count in counts.items()}
 
     def draw(self, portrait: bool) -> tuple[Example, list[Region]]:

@@ -80,7 +80,8 @@ class Vocabulary:
         classes, words = _rows("imagenet.csv"), _rows("words.csv")
         parents: dict[str, set[str]] = {}
         for row in [*classes, *words]:
-            others = {part for part in row["parents"].split(";") if part and part != row["name"]}
+            # a list: the order of a set of strings, and so of the names, differs between processes
+            others = [part for part in row["parents"].split(";") if part and part != row["name"]]
             parents.setdefault(row["name"], set()).update(others)
             for other in others:
                 parents.setdefault(other, set())

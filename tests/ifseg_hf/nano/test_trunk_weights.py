@@ -5,62 +5,32 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from pretraining_data import DEPTHS, SIZES, STEM, published_lite_state, save_lite_package
 from torch import nn
 
 from ifseg_hf.modeling import OFAConfig
 from ifseg_hf.modeling.trunk_ofa import OFAEfficientNetLiteTrunk
 from ifseg_hf.nano.trunk_weights import LITE2, load_efficientnet_lite, load_efficientnet_lite_classifier
 
-SIZES, DEPTHS = (4, 6, 6, 8, 8, 10, 12), (1, 2, 1, 1, 2, 1, 1)
 LITE2_SIZES, LITE2_DEPTHS = (16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1)
 
 
-def make_trunk(stem: int = 6, sizes=SIZES, depths=DEPTHS) -> OFAEfficientNetLiteTrunk:
+def make_trunk(stem: int = STEM, sizes=SIZES, depths=DEPTHS) -> OFAEfficientNetLiteTrunk:
     config = OFAConfig(
         trunk_type="efficientnet_lite", trunk_embedding_size=stem, trunk_hidden_sizes=sizes, trunk_depths=depths
     )
     return OFAEfficientNetLiteTrunk(config).eval()
 
 
-def published_state() -> dict[str, torch.Tensor]:
-    """Random tensors of a small network under the published names."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-
-    def add(conv: str, norm: str, *shape: int):
-        state[f"{conv}.weight"] = torch.randn(*shape, generator=generator)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            state[f"{norm}.{name}"] = torch.rand(shape[0], generator=generator) + 0.5
-        state[f"{norm}.num_batches_tracked"] = torch.tensor(0)
-
-    add("_conv_stem", "_bn0", 6, 3, 3, 3)
-    number, channels = 0, 6
-    for stage, (size, depth, kernel) in enumerate(zip(SIZES, DEPTHS, (3, 3, 5, 3, 5, 5, 3), strict=True)):
-        for _ in range(depth):
-            block, width = f"_blocks.{number}", channels if stage == 0 else 6 * channels
-            if stage:
-                add(f"{block}._expand_conv", f"{block}._bn0", width, channels, 1, 1)
-            add(f"{block}._depthwise_conv", f"{block}._bn1", width, 1, kernel, kernel)
-            add(f"{block}._project_conv", f"{block}._bn2", size, width, 1, 1)
-            number, channels = number + 1, size
-    add("_conv_head", "_bn1", 20, 12, 1, 1)
-    state |= {"_fc.weight": torch.randn(5, 20, generator=generator), "_fc.bias": torch.randn(5, generator=generator)}
-    return state
-
-
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """The name of an importable package with `published_state`; importing it would raise."""
-    folder = tmp_path / "some_lite_weights"
-    (folder / "models").mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
-    torch.save(published_state(), folder / "models" / "weights.pth")
+    """The name of an importable package with `published_lite_state`; importing it would raise."""
     monkeypatch.syspath_prepend(tmp_path)
-    return folder.name
+    return save_lite_package(tmp_path, "some_lite_weights", classes=5)
 
 
 def test_weights_are_loaded_by_their_published_names(package):
-    trunk, state = load_efficientnet_lite(make_trunk(), package), published_state()
+    trunk, state = load_efficientnet_lite(make_trunk(), package), published_lite_state()
     assert torch.equal(trunk.stem_norm.running_var, state["_bn0.running_var"])
     assert torch.equal(trunk.stages[0][0].depthwise_norm.bias, state["_blocks.0._bn1.bias"])
     assert torch.equal(trunk.stages[1][1].expand_conv.weight, state["_blocks.2._expand_conv.weight"])
@@ -69,7 +39,7 @@ def test_weights_are_loaded_by_their_published_names(package):
 
 
 def test_classifier_gives_logits_of_each_patch(package):
-    classifier, state = load_efficientnet_lite_classifier(package), published_state()
+    classifier, state = load_efficientnet_lite_classifier(package), published_lite_state()
     features = torch.randn(2, 12, 3, 4)
     found = classifier(features)
     norm = nn.BatchNorm2d(20, eps=1e-3).eval()
