@@ -209,12 +209,48 @@ class RegionSampler:
         return regions
 
 
+@dataclass
+class Selection:
+    """
+    The patches of the regions of a batch.
+
+    Args:
+        regions: all regions, image by image.
+        rows: for each region, its patches as rows of the (batch * h * w) patches of the batch.
+    """
+
+    regions: list[Region]
+    rows: list[torch.Tensor]
+
+    @property
+    def indices(self) -> torch.Tensor:
+        """The rows of all regions, one after another."""
+        return torch.cat(self.rows)
+
+
+def select_patches(
+    regions: Sequence[Sequence[Region]], height: int, width: int, max_patches: int | None = None
+) -> Selection:
+    """
+    The patches of the regions of each image. Regions without patches are left out.
+
+    Args:
+        max_patches: the most patches of a region, chosen at random. Default: all.
+    """
+    selection = Selection([], [])
+    for i, found in enumerate(regions):
+        for region in found:
+            patches = torch.from_numpy(region.mask(height, width).ravel().nonzero()[0])
+            if max_patches is not None and len(patches) > max_patches:
+                patches = patches[torch.randperm(len(patches))[:max_patches]]
+            if len(patches):
+                selection.regions.append(region)
+                selection.rows.append(patches + i * height * width)
+    return selection
+
+
 def region_loss(
-    scores: torch.Tensor,
-    regions: Sequence[Sequence[Region]],
-    candidates: Sequence[int],
-    related: torch.Tensor,
-    max_patches: int | None = None,
+    scores: torch.Tensor, selection: Selection, candidates: Sequence[int], related: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """
     Weighted mean losses of naming the regions, by their kinds.
@@ -224,31 +260,21 @@ def region_loss(
     "class": mean -log P times its weight.
 
     Args:
-        scores: (batch, h, w, candidates), logits.
-        regions: those of each image; candidates: the name of each score.
+        scores: (patches, candidates), logits of `selection.indices`.
+        candidates: the name of each column of `scores`, those of all regions among them.
         related: bool (names, names), see [`Vocabulary`].
-        max_patches: the most patches of a region that are used, chosen at random. Default: all.
     """
-    height, width = scores.shape[1:3]
     position = {name: i for i, name in enumerate(candidates)}
-    rows, targets = [], []
-    flat = [(i, region) for i, found in enumerate(regions) for region in found]
-    for i, region in flat:
-        patches = torch.from_numpy(region.mask(height, width).ravel().nonzero()[0])
-        if max_patches is not None and len(patches) > max_patches:
-            patches = patches[torch.randperm(len(patches))[:max_patches]]
-        rows.append(patches + i * height * width)
-        targets.append(torch.full_like(patches, position[region.name]))
+    sizes = [len(rows) for rows in selection.rows]
+    target = torch.tensor([position[region.name] for region in selection.regions]).repeat_interleave(
+        torch.tensor(sizes)
+    )
     names = torch.as_tensor(list(candidates))
-    target = torch.cat(targets)
     excluded = related[names[target]][:, names]
     excluded[torch.arange(len(target)), target] = False
-    chosen = scores.flatten(0, 2)[torch.cat(rows)].float().masked_fill(excluded, -1e4)
-    log_p = chosen.log_softmax(1).gather(1, target[:, None])[:, 0]
+    log_p = scores.float().masked_fill(excluded, -1e4).log_softmax(1).gather(1, target[:, None])[:, 0]
     losses: dict[str, list[torch.Tensor]] = {}
-    for (_, region), values in zip(flat, log_p.split([len(x) for x in rows]), strict=True):
-        if not len(values):
-            continue
+    for region, values in zip(selection.regions, log_p.split(sizes), strict=True):
         log_mean = values.logsumexp(0) - math.log(len(values))
         if region.kind == "filled":
             loss = -(values.mean() + log_mean) / 2
