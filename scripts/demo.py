@@ -3,7 +3,8 @@
     python scripts/demo.py
     python scripts/demo.py --image cat.jpg --categories "cat, sofa, wall"
 
-Without --image, the images are a palace (scikit-learn), a cat and a cup of coffee (scikit-image).
+Without --image, the images are a palace and a flower (scikit-learn), a cat, a cup of coffee and a motorcycle
+(scikit-image).
 """
 
 import argparse
@@ -18,7 +19,7 @@ SETTINGS = Path(__file__).resolve().parent / "configs" / "nano.yaml"
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tunes the embedded checkpoint on words, then segments images.")
     parser.add_argument(
-        "--image", action="append", help="an image file; may be repeated (default: three bundled images)"
+        "--image", action="append", help="an image file; may be repeated (default: five bundled images)"
     )
     parser.add_argument("--categories", help=f"comma-separated words, or a file of words (default: {SETTINGS.name}'s)")
     parser.add_argument("--steps", type=int, help=f"steps of tuning (default: {SETTINGS.name}'s)")
@@ -36,7 +37,13 @@ def bundled_images() -> dict:
     import skimage.data
     from sklearn.datasets import load_sample_image
 
-    return {"palace": load_sample_image("china.jpg"), "cat": skimage.data.chelsea(), "coffee": skimage.data.coffee()}
+    return {
+        "palace": load_sample_image("china.jpg"),
+        "flower": load_sample_image("flower.jpg"),
+        "cat": skimage.data.chelsea(),
+        "coffee": skimage.data.coffee(),
+        "motorcycle": skimage.data.stereo_motorcycle()[0],
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -43,8 +43,9 @@ ALIGNMENT_TEMPERATURE = 0.07
 ALIGNMENT_WEIGHT, CAPTION_WEIGHT, INFILLING_WEIGHT = 0.5, 0.3, 0.2
 CAPTIONED_IMAGES, SENTENCES = 3, 6
 BACKGROUND_SHARE = 0.3  # of the steps in which surfaces are called "background"
-# Grids of a batch; most images are wider than high.
+# Grids of a batch; most images are wider than high. Large grids are those of images at their full size.
 GRIDS = [(14, 18)] * 4 + [(18, 14)] * 2 + [(16, 16)] * 3 + [(18, 24)] * 2 + [(24, 18)]
+LARGE_GRIDS, LARGE_SHARE = [(24, 32), (24, 32), (24, 24), (32, 24)], 0.4
 
 
 @dataclass
@@ -54,17 +55,18 @@ class PretrainingConfig:
 
     Args:
         alignment_steps, alignment_images, alignment_learning_rate: steps, images in a step, and learning rate of the
-            second stage; steps, images, learning_rate: those of the third.
+            second stage; steps, images, learning_rate: those of the third, whose steps have at most so many `patches`.
         projection_scale: learning rate of projection and token embeddings in the third stage, as a share.
         weight_decay: of both stages; warmup: steps over which the learning rates rise; they fall as a cosine.
         save_every: steps between two files of the state, from which a stopped run resumes.
     """
 
-    alignment_steps: int = 700
+    alignment_steps: int = 600
     alignment_images: int = 24
     alignment_learning_rate: float = 2e-3
-    steps: int = 800
+    steps: int = 700
     images: int = 10
+    patches: int = 2600
     learning_rate: float = 5e-4
     projection_scale: float = 0.2
     weight_decay: float = 0.02
@@ -242,8 +244,9 @@ class Pretraining:
         sampler = self._sampler("vision-language", step)
         rng = sampler.rng
         background = rng.random() < BACKGROUND_SHARE
-        grid = rng.choice(GRIDS)
-        features, examples, regions = sampler.batch(self.config.images, grid, background)
+        grid = rng.choice(LARGE_GRIDS if rng.random() < LARGE_SHARE else GRIDS)
+        count = max(1, min(self.config.images, self.config.patches // math.prod(grid)))
+        features, examples, regions = sampler.batch(count, grid, background)
         selection = select_patches(regions, *grid)
         names = list(dict.fromkeys(region.name for found in regions for region in found))
         if not background:

@@ -20,6 +20,7 @@ DRAWN = {"name": 3, "box": 2, "caption": 2, "filled": 4}
 WEIGHTS = {"named": 1.0, "outside": 1.0, "filled": 1.0, "caption": 0.6, "class": 0.3}
 # The share of a region that its name should cover at least.
 SCENE_SHARE, OBJECT_SHARE, BOX_SHARE, CAPTION_SHARE = 0.8, 0.4, 0.6, 0.15
+FILLED_SHARE = 0.75  # of the patches of a filled box that are sure to show its category
 MOST_BOXES = 8  # with more boxes, an image is likely to have objects without a box
 CLASS_PROBABILITY = 0.4  # from which on a patch is given to a class of ImageNet-1k
 
@@ -256,8 +257,8 @@ def region_loss(
     Weighted mean losses of naming the regions, by their kinds.
 
     With P the softmax over the candidates that are not related to the region's name, and means over its patches:
-    "named", "caption" and "outside": -log min(1, mean P / share); "filled": the mean of -log mean P and mean -log P;
-    "class": mean -log P times its weight.
+    "named", "caption" and "outside": -log min(1, mean P / share); "filled": the mean of -log P over the 75 % of the
+    patches where it is lowest, since a few patches show something else; "class": mean -log P times its weight.
 
     Args:
         scores: (patches, candidates), logits of `selection.indices`.
@@ -277,7 +278,7 @@ def region_loss(
     for region, values in zip(selection.regions, log_p.split(sizes), strict=True):
         log_mean = values.logsumexp(0) - math.log(len(values))
         if region.kind == "filled":
-            loss = -(values.mean() + log_mean) / 2
+            loss = -values.sort(descending=True).values[: math.ceil(FILLED_SHARE * len(values))].mean()
         elif region.kind == "class":
             loss = -values.mean() * region.weight
         else:
