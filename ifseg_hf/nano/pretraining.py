@@ -29,7 +29,7 @@ from ifseg_hf.nano.configuration import LONG_SIDE, SHORT_SIDE, nano_config
 from ifseg_hf.nano.examples import Example, TrainingImages
 from ifseg_hf.nano.features import FeatureCache, image_processor
 from ifseg_hf.nano.initialization import begin_as_lookup
-from ifseg_hf.nano.regions import RegionSampler, region_loss
+from ifseg_hf.nano.regions import RegionSampler, region_loss, select_patches
 from ifseg_hf.nano.texts import Texts, train_tokenizer
 from ifseg_hf.nano.trunk_weights import load_efficientnet_lite
 from ifseg_hf.nano.vocabulary import Vocabulary
@@ -197,9 +197,12 @@ class Pretraining:
 
         def loss(step: int) -> dict[str, torch.Tensor]:
             sampler = self._sampler("alignment", step)
-            features, _, regions = sampler.batch(config.alignment_images, sampler.rng.choice(GRIDS))
-            scores = cosine(self.projection(features), self._names(self.embedding())) / self.temperature.exp()
-            return region_loss(scores, regions, range(len(self.vocabulary)), self.related, max_patches=40)
+            grid = sampler.rng.choice(GRIDS)
+            features, _, regions = sampler.batch(config.alignment_images, grid)
+            selection = select_patches(regions, *grid, max_patches=40)
+            patches = self.projection(features.flatten(0, 2)[selection.indices])
+            scores = cosine(patches, self._names(self.embedding())) / self.temperature.exp()
+            return region_loss(scores, selection, range(len(self.vocabulary)), self.related)
 
         self._run("alignment", config.alignment_steps, modules, optimizer, parameters, loss)
 
@@ -239,7 +242,9 @@ class Pretraining:
         sampler = self._sampler("vision-language", step)
         rng = sampler.rng
         background = rng.random() < BACKGROUND_SHARE
-        features, examples, regions = sampler.batch(self.config.images, rng.choice(GRIDS), background)
+        grid = rng.choice(GRIDS)
+        features, examples, regions = sampler.batch(self.config.images, grid, background)
+        selection = select_patches(regions, *grid)
         names = list(dict.fromkeys(region.name for found in regions for region in found))
         if not background:
             names += sampler.distractors(names, rng.randint(0, 6))
@@ -250,10 +255,9 @@ class Pretraining:
         prompt = self.prompts.encode([self.vocabulary.names[name] for name in names])["prompt_ids"]
         encoded = self.backbone.encode(torch.tensor([prompt]), image_tokens=patches)
         decoded = self.backbone.decode_patches(encoded).last_hidden_state
-        scores = (decoded @ words.T).unflatten(1, patches.shape[1:3])
-        losses = region_loss(scores, regions, names, self.related)
-        aligned = cosine(patches, words) / ALIGNMENT_TEMPERATURE
-        for kind, loss in region_loss(aligned, regions, names, self.related).items():
+        losses = region_loss(decoded.flatten(0, 1)[selection.indices] @ words.T, selection, names, self.related)
+        aligned = cosine(patches.flatten(0, 2)[selection.indices], words) / ALIGNMENT_TEMPERATURE
+        for kind, loss in region_loss(aligned, selection, names, self.related).items():
             losses[f"aligned {kind}"] = ALIGNMENT_WEIGHT * loss
         return losses | self._text_losses(patches, examples, rng)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ifseg_hf.nano.examples import Box, Example
+from ifseg_hf.nano.examples import SCENE_SOURCES, Box, Example
 from ifseg_hf.nano.features import FeatureCache
 from ifseg_hf.nano.vocabulary import BACKGROUND, Vocabulary
 
@@ -18,7 +18,8 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 DRAWN = {"name": 3, "box": 2, "caption": 2, "filled": 4}
 # Weights of the losses of the kinds of regions, see `region_loss`.
 WEIGHTS = {"named": 1.0, "outside": 1.0, "filled": 1.0, "caption": 0.6, "class": 0.3}
-CAPTION_SHARE = 0.15  # of an image that a name in its captions should cover
+# The share of a region that its name should cover at least.
+SCENE_SHARE, OBJECT_SHARE, BOX_SHARE, CAPTION_SHARE = 0.8, 0.4, 0.6, 0.15
 MOST_BOXES = 8  # with more boxes, an image is likely to have objects without a box
 CLASS_PROBABILITY = 0.4  # from which on a patch is given to a class of ImageNet-1k
 
@@ -33,13 +34,15 @@ class Region:
             that the name fills; "caption": the name is somewhere in the image; "class": a patch that ImageNet's
             classifier names; "outside": everything outside of `boxes`.
         boxes: one box, or those that are left out.
-        name: position in the vocabulary; weight: factor of its loss.
+        name: position in the vocabulary; weight: factor of its loss; share: the part of the region that the name covers
+            at least. The loss is 0 from there on, so that the surroundings of an object may have other names.
     """
 
     kind: str
     boxes: list[Box]
     name: int
     weight: float = 1.0
+    share: float = 1.0
 
     def mask(self, height: int, width: int) -> np.ndarray:
         """The patches of the region, bool (height, width)."""
@@ -109,15 +112,16 @@ class RegionSampler:
         return example, regions
 
     def _name_regions(self, example: Example, _) -> list[Region]:
-        return [Region("named", [WHOLE], self.generalize(example.name))]
+        share = SCENE_SHARE if example.source in SCENE_SOURCES else OBJECT_SHARE
+        return [Region("named", [WHOLE], self.generalize(example.name), share=share)]
 
     def _box_regions(self, example: Example, _) -> list[Region]:
         chosen = self.rng.sample(example.boxes, min(5, len(example.boxes)))
-        return [Region("named", [box], self.generalize(name)) for box, name in chosen]
+        return [Region("named", [box], self.generalize(name), share=BOX_SHARE) for box, name in chosen]
 
     def _caption_regions(self, example: Example, _) -> list[Region]:
         chosen = self.rng.sample(example.caption_names, min(5, len(example.caption_names)))
-        return [Region("caption", [WHOLE], self.generalize(name)) for name in chosen]
+        return [Region("caption", [WHOLE], self.generalize(name), share=CAPTION_SHARE) for name in chosen]
 
     def _filled_regions(self, example: Example, category: int) -> list[Region]:
         others = [name for name in example.filled if name != category]
@@ -205,54 +209,78 @@ class RegionSampler:
         return regions
 
 
+@dataclass
+class Selection:
+    """
+    The patches of the regions of a batch.
+
+    Args:
+        regions: all regions, image by image.
+        rows: for each region, its patches as rows of the (batch * h * w) patches of the batch.
+    """
+
+    regions: list[Region]
+    rows: list[torch.Tensor]
+
+    @property
+    def indices(self) -> torch.Tensor:
+        """The rows of all regions, one after another."""
+        return torch.cat(self.rows)
+
+
+def select_patches(
+    regions: Sequence[Sequence[Region]], height: int, width: int, max_patches: int | None = None
+) -> Selection:
+    """
+    The patches of the regions of each image. Regions without patches are left out.
+
+    Args:
+        max_patches: the most patches of a region, chosen at random. Default: all.
+    """
+    selection = Selection([], [])
+    for i, found in enumerate(regions):
+        for region in found:
+            patches = torch.from_numpy(region.mask(height, width).ravel().nonzero()[0])
+            if max_patches is not None and len(patches) > max_patches:
+                patches = patches[torch.randperm(len(patches))[:max_patches]]
+            if len(patches):
+                selection.regions.append(region)
+                selection.rows.append(patches + i * height * width)
+    return selection
+
+
 def region_loss(
-    scores: torch.Tensor,
-    regions: Sequence[Sequence[Region]],
-    candidates: Sequence[int],
-    related: torch.Tensor,
-    max_patches: int | None = None,
+    scores: torch.Tensor, selection: Selection, candidates: Sequence[int], related: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """
     Weighted mean losses of naming the regions, by their kinds.
 
     With P the softmax over the candidates that are not related to the region's name, and means over its patches:
-    "named" and "outside": -log mean P; "filled": the mean of that and mean -log P; "class": -log P times its weight;
-    "caption": -log min(1, mean P / 0.15).
+    "named", "caption" and "outside": -log min(1, mean P / share); "filled": the mean of -log mean P and mean -log P;
+    "class": mean -log P times its weight.
 
     Args:
-        scores: (batch, h, w, candidates), logits.
-        regions: those of each image; candidates: the name of each score.
+        scores: (patches, candidates), logits of `selection.indices`.
+        candidates: the name of each column of `scores`, those of all regions among them.
         related: bool (names, names), see [`Vocabulary`].
-        max_patches: the most patches of a region that are used, chosen at random. Default: all.
     """
-    height, width = scores.shape[1:3]
     position = {name: i for i, name in enumerate(candidates)}
-    rows, targets = [], []
-    flat = [(i, region) for i, found in enumerate(regions) for region in found]
-    for i, region in flat:
-        patches = torch.from_numpy(region.mask(height, width).ravel().nonzero()[0])
-        if max_patches is not None and len(patches) > max_patches:
-            patches = patches[torch.randperm(len(patches))[:max_patches]]
-        rows.append(patches + i * height * width)
-        targets.append(torch.full_like(patches, position[region.name]))
+    sizes = [len(rows) for rows in selection.rows]
+    target = torch.tensor([position[region.name] for region in selection.regions]).repeat_interleave(
+        torch.tensor(sizes)
+    )
     names = torch.as_tensor(list(candidates))
-    target = torch.cat(targets)
     excluded = related[names[target]][:, names]
     excluded[torch.arange(len(target)), target] = False
-    chosen = scores.flatten(0, 2)[torch.cat(rows)].float().masked_fill(excluded, -1e4)
-    log_p = chosen.log_softmax(1).gather(1, target[:, None])[:, 0]
+    log_p = scores.float().masked_fill(excluded, -1e4).log_softmax(1).gather(1, target[:, None])[:, 0]
     losses: dict[str, list[torch.Tensor]] = {}
-    for (_, region), values in zip(flat, log_p.split([len(x) for x in rows]), strict=True):
-        if not len(values):
-            continue
+    for region, values in zip(selection.regions, log_p.split(sizes), strict=True):
         log_mean = values.logsumexp(0) - math.log(len(values))
         if region.kind == "filled":
             loss = -(values.mean() + log_mean) / 2
-        elif region.kind == "caption":
-            loss = (math.log(CAPTION_SHARE) - log_mean).clamp(min=0)
         elif region.kind == "class":
             loss = -values.mean() * region.weight
         else:
-            loss = -log_mean
+            loss = (math.log(region.share) - log_mean).clamp(min=0)
         losses.setdefault(region.kind, []).append(loss)
     return {kind: WEIGHTS[kind] * torch.stack(values).mean() for kind, values in losses.items()}
