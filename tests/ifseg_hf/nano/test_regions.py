@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 from ifseg_hf.nano.examples import Example
 from ifseg_hf.nano.features import Features
 from ifseg_hf.nano.regions import (
+    BOX_SHARE,
     CAPTION_SHARE,
     CLASS_PROBABILITY,
     MOST_BOXES,
+    OBJECT_SHARE,
+    SCENE_SHARE,
     WEIGHTS,
     WHOLE,
     Region,
     RegionSampler,
     region_loss,
+    select_patches,
 )
 from ifseg_hf.nano.vocabulary import BACKGROUND, Vocabulary
 
@@ -118,16 +122,28 @@ def test_images_have_the_orientation_of_the_grid():
     assert {sampler.draw(portrait=False)[0].view for _ in range(30)} == {0, 2}
 
 
+@pytest.mark.parametrize(("portrait", "shape"), [(True, "wider than high"), (False, "higher than wide")])
+def test_images_of_one_orientation_alone_are_refused(portrait, shape):
+    sampler = make_sampler(Example("animals", 0, name=CAT), cache=[make_features(*((8, 12) if portrait else (12, 8)))])
+    with pytest.raises(ValueError, match=f"training images that were drawn are {shape}: add other"):
+        sampler.draw(portrait)
+
+
 def test_each_kind_of_example_has_its_regions():
     example = Example("coco", 0, boxes=[(LEFT, CAT)], captions=["sky"], caption_names=[SKY])
     found = [make_sampler(example, seed=seed).draw(False)[1] for seed in range(30)]
     assert all(len(regions) == 1 for regions in found)
-    assert {(region.kind, *region.boxes) for regions in found for region in regions} == {
-        ("named", LEFT),
-        ("caption", WHOLE),
+    assert {(region.kind, *region.boxes, region.share) for [region] in found} == {
+        ("named", LEFT, BOX_SHARE),
+        ("caption", WHOLE, CAPTION_SHARE),
     }
-    [region] = make_sampler(Example("animals", 0, name=CAT)).draw(False)[1]
-    assert (region.kind, region.boxes) == ("named", [WHOLE])
+
+
+@pytest.mark.parametrize(("source", "share"), [("animals", OBJECT_SHARE), ("intel", SCENE_SHARE)])
+def test_scenes_fill_more_of_their_images_than_objects(source, share):
+    [region] = make_sampler(Example(source, 0, name=SEA)).draw(False)[1]
+    assert (region.kind, region.boxes, region.share) == ("named", [WHOLE], share)
+    assert SCENE_SHARE > OBJECT_SHARE
 
 
 def test_names_are_sometimes_replaced_by_what_holds_too():
@@ -212,6 +228,12 @@ CANDIDATES = [CAT, DOG, ANIMAL, SKY, CAR]
 RELATED = torch.from_numpy(VOCABULARY.related)
 
 
+def loss_of(scores: torch.Tensor, regions: list[list[Region]], **options) -> dict[str, torch.Tensor]:
+    """The losses of regions in images, from the logits of all patches, (batch, h, w, candidates)."""
+    selection = select_patches(regions, *scores.shape[1:3], **options)
+    return region_loss(scores.flatten(0, 2)[selection.indices], selection, CANDIDATES, RELATED)
+
+
 def expected_loss(scores: torch.Tensor, region: Region) -> float:
     """The loss of a region in an image (h, w, candidates), patch by patch, without its kind's weight."""
     probabilities = []
@@ -222,18 +244,18 @@ def expected_loss(scores: torch.Tensor, region: Region) -> float:
     mean = np.mean(probabilities)
     if region.kind == "filled":
         return -(np.mean(np.log(probabilities)) + np.log(mean)) / 2
-    if region.kind == "caption":
-        return -math.log(min(1, mean / CAPTION_SHARE))
-    return -np.mean(np.log(probabilities)) * region.weight if region.kind == "class" else -np.log(mean)
+    if region.kind == "class":
+        return -np.mean(np.log(probabilities)) * region.weight
+    return -math.log(min(1, mean / region.share))
 
 
 @pytest.mark.parametrize("kind", list(WEIGHTS))
 def test_loss_of_each_kind_equals_its_definition(kind):
     scores = 3 * torch.randn(2, 3, 4, len(CANDIDATES), generator=torch.Generator().manual_seed(0))
     scores[..., 3] -= 3
-    first = [Region(kind, [LEFT], DOG, 0.7), Region(kind, [(0, 0.25, 0.7, 1)], SKY, 0.5)]
-    regions = [first, [Region(kind, [RIGHT], CAR)]]
-    found = region_loss(scores, regions, CANDIDATES, RELATED)
+    first = [Region(kind, [LEFT], DOG, 0.7, 0.9), Region(kind, [(0, 0.25, 0.7, 1)], SKY, 0.5)]
+    regions = [first, [Region(kind, [RIGHT], CAR, share=0.01)]]
+    found = loss_of(scores, regions)
     expected = [expected_loss(scores[i], region) for i, image in enumerate(regions) for region in image]
     assert list(found) == [kind]
     assert min(expected) >= 0
@@ -244,43 +266,44 @@ def test_loss_of_each_kind_equals_its_definition(kind):
 def test_kinds_have_separate_losses():
     scores = torch.randn(1, 3, 4, len(CANDIDATES), generator=torch.Generator().manual_seed(0))
     regions = [Region("named", [LEFT], DOG), Region("filled", [RIGHT], SKY)]
-    found = region_loss(scores, [regions], CANDIDATES, RELATED)
+    found = loss_of(scores, [regions])
     assert found.keys() == {"named", "filled"}
     for region in regions:
-        alone = region_loss(scores, [[region]], CANDIDATES, RELATED)
+        alone = loss_of(scores, [[region]])
         assert found[region.kind].item() == pytest.approx(alone[region.kind].item())
 
 
 def test_related_names_are_never_compared():
     scores = torch.zeros(1, 2, 2, len(CANDIDATES), requires_grad=True)
-    region_loss(scores, [[Region("filled", [WHOLE], DOG)]], CANDIDATES, RELATED)["filled"].backward()
+    loss_of(scores, [[Region("filled", [WHOLE], DOG)]])["filled"].backward()
     gradient = scores.grad[0].sum((0, 1))
     assert gradient[CANDIDATES.index(ANIMAL)] == 0
     assert gradient[CANDIDATES.index(DOG)] < 0
     assert all(gradient[CANDIDATES.index(name)] > 0 for name in (CAT, SKY, CAR))
 
 
-def test_a_caption_is_satisfied_by_a_share_of_the_image():
+@pytest.mark.parametrize("kind", ["named", "caption", "outside"])
+def test_a_name_is_satisfied_by_a_share_of_its_region(kind):
     scores = torch.zeros(1, 10, 10, len(CANDIDATES))
-    region = Region("caption", [WHOLE], SKY)
+    region = Region(kind, [WHOLE] if kind != "outside" else [], SKY, share=0.15)
     scores[..., 0] = 20
     losses = []
     for columns in (1, 2):
         scores[:, :, :columns, 3] = 40
-        losses.append(region_loss(scores, [[region]], CANDIDATES, RELATED)["caption"].item())
-    assert losses == pytest.approx([WEIGHTS["caption"] * math.log(CAPTION_SHARE / 0.1), 0], abs=1e-4)
+        losses.append(loss_of(scores, [[region]])[kind].item())
+    assert losses == pytest.approx([WEIGHTS[kind] * math.log(0.15 / 0.1), 0], abs=1e-4)
 
 
 def test_an_empty_region_has_no_loss():
     scores = torch.zeros(1, 4, 4, len(CANDIDATES))
     outside, named = Region("outside", [WHOLE], SKY), Region("named", [LEFT], CAR)
-    assert region_loss(scores, [[outside, named]], CANDIDATES, RELATED).keys() == {"named"}
+    assert loss_of(scores, [[outside, named]]).keys() == {"named"}
 
 
 def test_at_most_max_patches_of_a_region_are_used():
     scores = torch.zeros(1, 6, 6, len(CANDIDATES), requires_grad=True)
     regions = [[Region("named", [WHOLE], CAT), Region("named", [(0, 0, 0.1, 0.3)], SKY)]]
-    region_loss(scores, regions, CANDIDATES, RELATED, max_patches=5)["named"].backward()
+    loss_of(scores, regions, max_patches=5)["named"].backward()
     used = scores.grad[0].abs().sum(2) > 0
     assert used[0, :2].all()
     assert 5 <= used.sum() <= 7
