@@ -22,6 +22,7 @@ WEIGHTS = {"named": 1.0, "outside": 1.0, "filled": 1.0, "caption": 0.6, "class":
 SCENE_SHARE, OBJECT_SHARE, BOX_SHARE, CAPTION_SHARE = 0.8, 0.4, 0.6, 0.15
 FILLED_SHARE = 0.75  # of the patches of a filled box that are sure to show its category
 MOST_BOXES = 8  # with more boxes, an image is likely to have objects without a box
+MOST_DRAWS = 1000  # until an image has the orientation of its batch
 CLASS_PROBABILITY = 0.4  # from which on a patch is given to a class of ImageNet-1k
 
 
@@ -98,15 +99,23 @@ class RegionSampler:
         return {name: count**0.5 for name, count in counts.items()}
 
     def draw(self, portrait: bool) -> tuple[Example, list[Region]]:
-        """An image that is not wider than high (`portrait`) or not higher than wide, and its regions."""
+        """
+        An image that is not wider than high (`portrait`) or not higher than wide, and its regions.
+
+        Raises:
+            `ValueError`: there is hardly any such image.
+        """
         kinds = list(self.pools)
-        while True:
+        for _ in range(MOST_DRAWS):
             kind = self.rng.choices(kinds, [DRAWN[k] for k in kinds])[0]
             groups, weights = self.pools[kind]
             example, category = self.rng.choice(self.rng.choices(groups, weights)[0])
             height, width = self.cache[example.view].grid
             if width <= height if portrait else height <= width:
                 break
+        else:
+            missing = "wider than high" if portrait else "higher than wide"
+            raise ValueError(f"All {MOST_DRAWS} training images that were drawn are {missing}: add other images.")
         regions = getattr(self, f"_{kind}_regions")(example, category)
         if kind != "filled":
             regions += self._class_regions(example)

@@ -44,8 +44,8 @@ class WordVectors:
         rows = {word: i for i, word in enumerate(self.words)}
         vectors = torch.zeros(len(tokenizer), self.vectors.shape[1])
         found = []
-        for token, index in tokenizer.get_vocab().items():
-            text = tokenizer.convert_tokens_to_string([token])
+        for index in range(len(tokenizer)):  # get_vocab() has another order in every run
+            text = tokenizer.convert_tokens_to_string([tokenizer.convert_ids_to_tokens(index)])
             if text.startswith(" ") and text[1:] in rows:
                 vectors[index] = torch.from_numpy(np.array(self.vectors[rows[text[1:]]], dtype=np.float32))
                 found.append(index)

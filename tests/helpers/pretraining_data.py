@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from image_folders import save_masked_images
 from PIL import Image as PILImage
 from pyarrow import Table, parquet
 
 from ifseg_hf.modeling import OFAConfig
+from ifseg_hf.nano.configuration import nano_config
 from ifseg_hf.nano.trunk_weights import LITE2
 from ifseg_hf.nano.word_vectors import GLOVE
 
@@ -34,6 +36,13 @@ WORLD = [
     ((20, 60), "coco", None, [], [(5, 0, 10, 30, "cat"), (5, 20, 10, 10, "dog"), (0, 0, 9, 9, "dog")]),
     ((48, 30), "coco", None, [], [(12, 15, 24, 15, "cat"), (0, 0, 9, 9, "nonesuch")]),
 ]
+
+
+def small_nano_config(vocab_size: int) -> OFAConfig:
+    """The nano model's configuration with smaller and fewer layers."""
+    sizes = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return nano_config(vocab_size, **sizes, **heads, **TRUNK)
 
 
 def trunk_config() -> OFAConfig:
@@ -110,4 +119,14 @@ def save_world(folder: Path) -> Path:
         rows.append({"source": source, "name": name, "captions": captions, "boxes": named, "image": image})
     folder.mkdir(parents=True)
     Dataset.from_list(rows, features=features).to_parquet(folder / "world.parquet")
+    return folder
+
+
+def save_pretraining_data(folder: Path) -> Path:
+    """Saves both packages, and the images `world`, `coco` and `street`, in a folder, and returns it."""
+    save_world(folder / "world")
+    save_masked_images(folder / "coco", count=3, split=None)
+    save_masked_images(folder / "street", count=1)
+    save_glove_package(folder)
+    save_lite_package(folder)
     return folder

