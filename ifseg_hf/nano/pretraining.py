@@ -334,7 +334,8 @@ class Pretraining:
             if (step + 1) % config.save_every == 0 or step + 1 == steps:
                 means = " ".join(f"{name} {sums[name] / counts[name]:.3f}" for name in sums)
                 self.log(f"{stage} {step + 1}/{steps}: {means}")
-                sums.clear(), counts.clear()
+                sums.clear()
+                counts.clear()
                 state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"schedule": schedule.state_dict(), "temperature": self.temperature.detach(), "step": step + 1}
                 torch.save(state, file.with_suffix(".tmp"))
