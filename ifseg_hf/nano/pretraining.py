@@ -124,7 +124,7 @@ class TokenEmbedding(nn.Module):
 
 
 class NormalizedProjection(nn.Linear):
-    """A linear layer over features with mean 0 and variance 1, that becomes one over the features themselves."""
+    """A linear layer that normalises its inputs to mean 0 and variance 1. Both fold into one `nn.Linear`."""
 
     def __init__(self, features: torch.Tensor, d_model: int):
         """features: (patches, channels), a sample."""
@@ -137,7 +137,7 @@ class NormalizedProjection(nn.Linear):
 
     @torch.no_grad()
     def folded(self) -> dict[str, torch.Tensor]:
-        """State of the `nn.Linear` over features as they are."""
+        """State of the equivalent `nn.Linear` over features that are not normalised."""
         weight = self.weight / self.deviation
         return {"weight": weight, "bias": self.bias - weight @ self.mean}
 
@@ -182,7 +182,7 @@ class Pretraining:
         return torch.cat([self.cache[view].joined().flatten(1)[:, ::7].T for view in views])
 
     def _sampler(self, stage: str, step: int) -> RegionSampler:
-        """A sampler whose choices depend on the step alone, so that a resumed run draws what it would have drawn."""
+        """A sampler whose choices depend on the step alone, so that a resumed run draws the same regions."""
         seed = f"{self.config.seed} {stage} {step}"
         torch.manual_seed(zlib.crc32(seed.encode()))
         self.sampler.rng = random.Random(seed)
@@ -303,7 +303,7 @@ class Pretraining:
         parameters: list[nn.Parameter],
         losses: Callable[[int], dict[str, torch.Tensor]],
     ) -> None:
-        """Runs the steps of a stage that are not done yet, and saves the state now and then."""
+        """Runs the remaining steps of a stage, and saves the state every `save_every` steps."""
         config, file = self.config, self.stages / f"{stage}.pt"
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
