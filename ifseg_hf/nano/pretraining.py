@@ -55,7 +55,8 @@ class PretrainingConfig:
 
     Args:
         alignment_steps, alignment_images, alignment_learning_rate: steps, images in a step, and learning rate of the
-            second stage; steps, images, learning_rate: those of the third, whose steps have at most so many `patches`.
+            second stage; steps, images, learning_rate: those of the third.
+        patches: the most patches in a step of the third stage, which has fewer images on large grids.
         projection_scale: learning rate of projection and token embeddings in the third stage, as a share.
         weight_decay: of both stages; warmup: steps over which the learning rates rise; they fall as a cosine.
         save_every: steps between two files of the state, from which a stopped run resumes.
