@@ -61,7 +61,7 @@ class TrainingImages:
         self.masked: list[tuple[str, SegmentationDataset, int]] = []
         for source, folder, split, step in (("coco", coco, None, 2), ("street", street, "train", 1)):
             if folder is not None:
-                data = load_segmentation_dataset(folder, split=split)
+                data = load_segmentation_dataset(str(folder), split=split)
                 self.masked += [(source, data, i) for i in range(0, len(data.samples), step)]
         self.vocabulary = vocabulary
         self.views: list[View] = []

@@ -35,7 +35,7 @@ class View:
 
 @dataclass
 class Features:
-    """What is kept of a view.
+    """Trunk outputs and class probabilities of a view.
 
     Args:
         fine, coarse: outputs of the trunk's fifth and seventh stage, float16, (channels, h, w), strides 16 and 32.
@@ -81,7 +81,7 @@ def middle(width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def pixel_values(image: Image.Image, short_side: int) -> torch.Tensor:
-    """An RGB image with a short side of so many pixels, bilinear with antialiasing, normalised: (1, 3, H, W)."""
+    """An RGB image resized to `short_side` pixels, bilinear with antialiasing, and normalised: (1, 3, H, W)."""
     scale = short_side / min(image.size)
     size = round(image.height * scale), round(image.width * scale)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
@@ -89,7 +89,7 @@ def pixel_values(image: Image.Image, short_side: int) -> torch.Tensor:
     return (pixels - 127) / 128
 
 
-class FeatureCache(Sequence):
+class FeatureCache:
     """
     The features of all views, in safetensors files of a folder.
 

@@ -56,7 +56,7 @@ def column_shift(d_model: int, heads: int) -> torch.Tensor:
 
 @torch.no_grad()
 def begin_as_lookup(model: OFAModel) -> None:
-    """Initialises encoder and decoder as described above. The logits are then about 14 times the cosine similarity."""
+    """Initialises encoder and decoder as a look-up. The logits are then about 14 times the cosine similarity."""
     config, encoder, decoder = model.config, model.encoder, model.decoder
     d_model, heads = config.d_model, config.encoder_attention_heads
     side = config.image_bucket_size

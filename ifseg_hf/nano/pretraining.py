@@ -55,7 +55,8 @@ class PretrainingConfig:
 
     Args:
         alignment_steps, alignment_images, alignment_learning_rate: steps, images in a step, and learning rate of the
-            second stage; steps, images, learning_rate: those of the third, whose steps have at most so many `patches`.
+            second stage; steps, images, learning_rate: those of the third.
+        patches: the most patches in a step of the third stage, which has fewer images on large grids.
         projection_scale: learning rate of projection and token embeddings in the third stage, as a share.
         weight_decay: of both stages; warmup: steps over which the learning rates rise; they fall as a cosine.
         save_every: steps between two files of the state, from which a stopped run resumes.
@@ -124,7 +125,7 @@ class TokenEmbedding(nn.Module):
 
 
 class NormalizedProjection(nn.Linear):
-    """A linear layer over features with mean 0 and variance 1, that becomes one over the features themselves."""
+    """A linear layer that normalises its inputs to mean 0 and variance 1. Both fold into one `nn.Linear`."""
 
     def __init__(self, features: torch.Tensor, d_model: int):
         """features: (patches, channels), a sample."""
@@ -137,7 +138,7 @@ class NormalizedProjection(nn.Linear):
 
     @torch.no_grad()
     def folded(self) -> dict[str, torch.Tensor]:
-        """State of the `nn.Linear` over features as they are."""
+        """State of the equivalent `nn.Linear` over features that are not normalised."""
         weight = self.weight / self.deviation
         return {"weight": weight, "bias": self.bias - weight @ self.mean}
 
@@ -182,7 +183,7 @@ class Pretraining:
         return torch.cat([self.cache[view].joined().flatten(1)[:, ::7].T for view in views])
 
     def _sampler(self, stage: str, step: int) -> RegionSampler:
-        """A sampler whose choices depend on the step alone, so that a resumed run draws what it would have drawn."""
+        """A sampler whose choices depend on the step alone, so that a resumed run draws the same regions."""
         seed = f"{self.config.seed} {stage} {step}"
         torch.manual_seed(zlib.crc32(seed.encode()))
         self.sampler.rng = random.Random(seed)
@@ -303,7 +304,7 @@ class Pretraining:
         parameters: list[nn.Parameter],
         losses: Callable[[int], dict[str, torch.Tensor]],
     ) -> None:
-        """Runs the steps of a stage that are not done yet, and saves the state now and then."""
+        """Runs the remaining steps of a stage, and saves the state every `save_every` steps."""
         config, file = self.config, self.stages / f"{stage}.pt"
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
@@ -334,7 +335,8 @@ class Pretraining:
             if (step + 1) % config.save_every == 0 or step + 1 == steps:
                 means = " ".join(f"{name} {sums[name] / counts[name]:.3f}" for name in sums)
                 self.log(f"{stage} {step + 1}/{steps}: {means}")
-                sums.clear(), counts.clear()
+                sums.clear()
+                counts.clear()
                 state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"schedule": schedule.state_dict(), "temperature": self.temperature.detach(), "step": step + 1}
                 torch.save(state, file.with_suffix(".tmp"))

@@ -14,7 +14,7 @@ from ifseg_hf.nano.features import FeatureCache
 from ifseg_hf.nano.vocabulary import BACKGROUND, Vocabulary
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
-# How often images are drawn for what is known of them.
+# Relative frequencies of the annotations for which images are drawn.
 DRAWN = {"name": 3, "box": 2, "caption": 2, "filled": 4}
 # Weights of the losses of the kinds of regions, see `region_loss`.
 WEIGHTS = {"named": 1.0, "outside": 1.0, "filled": 1.0, "caption": 0.6, "class": 0.3}
@@ -32,10 +32,10 @@ class Region:
     A part of an image and its name.
 
     Args:
-        kind: "named": a photo or a box around an object, of which some patches show something else; "filled": a box
+        kind: "named": an image or a box around an object, of which some patches show something else; "filled": a box
             that the name fills; "caption": the name is somewhere in the image; "class": a patch that ImageNet's
             classifier names; "outside": everything outside of `boxes`.
-        boxes: one box, or those that are left out.
+        boxes: one box; of "outside", the boxes that are left out.
         name: position in the vocabulary; weight: factor of its loss; share: the part of the region that the name covers
             at least. The loss is 0 from there on, so that the surroundings of an object may have other names.
     """

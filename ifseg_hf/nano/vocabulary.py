@@ -70,8 +70,8 @@ class Vocabulary:
         classes (`np.ndarray` of shape `(1000,)`): the name of each class of ImageNet-1k.
         things (`np.ndarray` of shape `(1000,)`, bool): the classes that are objects. The others are surfaces and whole
             places, for which a classifier's answer says little about a single patch.
-        accepted (`np.ndarray` of shape `(names, names)`, bool): in row i, the names that also hold for whatever has
-            name i: itself, its synonyms and its parents ("beagle": dog, animal).
+        accepted (`np.ndarray` of shape `(names, names)`, bool): in row i, the names that apply to everything
+            called name i: itself, its synonyms and its parents ("beagle": dog, animal).
         related (`np.ndarray` of shape `(names, names)`, bool): `accepted` in either direction. Related names are never
             compared with each other in a loss.
     """

@@ -32,7 +32,7 @@ class WordVectors:
         self.vectors = np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r")
 
     def frequent(self, count: int) -> list[str]:
-        """The words of at least three letters, and letters alone, among the `count` most frequent ones."""
+        """The words of at least three letters and no other characters among the `count` most frequent ones."""
         return [word for word in self.words[:count] if word and word.isalpha() and word.isascii() and len(word) > 2]
 
     def of_tokens(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

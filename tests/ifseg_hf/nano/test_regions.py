@@ -15,6 +15,7 @@ from ifseg_hf.nano.regions import (
     BOX_SHARE,
     CAPTION_SHARE,
     CLASS_PROBABILITY,
+    FILLED_SHARE,
     MOST_BOXES,
     OBJECT_SHARE,
     SCENE_SHARE,
@@ -243,7 +244,8 @@ def expected_loss(scores: torch.Tensor, region: Region) -> float:
         probabilities.append(exponentials[CANDIDATES.index(region.name)] / sum(exponentials.values()))
     mean = np.mean(probabilities)
     if region.kind == "filled":
-        return -(np.mean(np.log(probabilities)) + np.log(mean)) / 2
+        named_best = sorted(probabilities, reverse=True)[: math.ceil(FILLED_SHARE * len(probabilities))]
+        return -np.mean(np.log(named_best))
     if region.kind == "class":
         return -np.mean(np.log(probabilities)) * region.weight
     return -math.log(min(1, mean / region.share))
@@ -292,6 +294,17 @@ def test_a_name_is_satisfied_by_a_share_of_its_region(kind):
         scores[:, :, :columns, 3] = 40
         losses.append(loss_of(scores, [[region]])[kind].item())
     assert losses == pytest.approx([WEIGHTS[kind] * math.log(0.15 / 0.1), 0], abs=1e-4)
+
+
+def test_a_few_patches_of_a_filled_box_may_show_something_else():
+    scores = torch.zeros(1, 4, 4, len(CANDIDATES), requires_grad=True)
+    values = torch.zeros_like(scores)
+    values[:, 0, :, 0], values[:, 1:, :, 3] = 5, 2  # the first row is a cat
+    loss_of(scores + values, [[Region("filled", [WHOLE], SKY)]])["filled"].backward()
+    learned = scores.grad[0].abs().sum(2) > 0
+    assert FILLED_SHARE == 0.75
+    assert learned[1:].all()
+    assert not learned[0].any()
 
 
 def test_an_empty_region_has_no_loss():
