@@ -27,6 +27,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help="steps of the last stage (default: the recipe's)")
     parser.add_argument("--alignment-steps", type=int, help="steps of the alignment (default: the recipe's)")
+    parser.add_argument("--hold-out", default="", help="comma-separated names that no image gets (default: none)")
     parser.add_argument("--workers", type=int, default=2, help="processes that compute features (default: 2)")
     options = parser.parse_args(arguments)
     if not list(options.world.glob("*.parquet")):
@@ -49,7 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
     steps = {"steps": options.steps, "alignment_steps": options.alignment_steps}
     settings = {name: value for name, value in steps.items() if value is not None}
     try:
-        folder = pretrain(options.world, options.coco, options.street, options.output_dir, options.workers, **settings)
+        folder = pretrain(
+            options.world,
+            options.coco,
+            options.street,
+            options.output_dir,
+            options.workers,
+            held_out=[name.strip() for name in options.hold_out.split(",") if name.strip()],
+            **settings,
+        )
     except (ImportError, OSError, ValueError) as error:
         print(f"pretrain.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -11,8 +11,8 @@ import math
 import random
 import zlib
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import BartTokenizer
 
+from ifseg_hf.experiments.plan import save_settings
 from ifseg_hf.modeling.backbone import mean_of_subwords
 from ifseg_hf.modeling.backbone_ofa import OFABackbone
 from ifseg_hf.modeling.configuration_ofa import OFAConfig
@@ -82,6 +83,7 @@ def pretrain(
     street: Path | None,
     output_dir: Path,
     workers: int = 2,
+    held_out: Sequence[str] = (),
     log: Callable[[str], None] = tqdm.write,
     **settings,
 ) -> Path:
@@ -93,13 +95,17 @@ def pretrain(
     Args:
         world, coco, street: see [`TrainingImages`].
         workers: processes that compute features.
+        held_out: names that no image gets, see [`Vocabulary`].
         settings: fields of [`PretrainingConfig`].
     """
     config = PretrainingConfig(**settings)
-    vocabulary, vectors = Vocabulary(), WordVectors()
+    vocabulary, vectors = Vocabulary(held_out), WordVectors()
     tokenizer = train_tokenizer([*vocabulary.names, *vectors.frequent(FREQUENT_WORDS)])
     images = TrainingImages(world, coco, street, vocabulary)
-    cache = FeatureCache(output_dir / "stages" / "features", images.views)
+    stages = output_dir / "stages"
+    data = {"world": str(world), "coco": str(coco), "street": str(street), "views": len(images.views)}
+    save_settings(stages / "pretraining.json", {**data, "held_out": list(held_out), **asdict(config)})
+    cache = FeatureCache(stages / "features", images.views)
     ofa = nano_config(vocab_size=len(tokenizer))
     cache.compute(ofa, images.image, workers)
     run = Pretraining(config, ofa, tokenizer, vectors.of_tokens(tokenizer), vocabulary, images, cache, output_dir, log)
@@ -205,7 +211,7 @@ class Pretraining:
             selection = select_patches(regions, *grid, max_patches=40)
             patches = self.projection(features.flatten(0, 2)[selection.indices])
             scores = cosine(patches, self._names(self.embedding())) / self.temperature.exp()
-            return region_loss(scores, selection, range(len(self.vocabulary)), self.related)
+            return region_loss(scores[:, self.vocabulary.used], selection, self.vocabulary.used, self.related)
 
         self._run("alignment", config.alignment_steps, modules, optimizer, parameters, loss)
 

@@ -176,7 +176,8 @@ class RegionSampler:
         while len(found) < count:
             known = self.rng.random() < 0.7
             name = self.rng.choices(used, weights)[0] if known else self.rng.randrange(len(self.vocabulary))
-            if not any(self.vocabulary.related[name, other] for other in (*names, *found)):
+            related = any(self.vocabulary.related[name, other] for other in (*names, *found))
+            if not related and not self.vocabulary.held_out[name]:
                 found.append(name)
         return found
 

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,9 @@ class Vocabulary:
     """
     Names and their relations, from `words/imagenet.csv` and `words/words.csv`.
 
+    Args:
+        held_out: names that no image gets, with all names that they apply to, to measure what is known of new words.
+
     Attributes:
         names (`list[str]`): all names; index (`dict[str, int]`): the position of each.
         classes (`np.ndarray` of shape `(1000,)`): the name of each class of ImageNet-1k.
@@ -74,9 +77,13 @@ class Vocabulary:
             called name i: itself, its synonyms and its parents ("beagle": dog, animal).
         related (`np.ndarray` of shape `(names, names)`, bool): `accepted` in either direction. Related names are never
             compared with each other in a loss.
+        held_out (`np.ndarray` of shape `(names,)`, bool): the names that no image gets.
+
+    Raises:
+        `ValueError`: a name to hold out is not in the vocabulary.
     """
 
-    def __init__(self):
+    def __init__(self, held_out: Sequence[str] = ()):
         classes, words = _rows("imagenet.csv"), _rows("words.csv")
         parents: dict[str, set[str]] = {}
         for row in [*classes, *words]:
@@ -98,15 +105,26 @@ class Vocabulary:
         for name, i in self.index.items():
             self.accepted[i, [self.index[other] for other in _reachable(name, parents)]] = True
         self.related = self.accepted | self.accepted.T
+        missing = [name for name in held_out if name not in self.index]
+        if missing:
+            raise ValueError(f"These words are not among the names of pre-training: {', '.join(missing)}.")
+        self.held_out = self.accepted[:, [self.index[name] for name in held_out]].any(1)
+        self.things &= ~self.held_out[self.classes]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def find(self, name: str) -> int | None:
-        """The position of a name, whose plural is accepted too ("buses"); `None` for a name that is not here."""
+        """The position of a name, whose plural is accepted too ("buses"); `None` for a name that no image gets."""
         name = _IRREGULAR.get(name, name)
         singulars = [name, name.removesuffix("s"), name.removesuffix("es"), re.sub("ies$", "y", name)]
-        return next((self.index[form] for form in singulars if form in self.index), None)
+        found = next((self.index[form] for form in singulars if form in self.index), None)
+        return None if found is None or self.held_out[found] else found
+
+    @property
+    def used(self) -> list[int]:
+        """The names that images may get."""
+        return (~self.held_out).nonzero()[0].tolist()
 
     def find_label(self, name: str) -> int | None:
         """As [`find`], or the position of the last word of the name ("african crocodile": crocodile)."""

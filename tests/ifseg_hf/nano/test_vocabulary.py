@@ -116,3 +116,19 @@ def test_names_of_two_words_hide_those_of_one(vocabulary):
 
 def test_colours_and_views_in_captions_are_no_names(vocabulary):
     assert captioned(vocabulary, "a close view of an orange background", minimum=1) == set()
+
+
+def test_images_never_get_names_that_are_held_out():
+    vocabulary, all_names = Vocabulary(["elephant", "ocean"]), Vocabulary()
+    held_out = {name for name, out in zip(vocabulary.names, vocabulary.held_out, strict=True) if out}
+    assert {"elephant", "african elephant", "ocean", "sea"} <= held_out  # and what they apply to
+    assert "animal" not in held_out and len(held_out) < 10
+    assert vocabulary.find("elephants") is None and all_names.find("elephants") is not None
+    assert vocabulary.in_captions(["an elephant by a tree", "elephant and tree"]) == [vocabulary.index["tree"]]
+    assert not vocabulary.things[[386]] and all_names.things[386]  # African elephant
+    assert not set(vocabulary.used) & set(vocabulary.held_out.nonzero()[0])
+
+
+def test_an_unknown_name_cannot_be_held_out():
+    with pytest.raises(ValueError, match="not among the names.*flurb"):
+        Vocabulary(["flurb"])
