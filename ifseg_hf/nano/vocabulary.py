@@ -108,7 +108,9 @@ class Vocabulary:
         missing = [name for name in held_out if name not in self.index]
         if missing:
             raise ValueError(f"These words are not among the names of pre-training: {', '.join(missing)}.")
-        self.held_out = self.accepted[:, [self.index[name] for name in held_out]].any(1)
+        self.held_out = np.zeros(len(self.names), bool)
+        for name in held_out:
+            self.held_out |= self.accepted[:, self.index[name]]
         self.things &= ~self.held_out[self.classes]
 
     def __len__(self) -> int:

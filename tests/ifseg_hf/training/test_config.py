@@ -90,7 +90,7 @@ def test_published_settings_are_the_recipe_with_its_words(name):
 def test_settings_for_the_embedded_model():
     given = read_settings(str(CONFIGS / "nano.yaml"))
     assert given["model"] == "ifseg-ofa-nano"
-    assert (given["batch_size"], given["learning_rate"], given["weight_decay"]) == (8, 2e-3, 0.01)
+    assert (given["batch_size"], given["learning_rate"], given["weight_decay"]) == (2, 1e-5, 0.01)
     assert len(read_categories(given["categories"])) >= 2
 
 
