@@ -203,6 +203,7 @@ class Pretraining:
         modules = nn.ModuleList([self.embedding, self.projection])
         parameters = [*modules.parameters(), self.temperature]
         optimizer = torch.optim.AdamW(parameters, config.alignment_learning_rate, weight_decay=config.weight_decay)
+        names = self.vocabulary.used
 
         def loss(step: int) -> dict[str, torch.Tensor]:
             sampler = self._sampler("alignment", step)
@@ -210,8 +211,8 @@ class Pretraining:
             features, _, regions = sampler.batch(config.alignment_images, grid)
             selection = select_patches(regions, *grid, max_patches=40)
             patches = self.projection(features.flatten(0, 2)[selection.indices])
-            scores = cosine(patches, self._names(self.embedding())) / self.temperature.exp()
-            return region_loss(scores[:, self.vocabulary.used], selection, self.vocabulary.used, self.related)
+            scores = cosine(patches, self._names(self.embedding())[names]) / self.temperature.exp()
+            return region_loss(scores, selection, names, self.related)
 
         self._run("alignment", config.alignment_steps, modules, optimizer, parameters, loss)
 

@@ -1,10 +1,12 @@
 """Small stand-ins for what pre-training reads: packages of weights and word vectors, and images with names."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from image_folders import save_masked_images
@@ -12,6 +14,7 @@ from PIL import Image as PILImage
 from pyarrow import Table, parquet
 
 from ifseg_hf.modeling import OFAConfig
+from ifseg_hf.nano import pretraining
 from ifseg_hf.nano.configuration import nano_config
 from ifseg_hf.nano.trunk_weights import LITE2
 from ifseg_hf.nano.word_vectors import GLOVE
@@ -130,3 +133,14 @@ def save_pretraining_data(folder: Path) -> Path:
     save_glove_package(folder)
     save_lite_package(folder)
     return folder
+
+
+@contextmanager
+def small_pretraining(folder: Path) -> Iterator[Path]:
+    """Fills a folder with images and importable packages, and makes the pre-trained model a smaller one."""
+    save_pretraining_data(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
+        monkeypatch.setattr(pretraining, "nano_config", small_nano_config)
+        monkeypatch.syspath_prepend(folder)
+        yield folder

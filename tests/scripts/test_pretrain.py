@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pretraining_data import save_pretraining_data, small_nano_config
+from pretraining_data import small_pretraining
 from safetensors.torch import load_file
 
 from ifseg_hf.modeling import IFSegForSemanticSegmentation, OFAForConditionalGeneration
@@ -19,12 +19,7 @@ main = load_script("pretrain").main
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder with images and importable packages, and a smaller model."""
-    folder = save_pretraining_data(tmp_path_factory.mktemp("pretraining"))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
-        monkeypatch.setattr(pretraining, "nano_config", small_nano_config)
-        monkeypatch.syspath_prepend(folder)
+    with small_pretraining(tmp_path_factory.mktemp("pretraining")) as folder:
         yield folder
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretraining_data import save_pretraining_data, small_nano_config
+from pretraining_data import small_pretraining
 from safetensors.torch import load_file
 
 from ifseg_hf.modeling import OFAForConditionalGeneration
-from ifseg_hf.nano import pretraining
 from ifseg_hf.nano.pretraining import NormalizedProjection, TokenEmbedding, cosine, pretrain
 from ifseg_hf.nano.regions import RegionSampler
 
@@ -19,12 +18,7 @@ STEPS = {"alignment_steps": 4, "steps": 5, "alignment_images": 3, "images": 3, "
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder with images and importable packages, and a smaller model."""
-    folder = save_pretraining_data(tmp_path_factory.mktemp("pretraining"))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
-        monkeypatch.setattr(pretraining, "nano_config", small_nano_config)
-        monkeypatch.syspath_prepend(folder)
+    with small_pretraining(tmp_path_factory.mktemp("pretraining")) as folder:
         yield folder
 
 
