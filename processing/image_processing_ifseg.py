@@ -7,7 +7,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
@@ -68,7 +67,7 @@ def to_array(image, input_data_format: str | ChannelDimension | None = None) -> 
         try:
             image = ImageOps.exif_transpose(image)
             if not image.mode.startswith("I"):
-                return convert_to_rgb(image, return_numpy=True)
+                return _pil_to_rgb(image)
             image = np.asarray(image)
         except (OSError, SyntaxError) as error:
             raise ValueError(f"Can't read the image: {error}") from error
@@ -82,7 +81,34 @@ def to_array(image, input_data_format: str | ChannelDimension | None = None) -> 
     image = _to_channels_last(image, input_data_format)
     if 0 in image.shape:
         raise ValueError(f"An image of shape {image.shape} has no pixels.")
-    return np.ascontiguousarray(convert_to_rgb(_to_uint8_or_float(image), True, ChannelDimension.LAST))
+    return np.ascontiguousarray(_array_to_rgb(_to_uint8_or_float(image)))
+
+
+# transformers' `convert_to_rgb` drops transparency before 5.18, so the conversion is done here.
+
+
+def _pil_to_rgb(image: Image.Image) -> np.ndarray:
+    """Returns a PIL image of any mode as a uint8 array (H, W, 3), blended with white where it is transparent."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return np.array(image.convert("RGB"))
+
+
+def _array_to_rgb(image: np.ndarray) -> np.ndarray:
+    """Returns (H, W, C), uint8 or float with values in [0, 1], as (H, W, 3): grey repeated, RGBA blended with white."""
+    if image.shape[-1] == 1:
+        return image.repeat(3, axis=-1)
+    if image.shape[-1] == 3:
+        return image
+    if image.dtype != np.uint8 and (image.min() < 0 or image.max() > 1):
+        raise ValueError(
+            f"A transparent image of floats has values from 0 to 1, not from {image.min()} to {image.max()}."
+        )
+    white = 255 if image.dtype == np.uint8 else 1.0
+    alpha = image[..., 3:] / white
+    blended = alpha * image[..., :3] + (1 - alpha) * white
+    return (blended.round() if white == 255 else blended).astype(image.dtype)
 
 
 def _to_channels_last(image: np.ndarray, input_data_format) -> np.ndarray:

@@ -21,7 +21,17 @@ _spec = importlib.util.spec_from_file_location("fixture", PARITY / "fixture.py")
 fixture = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(fixture)
 
-__all__ = ["BPE", "PARITY", "SHARED", "fixture", "golden", "golden_metadata", "relative_error", "token_ids"]
+__all__ = [
+    "BPE",
+    "PARITY",
+    "SHARED",
+    "fixture",
+    "golden",
+    "golden_category_ids",
+    "golden_metadata",
+    "relative_error",
+    "token_ids",
+]
 
 
 def _file(name: str) -> Path:
@@ -54,6 +64,17 @@ def golden_metadata(name: str) -> dict:
 def token_ids() -> dict:
     """The token ids of the categories and prompts of the published vocabularies."""
     return json.loads(_file("tokens.json").read_text())
+
+
+def golden_category_ids(categories: list[str]) -> torch.Tensor:
+    """Token ids of categories as the model's `category_ids`, (1, categories, sub-words), padded with 1."""
+    known = {}
+    for vocabulary in token_ids().values():
+        if isinstance(vocabulary, dict) and "categories" in vocabulary:
+            known.update(zip(vocabulary["categories"], vocabulary["category_token_ids"], strict=True))
+    rows = [known[name] for name in categories]
+    longest = max(map(len, rows))
+    return torch.tensor([[row + [1] * (longest - len(row)) for row in rows]])
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

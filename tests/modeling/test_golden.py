@@ -3,22 +3,12 @@
 import pytest
 import torch
 from checkpoints import our_name, reference_model
-from reference_outputs import fixture, golden, golden_metadata, relative_error, token_ids
+from reference_outputs import fixture, golden, golden_category_ids, golden_metadata, relative_error
 
 from ifseg_hf.modeling import OFAConfig, OFAForConditionalGeneration
 
 TOLERANCE = {"eager": 5e-6, "sdpa": 2e-5}
 CASES = ["tiny_512x512", "tiny_512x683", "tiny_384x640", "tiny_512x512_171", "base_512x512"]
-
-
-def category_ids(categories: list[str]) -> torch.Tensor:
-    known = {}
-    for vocabulary in token_ids().values():
-        if isinstance(vocabulary, dict) and "categories" in vocabulary:
-            known.update(zip(vocabulary["categories"], vocabulary["category_token_ids"], strict=True))
-    rows = [known[name] for name in categories]
-    longest = max(map(len, rows))
-    return torch.tensor([[row + [1] * (longest - len(row)) for row in rows]])
 
 
 def sampled(sequence: torch.Tensor) -> torch.Tensor:
@@ -55,7 +45,7 @@ def test_segmentation(models, name, attention):
         output = model(
             pixel_values=fixture.pixel_values(height, width),
             input_ids=expected["input_ids"],
-            category_ids=category_ids(metadata["categories"]),
+            category_ids=golden_category_ids(metadata["categories"]),
         )
     for hook in hooks:
         hook.remove()
@@ -82,7 +72,7 @@ def test_word_map_loss_and_gradients(attention, tolerance):
     output = model(
         word_map=expected["word_map"],
         input_ids=expected["input_ids"],
-        category_ids=category_ids(metadata["categories"]),
+        category_ids=golden_category_ids(metadata["categories"]),
         labels=expected["labels"],
     )
     assert relative_error(output.logits.flatten(2).transpose(1, 2), expected["logits"]) < tolerance
