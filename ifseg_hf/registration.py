@@ -8,6 +8,8 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     AutoProcessor,
 )
+
+# From its own module: up to 5.17, `transformers.AutoImageProcessor` refuses to work without torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 

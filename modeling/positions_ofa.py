@@ -91,7 +91,9 @@ def text_relative_bias(table: torch.Tensor, query_start: int, key_length: int) -
     positions = torch.arange(key_length, device=table.device)
     distance = positions[query_start:, None] - positions
     far = torch.log(distance.abs().clamp(min=mid) / mid) / math.log(1023 / mid) * (mid - 1)
-    bucket = torch.where(distance.abs() <= mid, distance, distance.sign() * (far.ceil().long() + mid))
+    # clamped, since a device that rounds the logarithm of distance 1023 up would read behind the table
+    far = far.ceil().long().clamp(max=mid - 1) + mid
+    bucket = torch.where(distance.abs() <= mid, distance, distance.sign() * far)
     return table[bucket + bucket_size - 1].permute(2, 0, 1)
 
 

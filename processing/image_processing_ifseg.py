@@ -84,7 +84,7 @@ def to_array(image, input_data_format: str | ChannelDimension | None = None) -> 
     return np.ascontiguousarray(_array_to_rgb(_to_uint8_or_float(image)))
 
 
-# transformers' `convert_to_rgb` drops transparency before 5.18, so the conversion is done here.
+# Not transformers' `convert_to_rgb`: in 5.17 and earlier it drops transparency and leaves arrays as they are.
 
 
 def _pil_to_rgb(image: Image.Image) -> np.ndarray:

@@ -47,6 +47,15 @@ def test_text_relative_bias(length):
     assert torch.equal(text_relative_bias(table, length // 2, length)[0], bias[length // 2 :])
 
 
+def test_the_longest_distance_is_in_the_table_however_logarithms_round(monkeypatch):
+    log = torch.log
+    monkeypatch.setattr(torch, "log", lambda x: log(x).nextafter(torch.tensor(torch.inf)))
+    table = torch.arange(511.0)[:, None]
+    bias = text_relative_bias(table, 1023, 1024)[0, 0]
+    assert bias[0] == 510
+    assert bias[-1] == 255
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     st.integers(1, 3),
