@@ -229,6 +229,12 @@ class OFAEfficientNetLiteTrunk(OFAImageTrunk):
         # channels; forward and backward pass take three quarters of the time that they take with the channels first.
         self.channels_last = True
 
+    def prepare(self, pixel_values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        pixel_values = super().prepare(pixel_values, dtype)
+        # cuDNN compiles a depthwise convolution anew for every image size if the channels are last: 0.26 s each on an
+        # H200 (torch 2.11), against 5 ms with the channels first.
+        return pixel_values.contiguous() if pixel_values.is_cuda else pixel_values
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.join(*self.stage_outputs(pixel_values))
 
