@@ -20,9 +20,10 @@ PATCH = 16
 # Short sides in pixels at which images are seen. Scenes are seen larger than single objects, which fill their images.
 CAPTIONED, SCENES, OBJECTS, STREETS = (288, 384), (176, 224, 272), (128, 176, 224, 288), (384,)
 SCENE_SOURCES = ("corel", "intel", "weather")
-# Boxes that are drawn in an image with a mask, and categories of streets that are too thin to fill a box.
+# Boxes that are drawn in an image with a mask, and categories of streets that are too thin to fill a large box.
 TRIES = {"coco": 400, "street": 120}
 THIN = ("bicyclist", "car", "fence", "pedestrian", "pole", "sign")
+THIN_SHARE = 0.5  # of a small box, that a thin category covers at least
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Example:
     Args:
         source: the data set; view: position in the [`FeatureCache`].
         name: the name of the whole image; boxes: names of boxes around objects; captions: sentences, and
-            caption_names: the names in at least two of them; filled: boxes that one category fills, by its name.
+            caption_names: the names in at least two of them; filled: boxes that one category fills, by its name; thin:
+            small boxes of which a thin category covers half, by its name.
     """
 
     source: str
@@ -43,6 +45,7 @@ class Example:
     captions: list[str] = field(default_factory=list)
     caption_names: list[int] = field(default_factory=list)
     filled: dict[int, list[Box]] = field(default_factory=dict)
+    thin: dict[int, list[Box]] = field(default_factory=dict)
 
 
 class TrainingImages:
@@ -97,7 +100,7 @@ class TrainingImages:
                 example = self._named(view.image, position)
             else:
                 example = self._filled(view, position, rng)
-            if example.name is not None or example.boxes or example.caption_names or example.filled:
+            if example.name is not None or example.boxes or example.caption_names or example.filled or example.thin:
                 examples.append(example)
         return examples
 
@@ -127,10 +130,19 @@ class TrainingImages:
         names = [self.vocabulary.find_label(name) for name in data.names]
         scale = view.short_side / min(labels.shape)
         grid = [-(-round(side * scale) // PATCH) for side in labels.shape]
-        thin = [data.names.index(name) for name in THIN if name in data.names] if source == "street" else []
-        boxes = filled_boxes(labels, len(names), grid, rng, TRIES[source], thin)
-        filled = {names[label]: found for label, found in boxes.items() if names[label] is not None}
-        return Example(source, position, filled=filled)
+        shares = patch_shares(labels, len(names), *grid)
+        filled = self._by_name(names, filled_boxes(shares, rng, TRIES[source]))
+        thin: dict[int, list[Box]] = {}
+        if source == "street":
+            categories = [data.names.index(name) for name in THIN if name in data.names]
+            thin = self._by_name(names, thin_boxes(shares, rng, categories))
+        return Example(source, position, filled=filled, thin=thin)
+
+    @staticmethod
+    def _by_name(names: Sequence[int | None], boxes: Mapping[int, list[Box]]) -> dict[int, list[Box]]:
+        """Boxes by the name of their label, without labels that have no name."""
+        found = {names[label]: boxes_of_label for label, boxes_of_label in boxes.items()}
+        return {name: boxes_of_name for name, boxes_of_name in found.items() if name is not None}
 
 
 def fractions(box: Mapping[str, float], used: tuple[int, int, int, int]) -> Box | None:
@@ -148,33 +160,56 @@ def fractions(box: Mapping[str, float], used: tuple[int, int, int, int]) -> Box 
     return (y, x, y_end, x_end) if x < x_end and y < y_end else None
 
 
-def filled_boxes(
-    labels: np.ndarray, categories: int, grid: Sequence[int], rng: random.Random, tries: int, thin: Sequence[int] = ()
-) -> dict[int, list[Box]]:
+def filled_boxes(shares: np.ndarray, rng: random.Random, tries: int) -> dict[int, list[Box]]:
     """
     Random boxes of 2 to 10 patches a side of which one category fills at least 65 %, by category.
 
     Args:
-        labels: (H, W), -100 where unlabelled; grid: height and width in patches.
-        tries: boxes drawn. Of the `thin` categories, small boxes are taken that they fill to 35 %.
+        shares: see [`patch_shares`]; tries: boxes drawn.
     """
-    height, width = grid
-    shares = patch_shares(labels, categories, height, width)
-    sums = np.pad(shares.cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
+    _, height, width = shares.shape
+    sums = _sums(shares)
     found: dict[int, list[Box]] = {}
     for _ in range(tries):
         h, w = rng.randint(2, min(10, height)), rng.randint(2, min(10, width))
         top, left = rng.randint(0, height - h), rng.randint(0, width - w)
-        bottom, right = top + h, left + w
-        inside = sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]
-        inside = inside / (h * w)
+        inside = _inside(sums, top, left, h, w)
         largest = int(inside.argmax())
-        chosen = [largest] if inside[largest] >= 0.65 else []
-        chosen += [label for label in thin if inside[label] >= 0.35 and h * w <= 12 and label not in chosen]
-        for label in chosen:
-            box = (top / height, left / width, bottom / height, right / width)
-            found.setdefault(label, []).append(box)
+        if inside[largest] >= 0.65:
+            box = (top / height, left / width, (top + h) / height, (left + w) / width)
+            found.setdefault(largest, []).append(box)
     return found
+
+
+def thin_boxes(shares: np.ndarray, rng: random.Random, categories: Sequence[int]) -> dict[int, list[Box]]:
+    """
+    Boxes of 1 to 3 patches a side of which a thin category covers at least [`THIN_SHARE`], by category, at most 8.
+
+    Args:
+        shares: see [`patch_shares`]; categories: the thin ones.
+    """
+    _, height, width = shares.shape
+    sums = _sums(shares)
+    found: dict[int, list[Box]] = {}
+    for category in categories:
+        places = np.argwhere(shares[category] >= 0.25).tolist()
+        for top, left in rng.sample(places, min(30, len(places))):
+            h, w = rng.randint(1, min(3, height - top)), rng.randint(1, min(3, width - left))
+            if _inside(sums, top, left, h, w)[category] >= THIN_SHARE:
+                box = (top / height, left / width, (top + h) / height, (left + w) / width)
+                found.setdefault(category, []).append(box)
+    return {category: boxes[:8] for category, boxes in found.items()}
+
+
+def _sums(shares: np.ndarray) -> np.ndarray:
+    """Sums over all patches above and to the left, (categories, height + 1, width + 1)."""
+    return np.pad(shares.cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
+
+
+def _inside(sums: np.ndarray, top: int, left: int, h: int, w: int) -> np.ndarray:
+    """The share of each category in a box of h x w patches."""
+    bottom, right = top + h, left + w
+    return (sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]) / (h * w)
 
 
 def patch_shares(labels: np.ndarray, categories: int, height: int, width: int) -> np.ndarray:

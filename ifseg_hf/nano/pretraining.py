@@ -30,11 +30,12 @@ from ifseg_hf.nano.configuration import LONG_SIDE, SHORT_SIDE, nano_config
 from ifseg_hf.nano.examples import Example, TrainingImages
 from ifseg_hf.nano.features import FeatureCache, image_processor
 from ifseg_hf.nano.initialization import begin_as_lookup
-from ifseg_hf.nano.regions import RegionSampler, region_loss, select_patches
+from ifseg_hf.nano.regions import RegionSampler, class_loss, region_loss, select_patches
 from ifseg_hf.nano.texts import Texts, train_tokenizer
 from ifseg_hf.nano.trunk_weights import load_efficientnet_lite
-from ifseg_hf.nano.vocabulary import Vocabulary
+from ifseg_hf.nano.vocabulary import BACKGROUND, Vocabulary
 from ifseg_hf.nano.word_vectors import WordVectors
+from ifseg_hf.processing.post_processing_ifseg import smooth_probabilities
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.processing.prompt_ifseg import PromptEncoder
 
@@ -43,7 +44,10 @@ ALIGNMENT_TEMPERATURE = 0.07
 # Weights of the losses beside naming patches by the decoder, and sizes of their batches.
 ALIGNMENT_WEIGHT, CAPTION_WEIGHT, INFILLING_WEIGHT = 0.5, 0.3, 0.2
 CAPTIONED_IMAGES, SENTENCES = 3, 6
-BACKGROUND_SHARE = 0.3  # of the steps in which surfaces are called "background"
+CLASSES_WEIGHT, CLASSIFIED_IMAGES, CLASSIFIED_PATCHES = 1.0, 32, 24  # of the classifier's answers in the alignment
+# Predictions after smoothing with 8 neighbours are targets in the later steps, where their probability is above 0.5.
+SMOOTHING_WEIGHT, SMOOTHING_START, SMOOTHING_NEIGHBORS, SURE = 0.5, 0.4, 8, 0.5
+BACKGROUND_SHARE = 0.35  # of the steps in which surfaces are called "background"
 # Grids of a batch; most images are wider than high. Large grids are those of images at their full size.
 GRIDS = [(14, 18)] * 4 + [(18, 14)] * 2 + [(16, 16)] * 3 + [(18, 24)] * 2 + [(24, 18)]
 LARGE_GRIDS, LARGE_SHARE = [(24, 32), (24, 32), (24, 24), (32, 24)], 0.4
@@ -66,7 +70,7 @@ class PretrainingConfig:
     alignment_steps: int = 600
     alignment_images: int = 24
     alignment_learning_rate: float = 2e-3
-    steps: int = 700
+    steps: int = 1200
     images: int = 10
     patches: int = 2600
     learning_rate: float = 5e-4
@@ -169,6 +173,9 @@ class Pretraining:
         self.tokenizer, self.texts = tokenizer, Texts(tokenizer)
         self.prompts = PromptEncoder(tokenizer)
         self.related = torch.from_numpy(vocabulary.related)
+        self.held_out = torch.from_numpy(vocabulary.held_out)
+        self.classes = torch.from_numpy(vocabulary.classes)
+        self.everyday_classes = torch.from_numpy(vocabulary.everyday_classes)
         self.word_ids, self.word_mask = self.texts.words(vocabulary.names)
         self.examples = images.examples()
         torch.manual_seed(config.seed)
@@ -212,9 +219,29 @@ class Pretraining:
             selection = select_patches(regions, *grid, max_patches=40)
             patches = self.projection(features.flatten(0, 2)[selection.indices])
             scores = cosine(patches, self._names(self.embedding())[names]) / self.temperature.exp()
-            return region_loss(scores, selection, names, self.related)
+            losses = region_loss(scores, selection, names, self.related)
+            classes = CLASSES_WEIGHT * self._class_loss(sampler, self.embedding(), self.temperature.exp())
+            return losses | {"classes": classes}
 
         self._run("alignment", config.alignment_steps, modules, optimizer, parameters, loss)
+
+    def _class_loss(
+        self, sampler: RegionSampler, embedding: torch.Tensor, temperature: torch.Tensor | float
+    ) -> torch.Tensor:
+        """
+        Cross-entropy of projected patches and the answers of ImageNet's classifier, by its classes or everyday names.
+
+        So words are learnt that hardly any image is named by.
+        """
+        classes = self.classes if sampler.rng.random() < 0.5 else self.everyday_classes
+        features, found, probabilities = sampler.class_patches(CLASSIFIED_IMAGES, CLASSIFIED_PATCHES)
+        names, columns, counts = classes.unique(return_inverse=True, return_counts=True)
+        scores = cosine(self.projection(features), self._names(embedding)[names]) / temperature
+        # Without the counts, whatever is sure of nothing would be a dog, of which there are 121 classes.
+        rare = counts[columns].float().rsqrt() * ~self.held_out[classes]
+        probabilities = probabilities * rare[found]
+        probabilities = probabilities / probabilities.sum(1, keepdim=True).clamp(min=1e-6)
+        return class_loss(scores, columns[found], probabilities)
 
     def _names(self, embedding: torch.Tensor) -> torch.Tensor:
         """Embeddings of all names, (names, d_model), from those of all tokens."""
@@ -259,6 +286,8 @@ class Pretraining:
         names = list(dict.fromkeys(region.name for found in regions for region in found))
         if not background:
             names += sampler.distractors(names, rng.randint(0, 6))
+        elif self.vocabulary.index[BACKGROUND] not in names:
+            names.append(self.vocabulary.index[BACKGROUND])
         rng.shuffle(names)
         patches = self.projection(features)
         words = self._names(self.model.get_input_embeddings().weight)[names]
@@ -266,10 +295,15 @@ class Pretraining:
         prompt = self.prompts.encode([self.vocabulary.names[name] for name in names])["prompt_ids"]
         encoded = self.backbone.encode(torch.tensor([prompt]), image_tokens=patches)
         decoded = self.backbone.decode_patches(encoded).last_hidden_state
-        losses = region_loss(decoded.flatten(0, 1)[selection.indices] @ words.T, selection, names, self.related)
+        logits = decoded @ words.T
+        losses = region_loss(logits.flatten(0, 1)[selection.indices], selection, names, self.related)
         aligned = cosine(patches.flatten(0, 2)[selection.indices], words) / ALIGNMENT_TEMPERATURE
         for kind, loss in region_loss(aligned, selection, names, self.related).items():
             losses[f"aligned {kind}"] = ALIGNMENT_WEIGHT * loss
+        if step >= SMOOTHING_START * self.config.steps:
+            losses["smoothing"] = SMOOTHING_WEIGHT * smoothing_loss(logits, features)
+        words = self.model.get_input_embeddings().weight
+        losses["classes"] = CLASSES_WEIGHT * self._class_loss(sampler, words, ALIGNMENT_TEMPERATURE)
         return losses | self._text_losses(patches, examples, rng)
 
     def _text_losses(
@@ -355,6 +389,23 @@ class Pretraining:
         self.model.to(torch.float16).save_pretrained(self.output_dir)
         images = image_processor(size={"shortest_edge": SHORT_SIDE, "longest_edge": LONG_SIDE})
         IFSegProcessor(images, self.tokenizer).save_pretrained(self.output_dir)
+
+
+def smoothing_loss(logits: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """
+    Cross-entropy with the model's own predictions after smoothing (section 2.4 of the paper), where they are sure.
+
+    Args:
+        logits: (batch, h * w, names); features: (batch, h, w, channels), of the trunk.
+    """
+    losses = []
+    for scores, patches in zip(logits.float(), features.flatten(1, 2), strict=True):
+        with torch.no_grad():
+            smoothed = smooth_probabilities(scores.softmax(-1), patches, SMOOTHING_NEIGHBORS)
+            probability, target = smoothed.max(-1)
+            target[probability < SURE] = -100
+        losses.append(nn.functional.cross_entropy(scores, target, reduction="sum") / len(scores))
+    return torch.stack(losses).mean()
 
 
 def cosine(patches: torch.Tensor, words: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ifseg_hf.nano.examples import SCENE_SOURCES, Box, Example
+from ifseg_hf.nano.examples import SCENE_SOURCES, THIN_SHARE, Box, Example
 from ifseg_hf.nano.features import FeatureCache
 from ifseg_hf.nano.vocabulary import BACKGROUND, Vocabulary
 
@@ -17,10 +17,12 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 # Relative frequencies of the annotations for which images are drawn.
 DRAWN = {"name": 3, "box": 2, "caption": 2, "filled": 4}
 # Weights of the losses of the kinds of regions, see `region_loss`.
-WEIGHTS = {"named": 1.0, "outside": 1.0, "filled": 1.0, "caption": 0.6, "class": 0.3}
+WEIGHTS = {"named": 1.0, "outside": 1.0, "filled": 1.0, "thin": 1.0, "caption": 0.6, "class": 0.3}
 # The share of a region that its name should cover at least.
 SCENE_SHARE, OBJECT_SHARE, BOX_SHARE, CAPTION_SHARE = 0.8, 0.4, 0.6, 0.15
 FILLED_SHARE = 0.75  # of the patches of a filled box that are sure to show its category
+SMALL_GRID = 0.7  # of the height or width at which boxes were drawn: on smaller grids small boxes are left out
+ASKED_SHARE = 0.6  # of the things of a batch that keep their names where the others are background
 MOST_BOXES = 8  # with more boxes, an image is likely to have objects without a box
 MOST_DRAWS = 1000  # until an image has the orientation of its batch
 CLASS_PROBABILITY = 0.4  # from which on a patch is given to a class of ImageNet-1k
@@ -33,8 +35,8 @@ class Region:
 
     Args:
         kind: "named": an image or a box around an object, of which some patches show something else; "filled": a box
-            that the name fills; "caption": the name is somewhere in the image; "class": a patch that ImageNet's
-            classifier names; "outside": everything outside of `boxes`.
+            that the name fills; "thin": a small box of which the name covers half; "caption": the name is somewhere in
+            the image; "class": a patch that ImageNet's classifier names; "outside": everything outside of `boxes`.
         boxes: one box; of "outside", the boxes that are left out.
         name: position in the vocabulary; weight: factor of its loss; share: the part of the region that the name covers
             at least. The loss is 0 from there on, so that the surroundings of an object may have other names.
@@ -64,18 +66,21 @@ class RegionSampler:
     """
 
     def __init__(self, examples: Sequence[Example], cache: FeatureCache, vocabulary: Vocabulary, rng: random.Random):
-        self.cache, self.vocabulary, self.rng = cache, vocabulary, rng
+        self.examples, self.cache, self.vocabulary, self.rng = examples, cache, vocabulary, rng
         self.pools: dict[str, tuple[list[list], list[float]]] = {}
         by_name: dict[tuple, list[tuple[Example, int | None]]] = {}
         by_category: dict[tuple, list[tuple[Example, int | None]]] = {}
         for example in examples:
             if example.name is not None:
                 by_name.setdefault((example.source, example.name), []).append((example, None))
-            for name in example.filled:
+            for name in {**example.filled, **example.thin}:
                 by_category.setdefault((example.source, name), []).append((example, name))
         # Frequent names are drawn more often, but less than in proportion.
         self._add_pool("name", list(by_name.values()), [len(group) ** 0.5 for group in by_name.values()])
-        boxes = [sum(len(example.filled[name]) for example, name in group) for group in by_category.values()]
+        boxes = [
+            sum(len(example.filled.get(name, [])) + len(example.thin.get(name, [])) for example, name in group)
+            for group in by_category.values()
+        ]
         weights = [n**0.35 * len(group) ** 0.5 for n, group in zip(boxes, by_category.values(), strict=True)]
         self._add_pool("filled", list(by_category.values()), weights)
         self._add_pool("box", [[(example, None) for example in examples if example.boxes]], [1.0])
@@ -94,7 +99,7 @@ class RegionSampler:
         """Square root of the number of images of each name that has some."""
         counts: Counter[int] = Counter()
         for example in examples:
-            names = {*example.caption_names, *example.filled, *(name for _, name in example.boxes)}
+            names = {*example.caption_names, *example.filled, *example.thin, *(name for _, name in example.boxes)}
             counts.update(sorted(names if example.name is None else names | {example.name}))
         return {name: count**0.5 for name, count in counts.items()}
 
@@ -134,12 +139,13 @@ class RegionSampler:
         return [Region("caption", [WHOLE], self.generalize(name), share=CAPTION_SHARE) for name in chosen]
 
     def _filled_regions(self, example: Example, category: int) -> list[Region]:
-        others = [name for name in example.filled if name != category]
-        names = [category, *self.rng.sample(others, min(5, len(others)))]
+        others = [name for name in {**example.filled, **example.thin} if name != category]
         regions = []
-        for name in names:
-            boxes = example.filled[name]
-            regions += [Region("filled", [box], name) for box in self.rng.sample(boxes, min(2, len(boxes)))]
+        for name in [category, *self.rng.sample(others, min(6, len(others)))]:
+            filled, thin = example.filled.get(name, []), example.thin.get(name, [])
+            regions += [Region("filled", [box], name) for box in self.rng.sample(filled, min(2, len(filled)))]
+            thin = self.rng.sample(thin, min(3, len(thin)))
+            regions += [Region("thin", [box], name, share=THIN_SHARE) for box in thin]
         return regions
 
     def _class_regions(self, example: Example) -> list[Region]:
@@ -162,6 +168,28 @@ class RegionSampler:
             box = (y / height, x / width, (y + 1) / height, (x + 1) / width)
             regions.append(Region("class", [box], general, float(probability[y, x])))
         return regions
+
+    def class_patches(self, images: int, patches: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Patches of images that are drawn uniformly, and what ImageNet's classifier says of them.
+
+        Returns:
+            features (n, channels), and the most probable classes and their probabilities, (n, 10).
+        """
+        found = []
+        for example in self.rng.sample(self.examples, min(images, len(self.examples))):
+            features = self.cache[example.view]
+            height, width = features.classes.shape[1:]
+            chosen = torch.randperm(height * width)[:patches]
+            found.append(
+                [
+                    features.joined((height, width)).flatten(1).T[chosen],
+                    features.classes.flatten(1).T[chosen].long(),
+                    features.probabilities.flatten(1).T[chosen].float(),
+                ]
+            )
+        joined, classes, probabilities = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return joined, classes, probabilities
 
     def generalize(self, name: int) -> int:
         """The name itself or, in 45 % of the cases, one of the names that hold for it too."""
@@ -188,7 +216,7 @@ class RegionSampler:
         Images on one grid, half of them mirrored.
 
         Args:
-            background: give surfaces, and what is outside of all boxes, the name "background".
+            background: give surfaces, some things, and what is outside of all boxes, the name "background".
 
         Returns:
             features (size, h, w, channels), the images, and the regions of each.
@@ -196,8 +224,12 @@ class RegionSampler:
         features, examples, regions = [], [], []
         for _ in range(size):
             example, found = self.draw(portrait=grid[0] > grid[1])
-            if background:
-                found = self._with_background(example, found)
+            if min(grid) < SMALL_GRID * min(self.cache[example.view].grid):
+                # a small box is less than a patch there
+                found = [region for region in found if region.kind != "thin"] or found
+            if background and 0 < len(example.boxes) <= MOST_BOXES:
+                outside = [box for box, _ in example.boxes]
+                found.append(Region("outside", outside, self.vocabulary.index[BACKGROUND]))
             joined = self.cache[example.view].joined(grid).permute(1, 2, 0)
             if self.rng.random() < 0.5:
                 joined = joined.flip(1)
@@ -206,18 +238,21 @@ class RegionSampler:
             features.append(joined)
             examples.append(example)
             regions.append(found)
+        if background:
+            self._name_background(regions)
         return torch.stack(features), examples, regions
 
-    def _with_background(self, example: Example, regions: list[Region]) -> list[Region]:
-        """The regions with every surface named "background", as in a list of words that has things alone."""
+    def _name_background(self, regions: Sequence[Sequence[Region]]) -> None:
+        """Names "background" every surface and some things, as in a list of words that has a few things alone."""
         background = self.vocabulary.index[BACKGROUND]
         surfaces = self.vocabulary.accepted[:, background]
-        for region in regions:
-            if surfaces[region.name]:
+        things = list(dict.fromkeys(region.name for found in regions for region in found if not surfaces[region.name]))
+        asked = self.rng.sample(things, math.ceil(ASKED_SHARE * len(things)))
+        for region in (region for found in regions for region in found):
+            if surfaces[region.name] or not self.vocabulary.related[region.name, asked].any():
                 region.name = background
-        if 0 < len(example.boxes) <= MOST_BOXES:
-            regions.append(Region("outside", [box for box, _ in example.boxes], background))
-        return regions
+                if region.kind == "named":
+                    region.share = max(region.share, SCENE_SHARE)  # what surrounds the thing is background, too
 
 
 @dataclass
@@ -267,8 +302,8 @@ def region_loss(
     Weighted mean losses of naming the regions, by their kinds.
 
     With P the softmax over the candidates that are not related to the region's name, and means over its patches:
-    "named", "caption" and "outside": -log min(1, mean P / share); "filled": the mean of -log P over the 75 % of the
-    patches where it is lowest, since a few patches show something else; "class": mean -log P times its weight.
+    "named", "thin", "caption" and "outside": -log min(1, mean P / share); "filled": the mean of -log P over the 75 %
+    of the patches where it is lowest, since a few patches show something else; "class": mean -log P times its weight.
 
     Args:
         scores: (patches, candidates), logits of `selection.indices`.
@@ -295,3 +330,16 @@ def region_loss(
             loss = (math.log(region.share) - log_mean).clamp(min=0)
         losses.setdefault(region.kind, []).append(loss)
     return {kind: WEIGHTS[kind] * torch.stack(values).mean() for kind, values in losses.items()}
+
+
+def class_loss(scores: torch.Tensor, columns: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """
+    Cross-entropy of the classifier's most probable classes, in which sure patches count more.
+
+    Args:
+        scores: (patches, names), logits; columns: int64 (patches, classes), the column of each class;
+        probabilities: float (patches, classes), of the classes, 0 for those left out.
+    """
+    log_p = scores.float().log_softmax(1).gather(1, columns)
+    sure = torch.zeros_like(scores).scatter_add_(1, columns, probabilities.to(scores.dtype)).amax(1)
+    return -(sure * (probabilities * log_p).sum(1)).sum() / sure.sum().clamp(min=1e-6)

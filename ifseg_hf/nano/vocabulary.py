@@ -71,6 +71,8 @@ class Vocabulary:
     Attributes:
         names (`list[str]`): all names; index (`dict[str, int]`): the position of each.
         classes (`np.ndarray` of shape `(1000,)`): the name of each class of ImageNet-1k.
+        everyday_classes (`np.ndarray` of shape `(1000,)`): an everyday name of each class, one step more general where
+            that is not a broad group ("beagle": dog, "dog" stays, since its parent "animal" has no parent).
         things (`np.ndarray` of shape `(1000,)`, bool): the classes that are objects. The others are surfaces and whole
             places, for which a classifier's answer says little about a single patch.
         accepted (`np.ndarray` of shape `(names, names)`, bool): in row i, the names that apply to everything
@@ -100,6 +102,8 @@ class Vocabulary:
         self.names = list(parents)
         self.index = {name: i for i, name in enumerate(self.names)}
         self.classes = np.array([self.index[row["name"]] for row in classes])
+        everyday = [_everyday(row["name"], row["parents"].split(";")[0], parents) for row in classes]
+        self.everyday_classes = np.array([self.index[name] for name in everyday])
         self.things = np.array([row["kind"] == "thing" for row in classes])
         self.accepted = np.zeros((len(self.names), len(self.names)), bool)
         for name, i in self.index.items():
@@ -154,6 +158,11 @@ class Vocabulary:
 def _rows(file: str) -> list[dict[str, str]]:
     with (WORDS / file).open(encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))
+
+
+def _everyday(name: str, parent: str, parents: dict[str, set[str]]) -> str:
+    """`parent`, if it has a parent too; otherwise `name`."""
+    return parent if parent and parents[parent] else name
 
 
 def _reachable(name: str, parents: dict[str, set[str]]) -> set[str]:

@@ -16,10 +16,12 @@ from ifseg_hf.nano.examples import (
     OBJECTS,
     SCENES,
     STREETS,
+    THIN_SHARE,
     TrainingImages,
     filled_boxes,
     fractions,
     patch_shares,
+    thin_boxes,
 )
 from ifseg_hf.nano.vocabulary import Vocabulary
 
@@ -124,6 +126,7 @@ def test_masks_choose_named_boxes(images, examples):
         if images.views[example.view].image >= len(WORLD):
             street = example.source == "street"
             assert set(names_of(example.filled)) == ({"sky", "car"} if street else {"cat"})
+            assert names_of(example.thin) == (["car"] if street else [])
             left = example.filled[VOCABULARY.index["sky" if street else "cat"]]
             assert all(box[1] + (box[3] - box[1]) * 0.65 <= 0.5 + 1 / 24 for box in left)
             assert example.name is None
@@ -144,7 +147,7 @@ def test_examples_are_determined_by_their_seed(images, examples):
 def test_one_category_fills_each_box(seed, size, grid):
     random_cells = np.random.default_rng(seed).choice([0, 1, 2, -100], (3, 3))
     labels = random_cells[np.arange(size[0])[:, None] * 3 // size[0], np.arange(size[1]) * 3 // size[1]]
-    found = filled_boxes(labels, 3, grid, random.Random(seed), tries=60, thin=[2])
+    found = filled_boxes(patch_shares(labels, 3, *grid), random.Random(seed), tries=60)
     for label, boxes in found.items():
         for top, left, bottom, right in boxes:
             assert 0 <= top < bottom <= 1
@@ -152,7 +155,7 @@ def test_one_category_fills_each_box(seed, size, grid):
             rows = slice(round(top * size[0]), round(bottom * size[0]))
             inside = labels[rows, round(left * size[1]) : round(right * size[1])] == label
             # patches are sampled at 4 x 4 pixels, so that shares are not exact
-            assert inside.mean() > (0.2 if label == 2 else 0.5)
+            assert inside.mean() > 0.5
             height, width = (bottom - top) * grid[0], (right - left) * grid[1]
             assert 1.99 < height < 10.01
             assert 1.99 < width < 10.01
@@ -160,14 +163,22 @@ def test_one_category_fills_each_box(seed, size, grid):
         assert sum(map(len, found.values())) == 60
 
 
-def test_small_boxes_are_enough_for_thin_categories():
+def test_thin_categories_have_small_boxes_of_which_they_cover_half():
     labels = np.zeros((160, 160), int)
-    labels[:, 56:72] = 1  # a pole, a patch wide
-    found = [filled_boxes(labels, 2, (10, 10), random.Random(0), tries=200, thin=thin) for thin in ([], [1])]
-    assert [set(boxes) for boxes in found] == [{0}, {0, 1}]
-    for top, left, bottom, right in found[1][1]:
-        assert round((bottom - top) * 10) * round((right - left) * 10) <= 12
-        assert left <= 0.4 < right
+    labels[:, 57:71] = 1  # a pole, a patch wide
+    labels[40:44, 100:104] = 2  # a sixteenth of a patch
+    shares = patch_shares(labels, 3, 10, 10)
+    assert set(filled_boxes(shares, random.Random(0), tries=200)) == {0}
+    found = thin_boxes(shares, random.Random(0), [1, 2])
+    assert set(found) == {1}
+    assert 2 <= len(found[1]) <= 8
+    for top, left, bottom, right in found[1]:
+        height, width = round((bottom - top) * 10), round((right - left) * 10)
+        assert 1 <= height <= 3
+        assert 1 <= width <= 3
+        pixels = labels[round(top * 160) : round(bottom * 160), round(left * 160) : round(right * 160)]
+        assert (pixels == 1).mean() > THIN_SHARE - 0.15  # shares are not exact
+    assert any(box[2] - box[0] > 0.15 for box in found[1])
 
 
 def test_patch_shares_count_pixels_and_leave_out_unlabelled_ones():

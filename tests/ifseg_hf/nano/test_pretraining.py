@@ -10,7 +10,7 @@ from pretraining_data import small_pretraining
 from safetensors.torch import load_file
 
 from ifseg_hf.modeling import OFAForConditionalGeneration
-from ifseg_hf.nano.pretraining import NormalizedProjection, TokenEmbedding, cosine, pretrain
+from ifseg_hf.nano.pretraining import NormalizedProjection, TokenEmbedding, cosine, pretrain, smoothing_loss
 from ifseg_hf.nano.regions import RegionSampler
 
 STEPS = {"alignment_steps": 4, "steps": 5, "alignment_images": 3, "images": 3, "warmup": 2, "save_every": 2}
@@ -92,6 +92,8 @@ def test_each_loss_is_logged_with_its_step(finished):
     for loss in ("captions", "infilling", "aligned"):
         assert loss in lines[2]
         assert loss not in lines[0]
+    assert all("classes" in line for line in lines)
+    assert ["smoothing" in line for line in lines] == [False, False, False, True, True]
 
 
 def test_pretraining_changes_projection_words_and_layers(data, finished):
@@ -150,3 +152,22 @@ def test_cosine_similarity_ignores_lengths():
     patches, words = torch.randn(2, 3, 4, 8), torch.randn(5, 8)
     expected = torch.nn.functional.cosine_similarity(patches[..., None, :], words, dim=-1)
     torch.testing.assert_close(cosine(7 * patches, words), expected)
+
+
+def test_smoothing_loss_is_the_cross_entropy_with_the_sure_names_of_similar_patches():
+    features = torch.zeros(1, 4, 8, 4)
+    features[0, :2, :, 0] = features[0, 2:, :, 1] = 1
+    features += 0.01 * torch.randn(1, 4, 8, 4, generator=torch.Generator().manual_seed(0))
+    logits = torch.zeros(1, 32, 3)
+    logits[0, :16, 0] = 3
+    logits[0, 5] = torch.tensor([0.0, 4.0, 0.0])  # one patch of the upper half names something else
+    logits[0, 16:, 1:] = 1  # the lower half is undecided
+    logits.requires_grad_()
+    loss = smoothing_loss(logits, features)
+    expected = (
+        torch.nn.functional.cross_entropy(logits[0, :16], torch.zeros(16, dtype=torch.long), reduction="sum") / 32
+    )
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert logits.grad[0, 5, 0] < 0 < logits.grad[0, 5, 1]
+    assert not logits.grad[0, 16:].any()

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifseg_hf.nano.examples import Example
+from ifseg_hf.nano.examples import THIN_SHARE, Example
 from ifseg_hf.nano.features import Features
 from ifseg_hf.nano.regions import (
+    ASKED_SHARE,
     BOX_SHARE,
     CAPTION_SHARE,
     CLASS_PROBABILITY,
@@ -23,6 +24,7 @@ from ifseg_hf.nano.regions import (
     WHOLE,
     Region,
     RegionSampler,
+    class_loss,
     region_loss,
     select_patches,
 )
@@ -196,6 +198,61 @@ def test_background_replaces_names_of_surfaces():
     assert {region.name for region in regions} == {background, CAR}
     [regions] = sampler.batch(1, (8, 8))[2]
     assert {region.name for region in regions} == {SKY, CAR}
+
+
+def test_background_replaces_some_things_and_all_that_are_not_related_to_the_others():
+    background = VOCABULARY.index[BACKGROUND]
+    names = [CAT, CAR, DOG, BEAGLE]
+    sampler = make_sampler(*[Example("caltech", 0, boxes=[(LEFT, name)]) for name in names])
+    kept = []
+    for _ in range(40):
+        regions = [[Region("named", [LEFT], name, share=0.4)] for name in names]
+        sampler._name_background(regions)
+        left = [region.name for found in regions for region in found]
+        assert all(new in (old, background) for new, old in zip(left, names, strict=True))
+        assert (left[2] == background) == (left[3] == background)  # a beagle is a dog
+        assert left.count(background) <= len(names) - math.ceil(ASKED_SHARE * len(names))
+        shares = [region.share for found in regions for region in found]
+        assert shares == [SCENE_SHARE if name == background else 0.4 for name in left]
+        kept += left
+    assert {*names, background} == set(kept)
+
+
+def test_small_boxes_are_left_out_on_small_grids():
+    sampler = make_sampler(Example("street", 0, filled={SKY: [LEFT]}, thin={CAR: [RIGHT] * 4}))
+    for grid, kinds in (((8, 8), ["filled", *["thin"] * 3]), ((5, 5), ["filled"])):
+        for _ in range(5):
+            [regions] = sampler.batch(1, grid)[2]
+            assert sorted(region.kind for region in regions) == kinds
+    only_thin = make_sampler(Example("street", 0, thin={CAR: [RIGHT]}))
+    [[region]] = only_thin.batch(1, (5, 5))[2]
+    assert (region.kind, region.name, region.share) == ("thin", CAR, THIN_SHARE)
+
+
+def test_class_patches_have_the_features_of_their_classes():
+    features = make_features()
+    features.classes[:] += (torch.arange(4) >= 2).short() * 100  # other classes in the right half
+    sampler = make_sampler(*[Example("animals", 0, name=CAT)] * 5, cache=[features])
+    found, classes, probabilities = sampler.class_patches(3, 7)
+    assert found.shape == (21, 4)
+    assert classes.shape == probabilities.shape == (21, 10)
+    assert classes.dtype == torch.int64
+    left = found[:, 0] > 0.5
+    assert 0 < left.sum() < 21
+    assert torch.equal(classes[:, 0] < 100, left)
+    assert len(sampler.class_patches(9, 99)[0]) == 5 * 16  # all there are
+
+
+def test_class_loss_counts_sure_patches_more():
+    scores = torch.randn(3, 4)
+    columns = torch.tensor([[0, 2, 0], [1, 3, 3], [3, 0, 1]])
+    probabilities = torch.tensor([[0.5, 0.1, 0.3], [0.0, 0.2, 0.3], [0.0, 0.0, 0.0]])
+    log_p = scores.log_softmax(1)
+    first = -(0.8 * log_p[0, 0] + 0.1 * log_p[0, 2])
+    second = -0.5 * log_p[1, 3]
+    expected = (0.8 * first + 0.5 * second) / 1.3
+    torch.testing.assert_close(class_loss(scores, columns, probabilities), expected)
+    assert class_loss(scores, columns, 0 * probabilities) == 0
 
 
 @pytest.mark.parametrize("count", [1, MOST_BOXES, MOST_BOXES + 1])

@@ -34,6 +34,16 @@ def test_each_class_of_imagenet_has_a_name(vocabulary):
     assert not vocabulary.things[[970, 978]].any()  # alp, seashore
 
 
+def test_classes_have_everyday_names(vocabulary):
+    everyday = {
+        vocabulary.names[i]: vocabulary.names[j]
+        for i, j in zip(vocabulary.classes, vocabulary.everyday_classes, strict=True)
+    }
+    expected = {"beagle": "dog", "ox": "cow", "horse": "horse", "desk": "table"}
+    assert {name: everyday[name] for name in expected} == expected
+    assert len(set(everyday.values())) < 0.7 * len(everyday)
+
+
 def test_names_have_one_order_in_every_process():
     code = "from ifseg_hf.nano.vocabulary import Vocabulary; print(*Vocabulary().names, sep='|')"
     orders = {
