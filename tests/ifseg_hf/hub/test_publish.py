@@ -31,7 +31,7 @@ from ifseg_hf.training.config import SETTINGS_FILE
 MODELING = "configuration loss modeling"
 PROCESSING = "image_processing pipeline post_processing processing prompt segmenter sliding_window"
 OFA = "attention backbone bias_cache configuration modeling positions trunk"
-CODE = {"backbone.py", "image_batches.py", *(f"{name}_ofa.py" for name in OFA.split())}
+CODE = {"backbone.py", "image_batches.py", "loading.py", *(f"{name}_ofa.py" for name in OFA.split())}
 CODE |= {f"{name}_ifseg.py" for name in f"{MODELING} {PROCESSING}".split()}
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 RESULT = {
