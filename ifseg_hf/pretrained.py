@@ -17,20 +17,21 @@ def use_converted(name: str | Path, folder: Path) -> None:
     _converted[str(name)] = folder
 
 
-def resolve_model(name: str | Path) -> str | Path:
+def resolve_model(name: str | Path, converted: bool = True) -> str | Path:
     """Returns the folder or Hub id of a model, for `from_pretrained`.
 
     Args:
         name: a folder, a Hub id (owner/name), or `"ifseg-ofa-nano"` for the embedded checkpoint. The path of a fairseq
             `.pt` file is returned unchanged, or its folder once it was converted: see
             [`ifseg_hf.hub.published.resolve_checkpoint`].
+        converted: return the folder of a published checkpoint that this process converted, in its place.
 
     Raises:
         `FileNotFoundError`: `name` is neither an existing folder nor a possible Hub id. The Hub is not asked.
     """
     if str(name) == EMBEDDED:
         return NANO
-    if str(name) in _converted and _converted[str(name)].is_dir():
+    if converted and str(name) in _converted and _converted[str(name)].is_dir():
         return _converted[str(name)]
     folder = Path(name).expanduser()
     if name != "" and (folder.is_dir() or (folder.suffix in CHECKPOINT_SUFFIXES and folder.is_file())):

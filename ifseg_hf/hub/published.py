@@ -43,7 +43,7 @@ def resolve_checkpoint(
         `FileNotFoundError`: as [`ifseg_hf.resolve_model`] does.
         ConversionError: the checkpoint cannot be converted, or the cache cannot be written.
     """
-    path = resolve_model(name)
+    path = resolve_model(name, converted=False)
     found = _find_published(path)
     if found is None:
         return path
