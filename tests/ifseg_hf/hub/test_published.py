@@ -13,6 +13,7 @@ import pytest
 import torch
 from hub_client import ROOT, code_blocks, environment, run
 from hub_server import Blob, HubServer, Repository
+from image_folders import save_masked_images
 from PIL import Image
 from published_ofa import write_published_ofa
 from safetensors.torch import load_file
@@ -32,6 +33,7 @@ from ifseg_hf.hub.model_card import model_card
 from ifseg_hf.hub.published import resolve_checkpoint
 from ifseg_hf.processing import IFSegProcessor
 from ifseg_hf.training.config import SETTINGS_FILE
+from scripts import load_script
 
 REPO = "OFA-Sys/ofa-small"
 QUESTION = "what does the image describe?"
@@ -264,6 +266,29 @@ def test_cache_that_cannot_be_written_is_named(published, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ConversionError, match=r"The cache .*cache cannot be written \(File exists\)"):
         resolve_checkpoint(published, tmp_path / "cache", lambda sentence: None)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("train", ["--categories", "cat, dog", "--output-dir", "out", "--cpu"]),
+        ("segment", ["data/train/images/0.png", "--output-dir", "out"]),
+        ("eval", ["--dataset", "data", "--split", "train", "--output-dir", "out", "--cpu"]),
+        ("pseudo_label", ["--images", "data/train/images", "--categories", "cat, dog", "--output-dir", "out", "--cpu"]),
+        ("export_onnx", ["out.onnx", "--categories", "cat, dog"]),
+    ],
+)
+def test_scripts_that_take_a_model_convert_it(script, arguments, published, tmp_path, monkeypatch, capsys):
+    def resolve(name):
+        assert name == str(published)
+        raise ConversionError("Converting, and no further.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ifseg_hf.hub.published.resolve_checkpoint", resolve)
+    save_masked_images(tmp_path / "data")
+    model = [str(published)] if script == "export_onnx" else ["--model", str(published)]
+    assert load_script(script).main([*model, *arguments]) == 1
+    assert capsys.readouterr().err.endswith(f"{script}.py: Converting, and no further.\n")
 
 
 # Texts about images ---------------------------------------------------------------------------------------------------
