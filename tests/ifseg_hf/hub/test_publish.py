@@ -239,7 +239,8 @@ def test_code_of_cards_runs_as_printed(hub, folders, published, image, tmp_path,
             assert modules["model"].startswith("ifseg_hf.modeling"), repo
         elif repo == "alice/ifseg-ofa-base":
             assert modules["model"].startswith("transformers_modules.")
-            assert printed.startswith("[")  # a list with a sentence
+            assert {"inputs", "ids"} <= modules.keys()
+            assert printed.endswith("\n")  # a sentence, which may be empty: the weights are random
         else:
             assert modules["segmenter"].startswith("transformers_modules.")
             folder = folders[{"main": "tuned", "coarse": "coarse"}[branch]]
