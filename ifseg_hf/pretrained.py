@@ -6,21 +6,35 @@ from pathlib import Path
 EMBEDDED = "ifseg-ofa-nano"
 NANO = Path(__file__).resolve().parent / "nano"
 """Folder of the embedded checkpoint, a small OFA that has not been tuned on words, for `from_pretrained`."""
+CHECKPOINT_SUFFIXES = (".pt", ".pth")
+"""Suffixes of checkpoints that fairseq saves, which are converted before use."""
+
+_converted: dict[str, Path] = {}
 
 
-def resolve_model(name: str | Path) -> str | Path:
+def use_converted(name: str | Path, folder: Path) -> None:
+    """Makes [`resolve_model`] return a converted folder for a published checkpoint, in this process."""
+    _converted[str(name)] = folder
+
+
+def resolve_model(name: str | Path, converted: bool = True) -> str | Path:
     """Returns the folder or Hub id of a model, for `from_pretrained`.
 
     Args:
-        name: a folder, a Hub id (owner/name), or `"ifseg-ofa-nano"` for the embedded checkpoint.
+        name: a folder, a Hub id (owner/name), or `"ifseg-ofa-nano"` for the embedded checkpoint. The path of a fairseq
+            `.pt` file is returned unchanged, or its folder once it was converted: see
+            [`ifseg_hf.hub.published.resolve_checkpoint`].
+        converted: return the folder of a published checkpoint that this process converted, in its place.
 
     Raises:
         `FileNotFoundError`: `name` is neither an existing folder nor a possible Hub id. The Hub is not asked.
     """
     if str(name) == EMBEDDED:
         return NANO
+    if converted and str(name) in _converted and _converted[str(name)].is_dir():
+        return _converted[str(name)]
     folder = Path(name).expanduser()
-    if name != "" and folder.is_dir():
+    if name != "" and (folder.is_dir() or (folder.suffix in CHECKPOINT_SUFFIXES and folder.is_file())):
         return folder
     # A Hub id has an owner; a name without one is a missing folder.
     if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):

@@ -1,16 +1,17 @@
 """Registration of the classes with transformers' Auto classes and its image-segmentation pipeline."""
 
 from transformers import (
-    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForSemanticSegmentation,
     AutoProcessor,
+    AutoTokenizer,
 )
 
 # From its own module: up to 5.17, `transformers.AutoImageProcessor` refuses to work without torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ifseg_hf.modeling import (
@@ -20,7 +21,7 @@ from ifseg_hf.modeling import (
     OFAForConditionalGeneration,
     OFAModel,
 )
-from ifseg_hf.processing import IFSegImageProcessor, IFSegImageSegmentationPipeline, IFSegProcessor
+from ifseg_hf.processing import IFSegImageProcessor, IFSegImageSegmentationPipeline, IFSegProcessor, OFATokenizer
 
 
 def register() -> None:
@@ -32,19 +33,16 @@ def register() -> None:
     AutoModelForSemanticSegmentation.register(IFSegConfig, IFSegForSemanticSegmentation, exist_ok=True)
     AutoModel.register(OFAConfig, OFAModel, exist_ok=True)
     AutoModelForImageTextToText.register(OFAConfig, OFAForConditionalGeneration, exist_ok=True)
-    # Segmentation models also load OFA checkpoints: `from_pretrained` converts the configuration. Registered in the
-    # mapping, because `AutoModelForSemanticSegmentation.register` refuses a class with another `config_class`.
-    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING.register(OFAConfig, IFSegForSemanticSegmentation, exist_ok=True)
     for config_class in (IFSegConfig, OFAConfig):
         # The image processor needs no torchvision, and is also used if torchvision is installed.
         image_processors = {"pil": IFSegImageProcessor, "torchvision": IFSegImageProcessor}
         AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
         AutoProcessor.register(config_class, IFSegProcessor, exist_ok=True)
-    # Saved models and processors refer to these classes in `auto_map` and get copies of the files that define them.
-    # (`IFSegForSemanticSegmentation.save_pretrained` does this itself: its files depend on the backbone.)
-    OFAConfig.register_for_auto_class("AutoConfig")
-    OFAModel.register_for_auto_class("AutoModel")
-    OFAForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+    AutoTokenizer.register(OFAConfig, OFATokenizer, exist_ok=True)  # of a published OFA, whose folder names no class
+    # The names that `pipeline("image-text-to-text")` accepts without logging an error.
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[OFAConfig.model_type] = OFAForConditionalGeneration.__name__
+    # Saved processors refer to these classes in `auto_map` and get copies of the files that define them.
+    # (Models do this themselves: their files depend on the backbone.)
     IFSegImageProcessor.register_for_auto_class("AutoImageProcessor")
     IFSegProcessor.register_for_auto_class("AutoProcessor")
     # Registered below, so `pipeline()` need not load the class from the model's folder with `trust_remote_code`.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import AutoBackbone, AutoConfig
+from transformers import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING, AutoBackbone, AutoConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -12,8 +12,15 @@ from .backbone import IFSegBackbone, mean_of_subwords
 from .configuration_ifseg import IFSegConfig
 from .configuration_ofa import OFAConfig
 from .modeling_ifseg import IFSegForSemanticSegmentation
-from .modeling_ofa import OFAEncoderOutput, OFAModel, OFAPatchPositions, OFAPreTrainedModel
-from .positions_ofa import OFATable, cat_sequences, prepend_start_token, resize_grid, resized_grid_relative_bias
+from .modeling_ofa import OFAEncoderOutput, OFAForConditionalGeneration, OFAModel, OFAPreTrainedModel
+from .positions_ofa import (
+    OFAPatchPositions,
+    OFATable,
+    cat_sequences,
+    prepend_start_token,
+    resize_grid,
+    resized_grid_relative_bias,
+)
 
 
 class OFASegmentationPositions(nn.Module):
@@ -158,5 +165,16 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
 
 AutoConfig.register(OFAConfig.model_type, OFAConfig, exist_ok=True)
 AutoBackbone.register(OFAConfig, OFABackbone, exist_ok=True)
+# Segmentation models also load OFA checkpoints: `from_pretrained` converts the configuration. Registered in the
+# mapping, because `AutoModelForSemanticSegmentation.register` refuses a class with another `config_class`.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING.register(OFAConfig, IFSegForSemanticSegmentation, exist_ok=True)
 
-__all__ = ["IFSegConfig", "IFSegForSemanticSegmentation", "OFABackbone", "OFASegmentationPositions"]
+__all__ = [
+    "IFSegConfig",
+    "IFSegForSemanticSegmentation",
+    "OFABackbone",
+    "OFAConfig",
+    "OFAForConditionalGeneration",
+    "OFAModel",
+    "OFASegmentationPositions",
+]

@@ -1,5 +1,7 @@
 """Configuration of OFA: sizes of the published checkpoints, image trunk, positions."""
 
+from typing import Any, ClassVar
+
 from transformers import PreTrainedConfig
 
 # The published sizes of OFA: (d_model, encoder layers, decoder layers, heads, FFN width, blocks of the trunk's stages).
@@ -11,13 +13,58 @@ _SIZES = {
     "huge": (1280, 24, 12, 16, 5120, (3, 8, 36)),
 }
 TRUNK_TYPES = ("resnet", "efficientnet_lite")
+# `config.json` of a published OFA names its ResNet; blocks of the three stages that it has.
+_PUBLISHED_TRUNKS = {"resnet50": (3, 4, 6), "resnet101": (3, 4, 23), "resnet152": (3, 8, 36)}
+# Choices that `config.json` of a published OFA may make, with the only value that this implementation has.
+_PUBLISHED_CHOICES = {
+    "add_type_embedding": True,
+    "code_layernorm_embedding": True,
+    "decoder_normalize_before": True,
+    "encoder_normalize_before": True,
+    "entangle_position_embedding": False,
+    "layernorm_embedding": True,
+    "normformer": True,
+    "patch_layernorm_embedding": True,
+    "scale_embedding": False,
+    "share_attn_bias": False,
+    "share_decoder_input_output_embed": True,
+    "use_gamma_feature": False,
+    "use_ofasys": False,
+}
+# Entries of the published `config.json` that this implementation does not need: paths, rates of training, generation.
+_PUBLISHED_UNUSED = (
+    "classifier_dropout",
+    "code_image_size",
+    "decoder_drop_path_rate",
+    "decoder_layerdrop",
+    "encoder_drop_path_rate",
+    "encoder_layerdrop",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "resnet_drop_path_rate",
+    "resnet_model_path",
+)
+# The classes that load a saved OFA, all from one file: importing it registers OFA as a backbone of segmentation.
+AUTO_MAP = {
+    "AutoConfig": "backbone_ofa.OFAConfig",
+    "AutoModel": "backbone_ofa.OFAModel",
+    "AutoModelForImageTextToText": "backbone_ofa.OFAForConditionalGeneration",
+    "AutoModelForSemanticSegmentation": "backbone_ofa.IFSegForSemanticSegmentation",
+}
+# Tensors of published weights that are copies of the token embedding, or buffers that the model computes.
+PUBLISHED_COPIES = (
+    r"^(model\.)?encoder\.embed_images\..*\.num_batches_tracked$",
+    r"^(model\.)?(encoder|decoder)\.(version|(token|image)_rp_bucket|image_position_idx)$",
+    r"^(model\.)?decoder\.output_projection\.weight$",
+)
 
 
 class OFAConfig(PreTrainedConfig):
     r"""
     Sizes of an OFA encoder-decoder.
 
-    The defaults are OFA-base; [`OFAConfig.preset`] gives every published size.
+    The defaults are OFA-base; [`OFAConfig.preset`] gives every published size. `config.json` of a published OFA, which
+    names its trunk (`resnet_type`), is read, too.
 
     Args:
         vocab_size (`int`, defaults to 59457): byte-pair tokens, image codes and location bins.
@@ -53,6 +100,8 @@ class OFAConfig(PreTrainedConfig):
 
     model_type = "ofa"
     base_config_key = "backbone_config"
+    # Names of the published weights -> names in a model that has an OFA as its backbone.
+    published_names: ClassVar[dict[str, str]] = {r"^encoder\.": "model.encoder.", r"^decoder\.": "model.decoder."}
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
         "hidden_size": "d_model",
@@ -94,10 +143,26 @@ class OFAConfig(PreTrainedConfig):
     decoder_positions: str = "segmentation"
 
     def __post_init__(self, **kwargs):
+        if "resnet_type" in kwargs:
+            self._read_published(kwargs)
         self.trunk_hidden_sizes = tuple(self.trunk_hidden_sizes)
         self.trunk_depths = tuple(self.trunk_depths)
         super().__post_init__(**kwargs)
         self._check()
+
+    def _read_published(self, values: dict[str, Any]):
+        """Moves the entries that only `config.json` of a published OFA has from `values` to this configuration."""
+        resnet = values.pop("resnet_type")
+        if resnet not in _PUBLISHED_TRUNKS:
+            raise ValueError(f'resnet_type="{resnet}": choose {", ".join(_PUBLISHED_TRUNKS)}.')
+        self.trunk_depths = _PUBLISHED_TRUNKS[resnet]
+        # The largest images of segmentation, up to 512 pixels, for which there are positions.
+        self.image_size = min(512, self.image_bucket_size * self.patch_size)
+        for name, value in _PUBLISHED_CHOICES.items():
+            if values.pop(name, value) != value:
+                raise ValueError(f"{name}={not value}: there is no such OFA here, only {name}={value}.")
+        for name in _PUBLISHED_UNUSED:
+            values.pop(name, None)
 
     def _check(self):
         for stack in ("encoder", "decoder"):

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoBackbone, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from .backbone import IFSegBackbone
 from .configuration_ifseg import IFSegConfig
 from .image_batches import group_by_image_size
+from .loading import Float32PreTrainedModel
 from .loss_ifseg import segmentation_loss
 
 
@@ -42,7 +43,7 @@ class IFSegSegmentationOutput(ModelOutput):
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class IFSegForSemanticSegmentation(PreTrainedModel):
+class IFSegForSemanticSegmentation(Float32PreTrainedModel):
     """
     Segments an image, or an artificial image made of words, into categories that are named by words.
 
@@ -212,10 +213,33 @@ class IFSegForSemanticSegmentation(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """Loads an IFSeg checkpoint, or the checkpoint of a backbone, such as a converted OFA."""
-        if isinstance(config, PreTrainedConfig) and config.model_type != cls.config_class.model_type:
-            config = cls.config_class.from_backbone_config(config)
+        """
+        Loads an IFSeg checkpoint, or the checkpoint of a backbone, such as an OFA.
+
+        The weights are loaded in float32 unless `dtype` says otherwise; "auto" is the dtype of the saved weights.
+        """
+        if not isinstance(config, PreTrainedConfig):
+            backbone = cls._backbone_class(config or pretrained_model_name_or_path, kwargs)
+        else:
+            backbone = type(getattr(config, "backbone_config", config))
+            if config.model_type != cls.config_class.model_type:
+                config = cls.config_class.from_backbone_config(config)
+        if names := getattr(backbone, "published_names", None):
+            kwargs.setdefault("key_mapping", names)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _backbone_class(cls, path, kwargs: dict) -> type[PreTrainedConfig] | None:
+        """The class of the backbone's configuration; `None` for an adapter, whose folder has no configuration."""
+        hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+        try:
+            values, _ = cls.config_class.get_config_dict(path, **{name: kwargs[name] for name in hub if name in kwargs})
+        except OSError:
+            return None
+        model_type = (values.get("backbone_config") or values).get("model_type")
+        if model_type not in CONFIG_MAPPING:  # lazy, so that its `get` knows no class that was not yet imported
+            return None
+        return CONFIG_MAPPING[model_type]
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
         """Saves weights, configuration and code: the file of the backbone and all files that it imports."""

@@ -1,16 +1,19 @@
 """OFA: an encoder over image and text, a decoder over text, and the head for text generation."""
 
+import importlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -25,10 +28,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_ofa import OFAAttention
 from .bias_cache_ofa import BiasCache
-from .configuration_ofa import OFAConfig
+from .configuration_ofa import AUTO_MAP, PUBLISHED_COPIES, OFAConfig
 from .image_batches import group_by_image_size
+from .loading import Float32PreTrainedModel
 from .positions_ofa import (
     BiasBlock,
+    OFAPatchPositions,
     OFATable,
     add_blocks,
     cat_sequences,
@@ -59,24 +64,6 @@ class OFAEncoderOutput(BaseModelOutput):
     patch_mask: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     position_embeddings: torch.Tensor | None = None
-
-
-@dataclass
-class OFAPatchPositions:
-    """
-    Positions of `<s>` and the patches of a grid, for a decoder that reads patches instead of text.
-
-    Args:
-        grid: height and width in patches.
-        embeddings: (1, height * width + 1, d_model), normalised.
-        tables: relative tables of all layers, which `relative_bias` reads.
-        relative_bias: function from the index of a layer to blocks of (heads, height * width + 1, height * width + 1).
-    """
-
-    grid: tuple[int, int]
-    embeddings: torch.Tensor
-    tables: list[torch.Tensor]
-    relative_bias: Callable[[int], list[BiasBlock]]
 
 
 def drop_path(hidden_states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
@@ -162,7 +149,7 @@ class OFADecoderLayer(OFALayer):
         return self._feed_forward(hidden_states)
 
 
-class OFAPreTrainedModel(PreTrainedModel):
+class OFAPreTrainedModel(Float32PreTrainedModel):
     config: OFAConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -172,6 +159,14 @@ class OFAPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["OFAResNetTrunk", "OFAEfficientNetLiteTrunk", "OFAEncoderLayer", "OFADecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _keys_to_ignore_on_load_unexpected = PUBLISHED_COPIES
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
+        """Saves weights, configuration, and the code of all classes that load them, segmentation among them."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            custom_object_save(importlib.import_module(f"{__package__}.backbone_ofa").OFABackbone, save_directory)
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -686,6 +681,5 @@ __all__ = [
     "OFAEncoderOutput",
     "OFAForConditionalGeneration",
     "OFAModel",
-    "OFAPatchPositions",
     "OFAPreTrainedModel",
 ]

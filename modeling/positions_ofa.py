@@ -5,6 +5,8 @@ and a relative one per layer.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -167,8 +169,27 @@ def masked_bias(bias: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tenso
     return bias if allowed is None else bias.masked_fill(~allowed.to(bias.device), torch.finfo(bias.dtype).min)
 
 
+@dataclass
+class OFAPatchPositions:
+    """
+    Positions of `<s>` and the patches of a grid, for a decoder that reads patches instead of text.
+
+    Args:
+        grid: height and width in patches.
+        embeddings: (1, height * width + 1, d_model), normalised.
+        tables: relative tables of all layers, which `relative_bias` reads.
+        relative_bias: function from the index of a layer to blocks of (heads, height * width + 1, height * width + 1).
+    """
+
+    grid: tuple[int, int]
+    embeddings: torch.Tensor
+    tables: list[torch.Tensor]
+    relative_bias: Callable[[int], list[BiasBlock]]
+
+
 __all__ = [
     "BiasBlock",
+    "OFAPatchPositions",
     "OFATable",
     "add_blocks",
     "cat_sequences",

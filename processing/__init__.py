@@ -14,9 +14,10 @@ from .post_processing_ifseg import (
     smooth_probabilities,
 )
 from .processing_ifseg import IFSegProcessor
-from .prompt_ifseg import PROMPT_TEMPLATE
+from .prompt_ifseg import PROMPT_TEMPLATE, normalize_text
 from .segmenter_ifseg import IFSegSegmenter
 from .sliding_window_ifseg import sliding_window_outputs
+from .tokenization_ofa import OFATokenizer
 
 __all__ = [
     "PROMPT_TEMPLATE",
@@ -24,7 +25,9 @@ __all__ = [
     "IFSegImageSegmentationPipeline",
     "IFSegProcessor",
     "IFSegSegmenter",
+    "OFATokenizer",
     "nearest_patches",
+    "normalize_text",
     "patch_scores",
     "resize_scores",
     "resized_argmax",

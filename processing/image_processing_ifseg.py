@@ -218,6 +218,14 @@ def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return resized
 
 
+def resize_bicubic(image: np.ndarray, side: int) -> np.ndarray:
+    """Resizes an image `(H, W, 3)`, uint8 or float32, to `(side, side, 3)` as Pillow does, with antialiasing."""
+    if image.dtype == np.uint8:
+        return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
+    channels = [Image.fromarray(image[..., channel]) for channel in range(image.shape[-1])]
+    return np.stack([np.asarray(x.resize((side, side), Image.Resampling.BICUBIC)) for x in channels], axis=-1)
+
+
 def resize_nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes `(H, W)` labels: each pixel takes the label under its centre."""
     rows, columns = (
@@ -259,6 +267,8 @@ class IFSegImageProcessor(PilBackend):
         smoothing_neighbors (`int`, defaults to 3), smoothing_iterations (`int`, defaults to 25): defaults of
             [`~IFSegImageProcessor.post_process_semantic_segmentation`] and [`IFSegSegmenter`]. A model that was trained
             on images needs no smoothing: 0 iterations.
+        generation_size (`int`, *optional*): side in pixels of the square images that the model writes text about; see
+            [`~IFSegImageProcessor.square`]. Default: the shortest edge (or height and width) of `size`.
         sliding_window (`int`, *optional*): side in pixels of the crops that the model was trained on.
             [`IFSegSegmenter`] then segments images in such crops; by default it segments whole images.
     """
@@ -282,10 +292,39 @@ class IFSegImageProcessor(PilBackend):
     ignore_index = None
     smoothing_neighbors = SMOOTHING_NEIGHBORS
     smoothing_iterations = SMOOTHING_ITERATIONS
+    generation_size: int | None = None
     sliding_window: int | None = None
 
     def __init__(self, **kwargs: Unpack[IFSegImageProcessorKwargs]):
         super().__init__(**kwargs)
+
+    @classmethod
+    def for_ofa(cls, image_size: int, d_model: int) -> "IFSegImageProcessor":
+        """Returns the image processor of a published OFA from the `image_size` and `d_model` of its configuration.
+
+        OFA writes text about square images of 256 pixels a side (tiny, medium), 384 (base) or 480 (large, huge).
+        """
+        generation_size = 256 if d_model < 768 else 384 if d_model < 1024 else 480
+        size = {"shortest_edge": image_size, "longest_edge": 4 * image_size}
+        return cls(size=size, generation_size=min(generation_size, image_size))
+
+    def square(self, images) -> list[np.ndarray]:
+        """
+        Returns images for text generation: squares with sides of `generation_size` pixels, resized bicubically.
+
+        As in OFA, the ratio is not kept.
+
+        Args:
+            images: an image or a list of images, as for [`~IFSegImageProcessor.preprocess`].
+
+        Returns:
+            `list[np.ndarray]`: one array `(side, side, 3)` per image, uint8, or float32 if its values were.
+        """
+        sizes = (self.generation_size, self.size.get("shortest_edge"), self.size.get("height"))
+        side = next((size for size in sizes if size), None)
+        if side is None:
+            raise ValueError(f"size={dict(self.size)}: set generation_size, the side of images to write text about.")
+        return [resize_bicubic(to_array(image), side) for image in _flatten(self.fetch_images(images))]
 
     def preprocess(self, images, segmentation_maps=None, **kwargs: Unpack[IFSegImageProcessorKwargs]) -> BatchFeature:
         """

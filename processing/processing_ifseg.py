@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-# This relative import also makes transformers save the pipeline's file with a processor: it copies the file of the
-# class and all files that are imported there relatively.
+# The relative import of the pipeline also makes transformers save the pipeline's file with a processor: it copies the
+# file of the class and all files that are imported there relatively.
+from .image_processing_ifseg import IFSegImageProcessor
 from .pipeline_ifseg import IFSegImageSegmentationPipeline
 from .prompt_ifseg import CATEGORIES, PROMPT_TEMPLATE, PromptEncoder, complete_template
 
@@ -19,6 +21,13 @@ class IFSegProcessor(ProcessorMixin):
     inputs = processor(images=image, categories=["cat", "grass"], return_tensors="pt")
     outputs = model(**inputs)
     maps = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])
+    ```
+
+    With `text` in place of categories it prepares the inputs of text generation:
+
+    ```python
+    inputs = processor(images=image, text="what does the image describe?", return_tensors="pt")
+    texts = processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)
     ```
 
     Args:
@@ -37,7 +46,28 @@ class IFSegProcessor(ProcessorMixin):
         # `save_pretrained` sets this. Set here as well, so that a processor equals its saved and reloaded copy.
         self.auto_map = {"AutoProcessor": f"{__name__.rpartition('.')[2]}.{type(self).__name__}"}
 
-    def __call__(self, images=None, categories=None, prompt: str | None = None, segmentation_maps=None, **kwargs):
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        Loads a saved processor, or makes the processor of a published OFA.
+
+        A published OFA has no file for it: the image sizes follow from `config.json`.
+        """
+        hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+        hub_kwargs = {name: kwargs[name] for name in hub if name in kwargs}
+        if not cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)[0]:
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+            if config.get("model_type") == "ofa" and "resnet_type" in config:
+                image_size = min(512, 16 * config.get("image_bucket_size", 42))
+                image_processor = IFSegImageProcessor.for_ofa(image_size, config.get("d_model", 768))
+                limit = {"model_max_length": config.get("max_position_embeddings", 1024)}
+                tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **limit, **hub_kwargs)
+                return cls(image_processor, tokenizer)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def __call__(
+        self, images=None, categories=None, prompt: str | None = None, segmentation_maps=None, text=None, **kwargs
+    ):
         """
         Args:
             images (*optional*): an image or a list of images; see [`IFSegImageProcessor.preprocess`].
@@ -48,6 +78,9 @@ class IFSegProcessor(ProcessorMixin):
             prompt (`str`, *optional*): a template with `{categories}`; or a question without it, which replaces the
                 text before `{categories}` in `prompt_template`. Default: `prompt_template`.
             segmentation_maps (*optional*): one map of labels per image.
+            text (`str` or `list[str]`, *optional*): what the model writes a text about the images for, in place of
+                categories: a question, or "what does the image describe?" for a caption. One for all images, or one
+                per image, or several for one image. Images become squares ([`IFSegImageProcessor.square`]).
             return_tensors (`str`, *optional*): "pt" for torch tensors, "np" for NumPy arrays; lists by default.
             **kwargs: arguments of the image processor for this call, also as `images_kwargs={...}`.
 
@@ -59,20 +92,27 @@ class IFSegProcessor(ProcessorMixin):
             - **category_ids**, **category_mask** (rows, categories, sub-words): the sub-words of every category,
               padded. Lists with fewer categories than others of the batch are padded with empty categories (mask 0).
 
+            For texts: `pixel_values`, and the texts as **input_ids**, **attention_mask** (rows, tokens), padded.
+
             Fine names are not returned: word maps take them from the model's configuration ([`encode_categories`]).
 
         Raises:
-            `ValueError` for neither images nor categories, for an empty list, for a name that is empty, repeated or
-            unknown to the tokenizer, for a prompt with more tokens than the model has positions, and if the number of
-            lists differs from the number of images.
+            `ValueError` for neither images nor categories nor text, for an empty list, for a name that is empty,
+            repeated (also after [`normalize_text`]) or unknown to the tokenizer, for a prompt or text with more tokens
+            than the model has positions, and if the number of lists or texts differs from the number of images.
         """
         images_kwargs = kwargs.pop("images_kwargs", {})
         for name in images_kwargs.keys() & kwargs.keys():
             raise ValueError(f"{name} is passed twice: by itself and in images_kwargs.")
         kwargs.update(images_kwargs)
         return_tensors = kwargs.pop("return_tensors", None)
+        if text is not None:
+            given = {"categories": categories, "prompt": prompt, "segmentation_maps": segmentation_maps}
+            if extra := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"text is for generation, {', '.join(extra)} for segmentation: give one of them.")
+            return BatchFeature(self._text_inputs(images, text, kwargs), tensor_type=return_tensors)
         if images is None and categories is None:
-            raise ValueError("There is nothing to process: give images, categories or both.")
+            raise ValueError("There is nothing to process: give images, categories or both, or images and text.")
         if images is None and (segmentation_maps is not None or kwargs):
             without = ["segmentation_maps"] * (segmentation_maps is not None) + list(kwargs)
             raise ValueError(f"There are no images for {', '.join(without)}.")
@@ -92,6 +132,32 @@ class IFSegProcessor(ProcessorMixin):
             lists = categories if several else [categories]
             data |= encoder.pad([encoder.encode(names, prompt) for names in lists])
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _text_inputs(self, images, text, kwargs: dict) -> dict:
+        """Returns the inputs of text generation, without tensors; see [`__call__`]."""
+        kwargs.pop("padding", None)  # rows are always padded to the longest
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("The list of texts is empty: give one text for all images, or one per image.")
+        encoder = PromptEncoder(self.tokenizer, self.prompt_template)
+        if images is None:
+            if kwargs:
+                raise ValueError(f"There are no images for {', '.join(kwargs)}.")
+            return encoder.pad_texts(texts)
+        if sizes := kwargs.keys() & {"do_resize", "size"}:
+            raise ValueError(
+                f"{', '.join(sorted(sizes))}: images become squares for text generation; set their side in pixels with "
+                "processor.image_processor.generation_size."
+            )
+        squares = self.image_processor.square(images)
+        squares = squares * len(texts) if len(squares) == 1 else squares
+        texts = texts * len(squares) if len(texts) == 1 else texts
+        if len(squares) != len(texts):
+            raise ValueError(
+                f"{len(texts)} texts for {len(squares)} images: give one text for all of them, or one text per image."
+            )
+        pixels = self.image_processor(squares, do_resize=False, input_data_format="channels_last", **kwargs)
+        return {"pixel_values": pixels["pixel_values"], **encoder.pad_texts(texts)}
 
     def encode_categories(self, categories, prompt: str | None = None, append_unknown: bool = True) -> dict:
         """

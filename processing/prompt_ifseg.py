@@ -30,12 +30,27 @@ def complete_template(prompt: str | None, template: str = PROMPT_TEMPLATE) -> st
     return " ".join(prompt.split())
 
 
+def normalize_text(text: str, at_start: bool = True) -> str:
+    """
+    Returns a text as OFA's pre-processing leaves it: lower case, hyphens and slashes as spaces, white space collapsed.
+
+    Args:
+        text (`str`).
+        at_start (`bool`, defaults to `True`): whether the text begins a question or is a name; punctuation at its
+            start is then left out.
+    """
+    text = text.strip().lower()
+    if at_start:
+        text = text.lstrip(",.!?*#:;~")
+    return " ".join(text.replace("-", " ").replace("/", " ").split())
+
+
 class PromptEncoder:
     """
     Token ids of prompts and of the categories in them.
 
     A prompt is `<s>`, the template's text before `{categories}`, the names, the text after `{categories}`, and `</s>`.
-    Each part is tokenized by itself, with a space before it.
+    Each part is normalised ([`normalize_text`]) and tokenized by itself, with a space before it.
 
     Args:
         tokenizer ([`PreTrainedTokenizerBase`]).
@@ -81,25 +96,48 @@ class PromptEncoder:
             "category_mask": category_mask,
         }
 
+    def encode_text(self, text: str) -> list[int]:
+        """Returns `<s>`, the tokens of a question or another text, normalised, and `</s>`."""
+        if not isinstance(text, str):
+            raise ValueError(f"The text must be a string, not {text!r}.")
+        special, limit = self._special_tokens(), self._limit()
+        ids = [special["bos"], *self.tokenize(normalize_text(text)), special["eos"]]
+        if len(ids) > limit:
+            raise ValueError(f'The text "{text[:40]}..." has {len(ids)} tokens, but the model has {limit} positions.')
+        return ids
+
+    def pad_texts(self, texts: list[str]) -> dict[str, list]:
+        """Returns `input_ids` and `attention_mask` of texts, nested lists padded at the right to equal lengths."""
+        input_ids, attention_mask = _pad([self.encode_text(text) for text in texts], self.tokenizer.pad_token_id)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
     def tokenize(self, text: str) -> list[int]:
         """Returns the token ids of `text` after a space; special tokens such as "</s>" in it are ordinary text."""
         return self.tokenizer(f" {text}", add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _name_ids(self, name: str) -> list[int]:
-        ids = self.tokenize(name)
+        ids = self.tokenize(normalize_text(name))
         if ids == self.tokenize("") or all(token == self.tokenizer.unk_token_id for token in ids):
             raise ValueError(f'The tokenizer has no tokens for the category "{name}": use another word.')
         return ids
 
-    def _prompt_ids(self, template: str, category_ids: list[list[int]]) -> list[int]:
+    def _special_tokens(self) -> dict[str, int]:
         special = {name: getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         if None in special.values():
             raise ValueError(f"The tokenizer needs a bos, an eos and a pad token; their ids are {special}.")
-        before, _, after = (part.strip() for part in template.partition(CATEGORIES))
+        return special
+
+    def _limit(self) -> int:
+        """Number of tokens that the model has positions for."""
+        limit = self.tokenizer.model_max_length
+        return limit if limit < 1_000_000 else MAX_TOKENS  # without a limit, `model_max_length` is 1e30
+
+    def _prompt_ids(self, template: str, category_ids: list[list[int]]) -> list[int]:
+        special, limit = self._special_tokens(), self._limit()
+        before, _, after = template.partition(CATEGORIES)
+        before, after = normalize_text(before), normalize_text(after, at_start=False)
         start = [special["bos"], *(self.tokenize(before) if before else [])]
         end = [*(self.tokenize(after) if after else []), special["eos"]]
-        limit = self.tokenizer.model_max_length
-        limit = limit if limit < 1_000_000 else MAX_TOKENS  # without a limit, `model_max_length` is 1e30
         length, fitting = len(start) + len(end), 0
         for ids in category_ids:
             length += len(ids)
@@ -119,6 +157,7 @@ def _clean_names(names, what: str) -> list[str]:
     if not names:
         raise ValueError(f"The list of {what} is empty: give at least one word.")
     cleaned: list[str] = []
+    same_as: dict[str, str] = {}  # normalised name -> the name as it was typed
     for index, name in enumerate(names):
         if not isinstance(name, str):
             raise ValueError(f"Number {index + 1} of the {what} is {name!r}, not a word.")
@@ -127,6 +166,12 @@ def _clean_names(names, what: str) -> list[str]:
             raise ValueError(f"Number {index + 1} of the {what} is empty.")
         if name in cleaned:
             raise ValueError(f'"{name}" is twice among the {what}: numbers {cleaned.index(name) + 1} and {index + 1}.')
+        other = same_as.setdefault(normalize_text(name), name)
+        if other != name:
+            raise ValueError(
+                f'"{other}" and "{name}" are the same for the model, "{normalize_text(name)}" (numbers '
+                f"{cleaned.index(other) + 1} and {index + 1} of the {what}): leave one of them out."
+            )
         cleaned.append(name)
     return cleaned
 
@@ -146,4 +191,4 @@ def _pad_twice(tables: list[list[list[int]]], value: int) -> tuple[list, list]:
     return [padded[start : start + height] for start in starts], [mask[start : start + height] for start in starts]
 
 
-__all__ = ["PROMPT_TEMPLATE", "PromptEncoder", "complete_template"]
+__all__ = ["PROMPT_TEMPLATE", "PromptEncoder", "complete_template", "normalize_text"]

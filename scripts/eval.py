@@ -132,13 +132,17 @@ def load_data(options: argparse.Namespace):
 
 def evaluate(options: argparse.Namespace, command: str, state) -> dict:
     """Returns the content of results.json."""
+    from ifseg_hf.evaluation.cosine import COSINE
     from ifseg_hf.evaluation.evaluate import evaluate_segmenter
     from ifseg_hf.evaluation.segmenter import load_segmenter
     from ifseg_hf.hub.publish import check_access
+    from ifseg_hf.hub.published import resolve_checkpoint
 
     data = load_data(options)
     if options.push_to_hub and state.is_main_process:
         check_access(options.push_to_hub)
+    if options.baseline in (None, COSINE):
+        resolve_checkpoint(options.model)
     segmenter = load_segmenter(
         options.model,
         options.baseline,

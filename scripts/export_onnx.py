@@ -31,13 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from ifseg_hf import IFSegForSemanticSegmentation, IFSegProcessor, resolve_model
+    from ifseg_hf import IFSegForSemanticSegmentation, IFSegProcessor
     from ifseg_hf.data.vocabularies import read_categories
     from ifseg_hf.hub.export import export_onnx
+    from ifseg_hf.hub.published import resolve_checkpoint
 
     disable_progress_bar()
     try:
-        folder = resolve_model(options.model)
+        folder = resolve_checkpoint(options.model)
         model = IFSegForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32)
         if options.categories is not None:
             processor = IFSegProcessor.from_pretrained(folder)

@@ -74,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ifseg_hf.data.crops import load_training_dataset
     from ifseg_hf.data.segmentation import SegmentationDataset
     from ifseg_hf.data.vocabularies import read_categories
+    from ifseg_hf.hub.published import resolve_checkpoint
     from ifseg_hf.training.pseudo_labels import PseudoLabelConfig, load_images, write_pseudo_labels
 
     state = PartialState(cpu=options.cpu)
@@ -85,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
             data = load_images(options.images, list(names))
         else:
             data = load_training_dataset(options.dataset, options.data_dir, options.split, names)
+        resolve_checkpoint(options.model)
         write_pseudo_labels(
             options.model,
             data,

@@ -66,12 +66,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     from ifseg_hf.data.vocabularies import read_categories
     from ifseg_hf.evaluation.segmenter import load_segmenter
+    from ifseg_hf.hub.published import resolve_checkpoint
     from ifseg_hf.processing.image_processing_ifseg import read_image, to_array
     from ifseg_hf.visualization.overlays import overlay, save_mask, shares
 
     disable_progress_bar()
     try:
         categories = None if options.categories is None else read_categories(options.categories)
+        resolve_checkpoint(options.model)
         segmenter = load_segmenter(
             options.model, device=PartialState().device, trust_remote_code=options.trust_remote_code
         )

@@ -96,15 +96,18 @@ def main(arguments: list[str] | None = None) -> int:
         # Imports that take seconds come after the arguments, so that wrong arguments are reported at once.
         from accelerate import PartialState
 
+        from ifseg_hf.hub.checkpoint_reader import ConversionError
         from ifseg_hf.hub.publish import HubError
+        from ifseg_hf.hub.published import resolve_checkpoint
         from ifseg_hf.training.loop import SettingError, TrainingError, train
 
+        resolve_checkpoint(config.model)
         train(config)
         if config.push_to_hub and PartialState().is_main_process:
             publish(config)
     except KeyboardInterrupt as error:
         return 128 + getattr(error, "signal_number", signal.SIGINT)
-    except (SettingError, TrainingError, HubError) as error:
+    except (ConversionError, SettingError, TrainingError, HubError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingError) else 1
     return 0

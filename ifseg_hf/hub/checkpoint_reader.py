@@ -26,12 +26,13 @@ class ConversionError(ValueError):
     """A source cannot be converted or a result cannot be written. The output folder is not created."""
 
 
-def locate_checkpoint(source: str | Path, other_files: Iterable[str] = ()) -> Path:
+def locate_checkpoint(source: str | Path, other_files: Iterable[str] = (), revision: str | None = None) -> Path:
     """The local file or folder of a checkpoint; for a Hub id, the folder that it is downloaded to.
 
     Args:
         source: path or Hub id.
         other_files: names of files to download besides weights and config.json.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
         ConversionError: there is no such path, and it is no Hub id or could not be downloaded.
@@ -43,7 +44,7 @@ def locate_checkpoint(source: str | Path, other_files: Iterable[str] = ()) -> Pa
         raise ConversionError(f"There is no file or folder {source}.")
     patterns = [*_WEIGHT_FILES, "model-*.safetensors", "pytorch_model-*.bin", "config.json", *other_files]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authorisation and unknown names raise different classes
         raise ConversionError(
             f"There is no folder {source} here, and it could not be downloaded from the Hub ({first_sentence(error)})."
@@ -61,13 +62,30 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """
     if path.is_file():
         return _read_file(path)
-    file = next((path / name for name in _WEIGHT_FILES if (path / name).is_file()), None)
+    file = _weights_of(path)
     if file is None:
         raise ConversionError(
             f"{path} has no weights: it contains none of {', '.join(_WEIGHT_FILES)}. "
             "For a fairseq checkpoint, give the path of the .pt file."
         )
     return _read_shards(file) if file.suffix == ".json" else _read_file(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder, an index among them; [] if there are none."""
+    file = _weights_of(folder)
+    if file is None:
+        return []
+    if file.suffix != ".json":
+        return [file]
+    shards = read_json(file).get("weight_map")
+    names = sorted({Path(str(shard)).name for shard in shards.values()}) if isinstance(shards, dict) else []
+    return [file, *(folder / name for name in names)]
+
+
+def _weights_of(folder: Path) -> Path | None:
+    """The file that `from_pretrained` would load, or the index of several; `None` if there is none."""
+    return next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
 
 
 def _read_shards(index: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -185,4 +203,12 @@ def listing(names: Iterable[str]) -> str:
     return ", ".join(sorted(map(str, names)))
 
 
-__all__ = ["ConversionError", "first_sentence", "listing", "locate_checkpoint", "read_json", "read_weights"]
+__all__ = [
+    "ConversionError",
+    "first_sentence",
+    "listing",
+    "locate_checkpoint",
+    "read_json",
+    "read_weights",
+    "weight_files",
+]

@@ -32,11 +32,10 @@ from ifseg_hf.hub.checkpoint_reader import (
 from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConfig, OFAForConditionalGeneration
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
+from ifseg_hf.processing.tokenization_ofa import with_ofa_tokens
 
-_TRANSFORMERS_VOCABULARY = ("vocab.json", "merges.txt")
+TRANSFORMERS_VOCABULARY = ("vocab.json", "merges.txt")
 _FAIRSEQ_VOCABULARY = ("dict.txt", "encoder.json", "vocab.bpe")
-# The tokens that OFA adds to BART's: codes of image patches and bins of coordinates.
-_EXTRA_TOKENS = [f"<code_{i}>" for i in range(8192)] + [f"<bin_{i}>" for i in range(1000)]
 
 # Parts of fairseq names -> their names in the transformers format or, for segmentation positions, in this package.
 _RENAMES = {
@@ -131,10 +130,10 @@ def convert_ofa_checkpoint(
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ConversionError(f"{output_dir} exists and is not an empty folder. Give a new folder for the result.")
 
-    path = locate_checkpoint(source, other_files=_TRANSFORMERS_VOCABULARY)
+    path = locate_checkpoint(source, other_files=TRANSFORMERS_VOCABULARY)
     _check_not_converted(path)
     tokenizer_dir = Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent
-    _vocabulary_files(tokenizer_dir)  # fails early: reading the weights can take minutes
+    vocabulary_files(tokenizer_dir)  # fails early: reading the weights can take minutes
     weights, ignored = read_weights(path)
     used, accounted = match_names(weights)
     state_dict = {target: weights[name] for name, target in used.items()}
@@ -151,9 +150,7 @@ def convert_ofa_checkpoint(
             "Categories are for a released IFSeg checkpoint only. OFA gets its categories when it is trained on them."
         )
     _fill(model, state_dict)
-    image_processor = IFSegImageProcessor(
-        size={"shortest_edge": config.image_size, "longest_edge": 4 * config.image_size}
-    )
+    image_processor = IFSegImageProcessor.for_ofa(config.image_size, config.d_model)
     processor = IFSegProcessor(image_processor, text_tokenizer)
     if categories:
         try:
@@ -287,13 +284,13 @@ def _size_name(config: OFAConfig) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _vocabulary_files(folder: Path) -> list[Path]:
+def vocabulary_files(folder: Path) -> list[Path]:
     """The vocabulary files in a folder, preferably in the transformers format."""
-    for names in (_TRANSFORMERS_VOCABULARY, _FAIRSEQ_VOCABULARY):
+    for names in (TRANSFORMERS_VOCABULARY, _FAIRSEQ_VOCABULARY):
         if all((folder / name).is_file() for name in names):
             return [folder / name for name in names]
     raise ConversionError(
-        f"{folder} has no vocabulary: it contains neither {' and '.join(_TRANSFORMERS_VOCABULARY)} nor "
+        f"{folder} has no vocabulary: it contains neither {' and '.join(TRANSFORMERS_VOCABULARY)} nor "
         f"{', '.join(_FAIRSEQ_VOCABULARY)}. Give the folder with these files as --tokenizer (tokenizer=)."
     )
 
@@ -305,7 +302,7 @@ def load_tokenizer(folder: Path, **kwargs) -> BartTokenizer:
         folder: of the vocabulary files.
         **kwargs: for [`BartTokenizer`].
     """
-    files = _vocabulary_files(folder)
+    files = vocabulary_files(folder)
     try:
         if files[0].name == "vocab.json":
             vocab = json.loads(files[0].read_text(encoding="utf-8"))
@@ -316,8 +313,7 @@ def load_tokenizer(folder: Path, **kwargs) -> BartTokenizer:
         tokenizer = BartTokenizer(vocab=vocab, merges=merges, **kwargs)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ConversionError(f"The vocabulary in {folder} cannot be read: {first_sentence(error)}") from error
-    tokenizer.add_tokens(_EXTRA_TOKENS)
-    return tokenizer
+    return with_ofa_tokens(tokenizer)
 
 
 def read_fairseq_vocabulary(dictionary: Path, encoder: Path) -> dict[str, int]:
@@ -457,6 +453,7 @@ def _write(model: PreTrainedModel, processor: IFSegProcessor, output_dir: Path, 
 
 
 __all__ = [
+    "TRANSFORMERS_VOCABULARY",
     "ConversionError",
     "ConversionReport",
     "config_from_shapes",
@@ -466,4 +463,5 @@ __all__ = [
     "match_names",
     "read_fairseq_vocabulary",
     "read_weights",
+    "vocabulary_files",
 ]

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from reference_outputs import token_ids
 
 from ifseg_hf.processing import PROMPT_TEMPLATE, IFSegImageProcessor, IFSegProcessor
-from ifseg_hf.processing.prompt_ifseg import PromptEncoder, complete_template
+from ifseg_hf.processing.prompt_ifseg import PromptEncoder, complete_template, normalize_text
 
 CODE = ["image_processing", "pipeline", "post_processing", "processing", "prompt", "segmenter", "sliding_window"]
 QUESTION = "what is the segmentation map of the image? object:"
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1, max_size=8)
-vocabularies = st.lists(names, min_size=1, max_size=4, unique=True)
+words = names.filter(normalize_text)
+vocabularies = st.lists(words, min_size=1, max_size=4, unique_by=normalize_text)
 
 
 def random_image(height: int = 80, width: int = 100) -> np.ndarray:
@@ -50,8 +51,12 @@ def test_odd_words(published_processor):
     tokens = token_ids()
     assert f"{QUESTION}{{categories}} unknown" == PROMPT_TEMPLATE
     assert tokens["prompt"].strip() == QUESTION
+    encoder = PromptEncoder(published_processor.tokenizer)
     for name, ids in tokens["others"].items():
-        assert published_processor.encode_categories([name])["category_ids"] == [ids]
+        assert encoder.tokenize(" ".join(name.split())) == ids
+        (found,) = published_processor.encode_categories([name])["category_ids"]
+        assert found == encoder.tokenize(normalize_text(name))
+        assert found == ids or normalize_text(name) != " ".join(name.split())
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -59,7 +64,7 @@ def test_odd_words(published_processor):
 def test_prompt_is_made_of_its_parts(processor, categories, append_unknown):
     tokenizer = processor.tokenizer
     words = processor.encode_categories(categories, append_unknown=append_unknown)
-    parts = [QUESTION, *categories, *["unknown"] * append_unknown]
+    parts = [QUESTION, *map(normalize_text, categories), *["unknown"] * append_unknown]
     ids = [tokenizer(f" {part}", add_special_tokens=False, split_special_tokens=True)["input_ids"] for part in parts]
     assert words["prompt_ids"] == [0, *sum(ids, []), 2]  # noqa: RUF017
     assert words["category_ids"] == ids[1 : 1 + len(categories)]
@@ -89,6 +94,43 @@ def test_lists_of_lists_are_padded(processor, lists):
 def test_white_space_collapses(processor):
     assert processor.encode_categories(["  traffic \n light "])["id2label"] == {0: "traffic light"}
     assert processor.encode_categories(["a b"]) == processor.encode_categories(["a  \t b"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "normalized"),
+    [
+        ("Sky", "sky"),
+        ("wall-concrete", "wall concrete"),
+        ("sofa/Couch", "sofa couch"),
+        ("*New   York - TAXI!", "new york taxi!"),
+        ("the traffic light's pole, left", "the traffic light's pole, left"),
+    ],
+)
+def test_names_are_normalized_but_labels_are_as_typed(processor, typed, normalized):
+    assert normalize_text(typed) == normalized
+    found, expected = (processor.encode_categories([name]) for name in (typed, normalized))
+    assert found["category_ids"] == expected["category_ids"]
+    assert found["prompt_ids"] == expected["prompt_ids"]
+    assert found["id2label"] == {0: " ".join(typed.split())}
+    fine = processor.encode_categories({"Thing": [typed]})
+    assert fine["word_ids"] == expected["category_ids"]
+
+
+def test_prompts_are_normalized_around_the_names(processor):
+    typed = processor.encode_categories(["cat"], prompt="?What is IN the picture: {categories}/? Well-Known")
+    expected = processor.encode_categories(["cat"], prompt="what is in the picture: {categories} ? well known")
+    assert typed["prompt_ids"] == expected["prompt_ids"]
+    assert typed["prompt"] == "?What is IN the picture: {categories}/? Well-Known"
+
+
+@pytest.mark.parametrize(
+    "categories", [["sky", "cat", "Sky"], ["wet-grass", "dog", "Wet grass"], {"a": ["sky", "x", "SKY"], "b": ["c"]}]
+)
+def test_names_that_become_one_are_refused_by_both(processor, categories):
+    names = categories["a"] if isinstance(categories, dict) else categories
+    message = rf'"{names[0]}" and "{names[2]}" are the same for the model, .* \(numbers 1 and 3 of the'
+    with pytest.raises(ValueError, match=message):
+        processor.encode_categories(categories)
 
 
 def test_special_tokens_in_names_are_text(processor):

@@ -649,7 +649,7 @@ def test_unsuitable_folders_are_refused(tmp_path, hf_folder):
 def test_hub_id_is_downloaded_without_code(tmp_path, hf_folder, monkeypatch):
     asked = {}
 
-    def download(repo_id, allow_patterns):
+    def download(repo_id, revision, allow_patterns):
         asked.update(repo_id=repo_id, patterns=allow_patterns)
         return str(hf_folder)
 

@@ -11,9 +11,17 @@ from checkpoints import SMALL, WORDS, small_config, small_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_model import save_tiny_model
 from torch.utils import backend_registration
-from transformers import AutoModelForSemanticSegmentation, BitsAndBytesConfig, TorchAoConfig, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForSemanticSegmentation,
+    BitsAndBytesConfig,
+    TorchAoConfig,
+    pipeline,
+)
 
 from ifseg_hf import (
+    NANO,
     IFSegForSemanticSegmentation,
     IFSegProcessor,
     OFAConfig,
@@ -73,9 +81,38 @@ def test_dtype(tuned, expected, dtype):
 def test_dtype_by_name_and_from_checkpoint(tuned, tmp_path):
     half = IFSegForSemanticSegmentation.from_pretrained(tuned, dtype="bfloat16")
     half.save_pretrained(tmp_path)
-    assert IFSegForSemanticSegmentation.from_pretrained(tmp_path).dtype == torch.bfloat16
-    assert IFSegForSemanticSegmentation.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
-    assert IFSegForSemanticSegmentation.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+    for load in (IFSegForSemanticSegmentation.from_pretrained, AutoModelForSemanticSegmentation.from_pretrained):
+        assert load(tmp_path).dtype == torch.float32
+        assert load(tmp_path, dtype="auto").dtype == torch.bfloat16
+        assert load(tmp_path, dtype=torch.float64).dtype == torch.float64
+        assert load(tmp_path, torch_dtype="float16").dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "auto_class", [AutoModel, AutoModelForImageTextToText, AutoModelForSemanticSegmentation], ids=lambda x: x.__name__
+)
+def test_embedded_checkpoint_is_loaded_in_float32(auto_class):
+    model = auto_class.from_pretrained(NANO)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.config.dtype == torch.float32
+
+
+def test_adapter_of_embedded_checkpoint_trains_without_nan():
+    """In half precision, which its weights are saved in, the loss was NaN at the second step."""
+    torch.manual_seed(0)
+    model = AutoModelForSemanticSegmentation.from_pretrained(NANO)
+    model.set_words(**IFSegProcessor.from_pretrained(NANO).encode_categories(["cat", "grass", "sky"]))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=1e-3)
+    word_map = torch.randint(3, (2, 8, 8))
+    labels = word_map.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    for _ in range(3):
+        loss = model(word_map=word_map, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.isfinite(loss)
+    assert all(torch.isfinite(x).all() for x in model.parameters())
 
 
 @pytest.mark.parametrize(
