@@ -25,7 +25,14 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 
 
 class IFSegBackbone(PreTrainedModel, ABC):
-    """An encoder-decoder that reads an image and a prompt, and predicts an embedding for every patch."""
+    """An encoder-decoder that reads an image and a prompt, and predicts an embedding for every patch.
+
+    Attributes:
+        new_parameters: beginnings of the names of parameters that only segmentation has, so that a checkpoint of the
+            vision-language model lacks them: tuning starts from random values.
+    """
+
+    new_parameters: tuple[str, ...] = ()
 
     @property
     def patch_size(self) -> int:

@@ -85,7 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
     names = list(categories)
     segmenters = {}
     for title, model in {"before tuning": ifseg_hf.NANO, "after tuning on words": folder / "model"}.items():
-        segmenters[title] = load_segmenter(model, device=PartialState().device, seed=None)
+        segmenters[title] = load_segmenter(
+            model, device=PartialState().device, seed=None, untuned=model == ifseg_hf.NANO
+        )
         segmenters[title].set_words(categories)
     print("\nShare of each image that a word covers, after tuning, and the file that compares before and after:")
     for name, pixels in images.items():

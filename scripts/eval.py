@@ -31,7 +31,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--baseline",
         choices=["cosine", "clip", "maskclip"],
         help="cosine: similarity of the model's patches and words, without tuning; clip, maskclip: --model is a CLIP. "
-        "For OFA without tuning, leave out this flag and give the converted checkpoint as --model",
+        "For OFA without tuning, leave out this flag and give the converted checkpoint as --model with --untuned",
     )
     parser.add_argument(
         "--dataset",
@@ -83,6 +83,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="folder for a PNG of labels per image")
     parser.add_argument("--save-overlays", type=int, default=0, metavar="N", help="save overlays of the first N images")
+    parser.add_argument("--untuned", action="store_true", help="also use a model that was never tuned, such as OFA")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code saved with a model of another backbone"
     )
@@ -145,6 +146,7 @@ def evaluate(options: argparse.Namespace, command: str, state) -> dict:
         state.device,
         options.inference,
         trust_remote_code=options.trust_remote_code,
+        untuned=options.untuned,
     )
     segmenter.set_words(data.names)
     neighbors, iterations = segmenter.smoothing

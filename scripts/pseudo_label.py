@@ -51,6 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="P",
         help="probability below which a pixel gets no label (default: 0)",
     )
+    parser.add_argument("--untuned", action="store_true", help="also use a model that was never tuned, such as OFA")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code saved with a model of another backbone"
     )
@@ -94,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.unseen,
             options.cpu,
             options.trust_remote_code,
+            options.untuned,
         )
     except (OSError, ValueError) as error:
         print(f"pseudo_label.py: {' '.join(str(error).split())}", file=sys.stderr)

@@ -33,6 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="how often to average; 0: no smoothing (default: the model's, 25, or 0 if trained on images)",
     )
+    parser.add_argument("--untuned", action="store_true", help="also use a model that was never tuned, such as OFA")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code saved with a model of another backbone"
     )
@@ -73,7 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         categories = None if options.categories is None else read_categories(options.categories)
         segmenter = load_segmenter(
-            options.model, device=PartialState().device, trust_remote_code=options.trust_remote_code
+            options.model,
+            device=PartialState().device,
+            trust_remote_code=options.trust_remote_code,
+            untuned=options.untuned,
         )
         if categories is None and segmenter.model.config.category_ids is None:
             raise ValueError(f'{options.model} was not tuned for any words: name some, --categories "cat, grass".')

@@ -378,7 +378,7 @@ def empty_model(config: OFAConfig, shapes: Mapping[str, tuple[int, ...]]) -> Pre
     segmentation = any(name.startswith(_SEGMENTATION) for name in shapes)
     with torch.device("meta"):
         if segmentation:
-            model = IFSegForSemanticSegmentation(IFSegConfig.from_backbone_config(config))
+            model = IFSegForSemanticSegmentation(IFSegConfig.from_backbone_config(config, tuned=True))
         else:
             model = OFAForConditionalGeneration(config)
     expected = {

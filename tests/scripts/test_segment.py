@@ -73,7 +73,7 @@ def test_writes_a_mask_and_an_overlay_with_the_models_words(tuned, image, tmp_pa
 def test_other_words_and_settings(untuned, image, tmp_path, capsys):
     words = tmp_path / "words.txt"
     words.write_text("roof\nsea  side\ncloud\n")
-    arguments = [image, "--model", untuned, "--output-dir", tmp_path, "--prompt", "what is this?"]
+    arguments = [image, "--model", untuned, "--untuned", "--output-dir", tmp_path, "--prompt", "what is this?"]
     settings = ["--smoothing-neighbors", 5, "--smoothing-iterations", 0]
     for categories in ("roof, sea  side, cloud", words):
         assert run(*arguments, "--categories", categories, *settings) == 0
@@ -136,7 +136,7 @@ def test_a_damaged_image_is_named_and_the_others_are_segmented(tuned, image, tmp
     ],
 )
 def test_errors_are_one_line(untuned, image, tmp_path, capsys, arguments, message):
-    assert run(image, "--model", untuned, "--output-dir", tmp_path / "out", *arguments) == 1
+    assert run(image, "--model", untuned, "--untuned", "--output-dir", tmp_path / "out", *arguments) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert message in errors[0]

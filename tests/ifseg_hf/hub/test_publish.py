@@ -94,7 +94,7 @@ def folders(tmp_path_factory):
         "supervised": save_supervised_model(root / "supervised"),
     }
     save_tiny_model(folders["ofa"], OFAForConditionalGeneration)
-    save_tiny_model(folders["wordless"])
+    save_tiny_model(folders["wordless"], tuned=True)
     save_small_processor(folders["ofa"])
     save_small_processor(folders["wordless"])
     (folders["coarse"] / RESULTS_FILE).write_text(json.dumps([RESULT]))
