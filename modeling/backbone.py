@@ -9,7 +9,8 @@ AutoBackbone.register(NameConfig, NameBackbone, exist_ok=True)
 ```
 
 The configuration has the attributes `patch_size` (pixels a side), `image_size` (side of a square image; word maps have
-its patch grid), `vocab_size`, `pad_token_id`, `dropout` and `drop_path_rate`.
+its patch grid), `vocab_size`, `pad_token_id`, `dropout` and `drop_path_rate`; it may have `tuning`, the settings with
+which the model is best tuned on words.
 
 The `auto_map` of a saved model points to this file for `IFSegConfig` and `IFSegForSemanticSegmentation`: loading them
 from there registers the backbone. The file therefore imports both names.

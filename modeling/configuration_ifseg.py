@@ -126,6 +126,11 @@ class IFSegConfig(PreTrainedConfig):
         self.backbone_config.vocab_size = value  # `resize_token_embeddings` sets it
 
     @property
+    def tuning(self) -> dict:
+        """Settings with which the model is best tuned on words, those of the backbone; {} for the published ones."""
+        return getattr(self.backbone_config, "tuning", None) or {}
+
+    @property
     def image_size(self) -> int:
         """Side in pixels of a square image; word maps have its patch grid."""
         return self.backbone_config.image_size

@@ -32,6 +32,7 @@ from ifseg_hf.hub.checkpoint_reader import (
 from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConfig, OFAForConditionalGeneration
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
+from ifseg_hf.training.recipes import published_recipe
 
 _TRANSFORMERS_VOCABULARY = ("vocab.json", "merges.txt")
 _FAIRSEQ_VOCABULARY = ("dict.txt", "encoder.json", "vocab.bpe")
@@ -145,6 +146,7 @@ def convert_ofa_checkpoint(
     _check_copies(weights, state_dict[_EMBEDDING])
 
     size = _size_name(config)
+    config.tuning = published_recipe()
     model = empty_model(config, _shapes(state_dict))
     if categories and not isinstance(model, IFSegForSemanticSegmentation):
         raise ConversionError(
