@@ -9,6 +9,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
+from ifseg_hf.cli.segment import unique_stems
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
 from scripts import SCRIPTS, load_script
 
@@ -107,7 +108,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(tuned, image, tmp_path):
 
 
 def test_unique_stems():
-    assert segment.unique_stems(["a/x.jpg", "b/X.png", "x-2.jpg", "x.gif"]) == ["x", "X-2", "x-2-2", "x-3"]
+    assert unique_stems(["a/x.jpg", "b/X.png", "x-2.jpg", "x.gif"]) == ["x", "X-2", "x-2-2", "x-3"]
 
 
 def test_a_damaged_image_is_named_and_the_others_are_segmented(tuned, image, tmp_path, capsys):
