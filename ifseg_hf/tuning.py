@@ -98,9 +98,9 @@ def is_tuned_for(model: str | Path, categories: list[str] | dict[str, list[str]]
         config, processor = IFSegConfig.from_pretrained(folder), IFSegProcessor.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f'"{model}" is no IFSeg model: {" ".join(str(error).split())}'[:500]) from error
+    encoded = processor.encode_categories(categories)  # also where the model carries no words: they must fit
     if config.category_ids is None:
         return False
-    encoded = processor.encode_categories(categories)
     parts = ("category_ids", "word_ids")
     return all(sorted(encoded.get(part) or []) == sorted(getattr(config, part) or []) for part in parts)
 
@@ -135,6 +135,21 @@ def _tune_into(entry: Path, config: TrainingConfig) -> None:
     config = replace(
         config, output_dir=str(work), resume="latest" if checkpoints(work) else None, checkpoints_total_limit=1
     )
+    try:
+        _train(config)
+    except ValueError:
+        if config.resume is None:
+            raise
+        shutil.rmtree(work)  # a checkpoint that is damaged, or of another device's precision
+        _train(replace(config, resume=None))
+    for checkpoint in checkpoints(work).values():
+        shutil.rmtree(checkpoint)
+    work.rename(entry)
+
+
+def _train(config: TrainingConfig) -> None:
+    """Trains with messages on stderr, the first of which says that this happens once. Raises as [`train`] does."""
+    config.check()
     names = list(config.categories or ())
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     print(
@@ -143,16 +158,7 @@ def _tune_into(entry: Path, config: TrainingConfig) -> None:
         flush=True,
     )
     with redirect_stdout(sys.stderr):
-        try:
-            train(config, report=False)
-        except ValueError:
-            if config.resume is None:
-                raise
-            shutil.rmtree(work)  # a checkpoint that is damaged, or of another device's precision
-            train(replace(config, resume=None), report=False)
-    for checkpoint in checkpoints(work).values():
-        shutil.rmtree(checkpoint)
-    work.rename(entry)
+        train(config, report=False)
 
 
 def _pipeline(folder: Path, trust_remote_code: bool = False) -> IFSegImageSegmentationPipeline:

@@ -27,86 +27,90 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+# Arguments of this command alone
+Dataset = Annotated[
+    str,
+    option(
+        "folder with a dataset.json; coco-stuff, coco-stuff-unseen, coco-stuff-seen, coco-stuff-coarse or ade20k; "
+        "or a Hub id"
+    ),
+]
+Baseline = Annotated[
+    Literal["cosine", "clip", "maskclip"] | None,
+    option(
+        "cosine: similarity of the model's patches and words, without tuning; clip, maskclip: --model is a CLIP. "
+        "For OFA without tuning, leave out this flag and give OFA as --model with --untuned"
+    ),
+]
+Categories = Annotated[
+    str | None,
+    option(
+        "categories to evaluate: comma-separated or a file; or a YAML or JSON file that merges categories, word: "
+        "[categories of the dataset]. Pixels of other categories are ignored"
+    ),
+]
+Rest = Annotated[
+    str | None,
+    option("a category for the pixels of other categories, in place of ignoring them", metavar="NAME"),
+]
+Unseen = Annotated[
+    str | None,
+    option(
+        "comma-separated categories without labels in training: adds the means over seen and unseen categories and "
+        "their harmonic mean"
+    ),
+]
+DatasetCategories = Annotated[str | None, option("names of the mask values, for a dataset that does not name them")]
+SmoothingNeighbors = Annotated[
+    Any,
+    option(
+        "numbers of patches to average, comma-separated; each is evaluated (default: the model's, 3)",
+        metavar="K",
+        parser=integers,
+        callback=at_least(1),
+    ),
+]
+SmoothingIterations = Annotated[
+    Any,
+    option(
+        "how often to average, comma-separated; 0: no smoothing (default: the model's, 25, or 0 if trained on images)",
+        metavar="N",
+        parser=integers,
+        callback=at_least(0),
+    ),
+]
+Inference = Annotated[Literal["whole", "slide"] | None, option("whole images or square crops (default: the model's)")]
+Limit = Annotated[int | None, option("evaluate on the first N images only", metavar="N", callback=at_least(1))]
+OutputDir = Annotated[Path | None, option("folder for the results (default: outputs/evaluation/MODEL-DATASET)")]
+PushToHub = Annotated[str | None, option("add the results to the model card of owner/name", metavar="REPO")]
+
+
 def evaluate(
     ctx: typer.Context,
-    dataset: Annotated[
-        str,
-        option(
-            "folder with a dataset.json; coco-stuff, coco-stuff-unseen, coco-stuff-seen, coco-stuff-coarse or ade20k; "
-            "or a Hub id"
-        ),
-    ],
+    dataset: Dataset,
     model: ImageModel = EMBEDDED,
-    baseline: Annotated[
-        Literal["cosine", "clip", "maskclip"] | None,
-        option(
-            "cosine: similarity of the model's patches and words, without tuning; clip, maskclip: --model is a CLIP. "
-            "For OFA without tuning, leave out this flag and give OFA as --model with --untuned"
-        ),
-    ] = None,
+    baseline: Baseline = None,
     data_dir: DataDir = None,
     split: Annotated[str | None, option("split to evaluate on (default: the validation split)")] = None,
-    categories: Annotated[
-        str | None,
-        option(
-            "categories to evaluate: comma-separated or a file; or a YAML or JSON file that merges categories, word: "
-            "[categories of the dataset]. Pixels of other categories are ignored"
-        ),
-    ] = None,
-    rest: Annotated[
-        str | None,
-        option("a category for the pixels of other categories, in place of ignoring them", metavar="NAME"),
-    ] = None,
-    unseen: Annotated[
-        str | None,
-        option(
-            "comma-separated categories without labels in training: adds the means over seen and unseen categories and "
-            "their harmonic mean"
-        ),
-    ] = None,
-    dataset_categories: Annotated[
-        str | None, option("names of the mask values, for a dataset that does not name them")
-    ] = None,
+    categories: Categories = None,
+    rest: Rest = None,
+    unseen: Unseen = None,
+    dataset_categories: DatasetCategories = None,
     ignore_index: Annotated[int | None, option("mask value of unlabelled pixels, if the dataset lacks it")] = None,
     streaming: Annotated[bool, flag("stream a dataset of the Hub", "--streaming")] = False,
-    smoothing_neighbors: Annotated[
-        Any,
-        option(
-            "numbers of patches to average, comma-separated; each is evaluated (default: the model's, 3)",
-            metavar="K",
-            parser=integers,
-            callback=at_least(1),
-        ),
-    ] = None,
-    smoothing_iterations: Annotated[
-        Any,
-        option(
-            "how often to average, comma-separated; 0: no smoothing (default: the model's, 25, or 0 if trained on "
-            "images)",
-            metavar="N",
-            parser=integers,
-            callback=at_least(0),
-        ),
-    ] = None,
-    inference: Annotated[
-        Literal["whole", "slide"] | None, option("whole images or square crops (default: the model's)")
-    ] = None,
+    smoothing_neighbors: SmoothingNeighbors = None,
+    smoothing_iterations: SmoothingIterations = None,
+    inference: Inference = None,
     batch_size: Annotated[int, option("images of one size per batch (default: 8)", callback=at_least(1))] = 8,
-    limit: Annotated[
-        int | None, option("evaluate on the first N images only", metavar="N", callback=at_least(1))
-    ] = None,
+    limit: Limit = None,
     on_error: Annotated[Literal["fail", "skip"], option("for images that can't be read (default: fail)")] = "fail",
-    output_dir: Annotated[
-        Path | None, option("folder for the results (default: outputs/evaluation/MODEL-DATASET)")
-    ] = None,
+    output_dir: OutputDir = None,
     save_predictions: Annotated[Path | None, option("folder for a PNG of labels per image", metavar="DIR")] = None,
     save_overlays: Annotated[int, option("save overlays of the first N images", metavar="N")] = 0,
     untuned: Untuned = False,
     trust_remote_code: TrustRemoteCode = False,
     cpu: Cpu = False,
-    push_to_hub: Annotated[
-        str | None, option("add the results to the model card of owner/name", metavar="REPO")
-    ] = None,
+    push_to_hub: PushToHub = None,
 ) -> int:
     """Measures the mean IoU of a model on images with masks.
 
