@@ -121,7 +121,7 @@ def evaluate(
 
     Writes results.json and results.md. A stopped evaluation resumes when it is started again with the same arguments.
     """
-    options = SimpleNamespace(**ctx.params)
+    options = SimpleNamespace(**locals())
     check(options)
     program = f"scripts/{ctx.command_path}" if ctx.command_path.endswith(".py") else ctx.command_path
     return run(options, f"{program} {shlex.join(ctx.meta['arguments'])}")

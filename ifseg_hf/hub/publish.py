@@ -162,7 +162,7 @@ def add_results(repo_id: str, evaluation: dict[str, Any], token: str | None = No
 
     Args:
         repo_id: `owner/name` of a model on the Hub.
-        evaluation: the content of the results.json that scripts/eval.py writes.
+        evaluation: the content of the results.json that `ifseg evaluate` writes.
 
     Returns:
         The address of the commit. Raises [`HubError`] if the Hub refuses it or cannot be reached.

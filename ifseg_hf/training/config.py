@@ -288,7 +288,7 @@ class TrainingConfig:
         if self.refresh_every and not _has_pseudo_labels(self.dataset):
             raise ValueError(
                 f'refresh_every={self.refresh_every} needs pseudo-labels, and "{self.dataset}" is no folder of '
-                "scripts/pseudo_label.py."
+                "`ifseg pseudo-label`."
             )
         if self.eval_dataset is not None and not self.eval_steps:
             raise ValueError(f'eval_dataset="{self.eval_dataset}" is for evaluations: give eval_steps.')
@@ -331,7 +331,7 @@ class TrainingConfig:
             raise ValueError(f'"{self.model}" is not a model folder: its config.json is not JSON.') from None
         if not isinstance(config, dict) or config.get("model_type") not in ("ifseg", "ofa"):
             raise ValueError(
-                f'"{self.model}" holds no IFSeg model; scripts/convert_ofa.py converts a published OFA checkpoint.'
+                f'"{self.model}" holds no IFSeg model; `ifseg convert` converts a published OFA checkpoint.'
             )
         return config
 

@@ -237,7 +237,7 @@ def test_only_the_main_process_publishes(process, tmp_path, monkeypatch):
         (["--stage", "supervised", "--dataset", "full", "--crop-size", "40"], "crop_size=40: must be a multiple"),
         (
             ["--stage", "self-training", "--dataset", "full", "--refresh-every", "5"],
-            "no folder of scripts/pseudo_label",
+            "no folder of `ifseg pseudo-label`",
         ),
         (["--no-such-flag"], "--no-such-flag"),
         (["--config", "missing.yaml"], "missing.yaml"),
