@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OFAModel,
     )
     from ifseg_hf.processing import IFSegImageProcessor, IFSegImageSegmentationPipeline, IFSegProcessor
+    from ifseg_hf.tuning import segment, tune
 
 _LAZY = {
     "IFSegBackbone": "ifseg_hf.modeling",
@@ -36,6 +37,8 @@ _LAZY = {
     "IFSegImageProcessor": "ifseg_hf.processing",
     "IFSegImageSegmentationPipeline": "ifseg_hf.processing",
     "IFSegProcessor": "ifseg_hf.processing",
+    "segment": "ifseg_hf.tuning",
+    "tune": "ifseg_hf.tuning",
 }
 
 
@@ -74,4 +77,6 @@ __all__ = [
     "OFAForConditionalGeneration",
     "OFAModel",
     "resolve_model",
+    "segment",
+    "tune",
 ]

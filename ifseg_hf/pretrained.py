@@ -40,6 +40,27 @@ def resolve_model(name: str | Path, converted: bool = True) -> str | Path:
     if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return name
     raise FileNotFoundError(
-        f'There is no model folder "{name}". Give the folder of a saved model (scripts/convert_ofa.py converts OFA '
+        f'There is no model folder "{name}". Give the folder of a saved model (`ifseg convert` converts OFA '
         f"checkpoints), a Hub id (owner/name), or {EMBEDDED} for the embedded model."
     )
+
+
+def checkpoint_folder(name: str | Path) -> Path:
+    """Returns the local folder of a model; one of the Hub is downloaded first, unless its files are in the cache.
+
+    Args:
+        name: as for [`resolve_model`].
+
+    Raises:
+        `FileNotFoundError`: as [`resolve_model`] does.
+        `ValueError`: the Hub has no such model, or cannot be reached.
+    """
+    path = resolve_model(name)
+    if isinstance(path, Path):
+        return path
+    from huggingface_hub import snapshot_download  # takes long to import, and few need it
+
+    try:
+        return Path(snapshot_download(path, ignore_patterns=["*.md", ".gitattributes"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f'The model "{name}" cannot be downloaded: {" ".join(str(error).split())}'[:500]) from error

@@ -9,7 +9,8 @@ AutoBackbone.register(NameConfig, NameBackbone, exist_ok=True)
 ```
 
 The configuration has the attributes `patch_size` (pixels a side), `image_size` (side of a square image; word maps have
-its patch grid), `vocab_size`, `pad_token_id`, `dropout` and `drop_path_rate`.
+its patch grid), `vocab_size`, `pad_token_id`, `dropout` and `drop_path_rate`; it may have `tuning`, the settings with
+which the model is best tuned on words.
 
 The `auto_map` of a saved model points to this file for `IFSegConfig` and `IFSegForSemanticSegmentation`: loading them
 from there registers the backbone. The file therefore imports both names.
@@ -25,7 +26,14 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 
 
 class IFSegBackbone(PreTrainedModel, ABC):
-    """An encoder-decoder that reads an image and a prompt, and predicts an embedding for every patch."""
+    """An encoder-decoder that reads an image and a prompt, and predicts an embedding for every patch.
+
+    Attributes:
+        new_parameters: beginnings of the names of parameters that only segmentation has, so that a checkpoint of the
+            vision-language model lacks them: tuning starts from random values.
+    """
+
+    new_parameters: tuple[str, ...] = ()
 
     @property
     def patch_size(self) -> int:

@@ -55,6 +55,7 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
     """OFA, whose encoder reads image and prompt and whose decoder reads `<s>` and the encoded patches in one pass."""
 
     main_input_name = "pixel_values"
+    new_parameters = ("segmentation_positions.",)
 
     def __init__(self, config: OFAConfig):
         super().__init__(config)

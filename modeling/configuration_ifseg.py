@@ -31,6 +31,8 @@ class IFSegConfig(PreTrainedConfig):
             vocabulary (Appendix A.1), the sub-words of each fine name and the index of its category.
         word_noise (`float`, defaults to 0): in training, the standard deviation of Gaussian noise on every component
             of a word map's patches, relative to the root mean square distance between two words. Not in the paper.
+        tuned (`bool`, defaults to `False`): whether the weights were tuned for segmentation. Needed only for a
+            checkpoint without words: see [`is_tuned`].
     """
 
     model_type = "ifseg"
@@ -46,6 +48,7 @@ class IFSegConfig(PreTrainedConfig):
     word_ids: list[list[int]] | None = None
     word_categories: list[int] | None = None
     word_noise: float = 0.0
+    tuned: bool = False
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs):
@@ -109,6 +112,11 @@ class IFSegConfig(PreTrainedConfig):
             raise ValueError("word_categories must name every category at least once and no other.")
 
     @property
+    def is_tuned(self) -> bool:
+        """Whether the model was tuned for segmentation: it says so, or it carries the words that it was tuned on."""
+        return self.tuned or self.category_ids is not None
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens in the backbone's vocabulary."""
         return self.backbone_config.vocab_size
@@ -116,6 +124,11 @@ class IFSegConfig(PreTrainedConfig):
     @vocab_size.setter
     def vocab_size(self, value: int):
         self.backbone_config.vocab_size = value  # `resize_token_embeddings` sets it
+
+    @property
+    def tuning(self) -> dict:
+        """Settings with which the model is best tuned on words, those of the backbone; {} for the published ones."""
+        return getattr(self.backbone_config, "tuning", None) or {}
 
     @property
     def image_size(self) -> int:

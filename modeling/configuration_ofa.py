@@ -96,6 +96,8 @@ class OFAConfig(PreTrainedConfig):
             segmentation decoder. `"segmentation"`: separate embeddings and relative biases, as in the published
             implementation; `"image"`: the encoder's image positions, as in the paper (section 2.2, footnote 4), without
             parameters beyond OFA's.
+        tuning (`dict`, *optional*): settings with which the model is best tuned on words, such as `{"steps": 2000}`.
+            The published ones if there are none.
     """
 
     model_type = "ofa"
@@ -141,6 +143,7 @@ class OFAConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = 0
     tie_word_embeddings: bool = True
     decoder_positions: str = "segmentation"
+    tuning: dict | None = None
 
     def __post_init__(self, **kwargs):
         if "resnet_type" in kwargs:

@@ -51,6 +51,7 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
                 [`IFSegImageProcessor.post_process_semantic_segmentation`]. 0 iterations do not smooth.
             inference (`str`, *optional*): "whole" images or "slide" for overlapping square crops; see
                 [`IFSegSegmenter`].
+            untuned (`bool`, *optional*): also segment with a model that was never tuned, which is refused otherwise.
             subtask (`str`, *optional*): only "semantic" is supported.
             timeout (`float`, *optional*): seconds to wait for a URL.
 
@@ -68,9 +69,9 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         """The processor's template for models whose configuration has no prompt."""
         return getattr(self.processor, "prompt_template", PROMPT_TEMPLATE)
 
-    def _segmenter(self, inference: str | None = None) -> IFSegSegmenter:
+    def _segmenter(self, inference: str | None = None, untuned: bool = False) -> IFSegSegmenter:
         """Returns a new segmenter, because `model` and `image_processor` may have been replaced since the last call."""
-        return IFSegSegmenter(self.model, self, inference, self.device)
+        return IFSegSegmenter(self.model, self, inference, self.device, untuned)
 
     def _sanitize_parameters(self, **kwargs):
         preprocess = {"timeout": kwargs["timeout"]} if "timeout" in kwargs else {}
@@ -80,8 +81,13 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
             raise ValueError(f'subtask="{kwargs["subtask"]}": IFSeg predicts semantic masks only.')
         if kwargs.get("inference") is not None:
             forward["inference"] = self._segmenter(kwargs["inference"]).inference
+        untuned = kwargs.get("untuned")
+        if untuned is not None:
+            forward["untuned"] = untuned
+        else:  # as it was given when the pipeline was created
+            untuned = getattr(self, "_forward_params", {}).get("untuned", False)
         if kwargs.get("categories") is not None or kwargs.get("prompt") is not None:
-            segmenter = self._segmenter()
+            segmenter = self._segmenter(untuned=untuned)
             words = segmenter.encode_words(kwargs.get("categories"), kwargs.get("prompt"))
             forward["words"], postprocess["labels"] = segmenter.word_inputs(words), words["id2label"]
         return preprocess, forward, postprocess
@@ -95,9 +101,13 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         return {"images": [inputs], "target_size": [image.shape[1:]]}
 
     def _forward(
-        self, model_inputs: dict, words: dict[str, torch.Tensor] | None = None, inference: str | None = None
+        self,
+        model_inputs: dict,
+        words: dict[str, torch.Tensor] | None = None,
+        inference: str | None = None,
+        untuned: bool = False,
     ) -> ModelOutput:
-        outputs = self._segmenter(inference)(_pad_batch(model_inputs["images"]), words)
+        outputs = self._segmenter(inference, untuned)(_pad_batch(model_inputs["images"]), words)
         needed = {name: outputs[name] for name in ("logits", "image_features", "patch_mask")}
         return ModelOutput({**needed, "target_size": model_inputs["target_size"]})
 

@@ -32,16 +32,25 @@ class IFSegSegmenter:
             outputs are averaged. Default: "slide" if the image processor has a `sliding_window`, as for models trained
             on crops.
         device (`torch.device`, *optional*): device of the inputs. Default: the model's device.
+        untuned (`bool`, defaults to `False`): also segment with a model that was never tuned, such as the paper's
+            baseline OFA. Otherwise such a model is refused: its masks look as if they meant something.
     """
 
-    def __init__(self, model, processor, inference: str | None = None, device: str | torch.device | None = None):
+    def __init__(
+        self,
+        model,
+        processor,
+        inference: str | None = None,
+        device: str | torch.device | None = None,
+        untuned: bool = False,
+    ):
         if inference not in (None, *INFERENCE):
             raise ValueError(f'inference="{inference}": choose "whole" or "slide".')
         if model.training:
             model.eval()
         self.model, self.processor, self.image_processor = model, processor, processor.image_processor
         self.inference = inference or ("slide" if self.image_processor.sliding_window else "whole")
-        self._device = device
+        self._device, self.untuned = device, untuned
 
     @property
     def device(self) -> torch.device:
@@ -54,8 +63,19 @@ class IFSegSegmenter:
 
     # Words ------------------------------------------------------------------------------------------------------------
 
+    def check_tuned(self) -> None:
+        """Raises `ValueError` if the model was never tuned, unless the segmenter was created with `untuned`."""
+        # An adapter's configuration is that of the model before tuning.
+        if not (self.untuned or self.model.config.is_tuned or getattr(self.model, "peft_config", None)):
+            raise ValueError(
+                "This model was never tuned on words, so its masks would mean nothing: tune it first, as in "
+                '`ifseg tune "cat, grass" --model MODEL --output-dir tuned`, or pass untuned=True (--untuned) if a '
+                "model without tuning is meant."
+            )
+
     def check_words(self) -> None:
-        """Raises `ValueError` if the model has no words, neither from tuning nor from [`set_words`]."""
+        """Raises `ValueError` if the model has no words from tuning or [`set_words`], or as [`check_tuned`] does."""
+        self.check_tuned()
         if self.model.config.category_ids is None:
             raise ValueError('This model has no words yet: pass some, as in categories=["cat", "grass"].')
 
@@ -70,8 +90,10 @@ class IFSegSegmenter:
                 prompt in the model's configuration, or else the processor's template.
 
         Raises:
-            `ValueError` without a tokenizer, and if neither the model nor the caller has categories.
+            `ValueError` without a tokenizer, if neither the model nor the caller has categories, and for a model that
+            was never tuned; see [`check_tuned`].
         """
+        self.check_tuned()
         if self.processor.tokenizer is None:
             raise ValueError("Other words need a tokenizer, and there is none: pass tokenizer=...")
         config = self.model.config
@@ -107,6 +129,7 @@ class IFSegSegmenter:
         """
         if words is None:
             self.check_words()
+        self.check_tuned()
         inputs = {name: tensor.to(self.device) for name, tensor in {**inputs, **(words or {})}.items()}
         if self.inference == "whole":
             return self.model(**inputs)

@@ -74,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ifseg_hf.experiments.ablations import Ablations
     from ifseg_hf.training.config import read_settings
     from ifseg_hf.training.loop import TrainingError
+    from ifseg_hf.training.recipes import complete_settings
 
     out = options.output_dir
     try:
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.categories is not None:
             data = data.select(read_categories(options.categories), options.rest)
         source = options.dataset if options.split is None else f"{options.dataset}, split {options.split}"
-        settings = read_settings(options.config)
+        settings = complete_settings({**read_settings(options.config), "model": options.model})
         ablations = Ablations(source, data, options.model, settings, out, options.limit, options.keep_models)
         report = ablations.run(ablations.check(options.only), options.seeds)
         print(f"\n{report}\nWritten to {out / 'ablations.md'}.")

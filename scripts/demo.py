@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     from ifseg_hf.evaluation.segmenter import load_segmenter
     from ifseg_hf.processing.image_processing_ifseg import read_image, to_array
     from ifseg_hf.training.config import read_settings
-    from ifseg_hf.training.loop import SettingError, TrainingConfig, TrainingError, train
+    from ifseg_hf.training.loop import SettingError, TrainingError, train
+    from ifseg_hf.training.recipes import training_config
     from ifseg_hf.visualization.overlays import overlay, shares, side_by_side
 
     logging.set_verbosity_error()
@@ -70,14 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
         settings = {**read_settings(str(SETTINGS)), "checkpointing_steps": 0, "output_dir": str(folder / "model")}
         if options.steps is not None:
             settings["steps"] = options.steps
-        settings["warmup_steps"] = min(settings["warmup_steps"], settings["steps"] // 2)
+            settings.pop("warmup_steps", None)
         categories = settings["categories"] = read_categories(options.categories or settings["categories"])
         if options.image:
             images = {Path(image).stem: to_array(read_image(image)) for image in options.image}
         else:
             images = bundled_images()
         print(f"Words: {', '.join(categories)}.\nNo image and no mask is used for tuning, only these words:\n")
-        train(TrainingConfig(**settings))
+        train(training_config(settings))
     except (OSError, ValueError, SettingError, TrainingError) as error:
         print(f"demo.py: {error}", file=sys.stderr)
         return 1
@@ -85,7 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     names = list(categories)
     segmenters = {}
     for title, model in {"before tuning": ifseg_hf.NANO, "after tuning on words": folder / "model"}.items():
-        segmenters[title] = load_segmenter(model, device=PartialState().device, seed=None)
+        segmenters[title] = load_segmenter(
+            model, device=PartialState().device, seed=None, untuned=model == ifseg_hf.NANO
+        )
         segmenters[title].set_words(categories)
     print("\nShare of each image that a word covers, after tuning, and the file that compares before and after:")
     for name, pixels in images.items():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ifseg_hf.evaluation.cosine import COSINE, CosineSegmenter
-from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
+from ifseg_hf.loading import load_segmentation_model
 from ifseg_hf.pretrained import resolve_model
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.processing.segmenter_ifseg import INFERENCE, IFSegSegmenter
@@ -49,6 +49,7 @@ def load_segmenter(
     inference: str | None = None,
     seed: int | None = 0,
     trust_remote_code: bool = False,
+    untuned: bool = False,
 ):
     """
     Loads a [`Segmenter`]: a model in evaluation mode, its processor and, if it was tuned, its words.
@@ -63,6 +64,8 @@ def load_segmenter(
         seed: for the random segmentation positions of a converted OFA, which has none in its checkpoint. `None` does
             not seed the random number generator.
         trust_remote_code: run the code saved with the model, for a backbone that this package does not have.
+        untuned: also segment with a model that was never tuned. Without it, such a model is refused when it gets words
+            or images, except by a baseline, which needs no tuning.
 
     Raises:
         `ValueError` or `FileNotFoundError` for a model that cannot be loaded, and for wrong arguments.
@@ -81,10 +84,10 @@ def load_segmenter(
         processor = IFSegProcessor.from_pretrained(path)
         if seed is not None:
             torch.manual_seed(seed)
-        loaded = IFSegForSemanticSegmentation.from_pretrained(path, dtype=torch.float32)
+        loaded = load_segmentation_model(path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f'"{model}" is no IFSeg model that can be loaded: {" ".join(str(error).split())}'[:500]
         ) from error
     kind = IFSegSegmenter if baseline is None else CosineSegmenter
-    return kind(loaded.to(device), processor, inference)
+    return kind(loaded.to(device), processor, inference, untuned=untuned or baseline is not None)

@@ -208,7 +208,7 @@ class Ablations:
             if not (work / "tuned" / MARKERS["train.py"]).is_file():
                 seconds = train(self.training(row, work / "tuned", seed, self.start(row, work))).seconds
         device = PartialState(cpu=bool(self.settings.get("cpu"))).device
-        segmenter = load_segmenter(model, row.baseline, device, seed=seed)
+        segmenter = load_segmenter(model, row.baseline, device, seed=seed, untuned=not row.tuned)
         if not row.tuned:
             segmenter.set_words(self.data.names)
         evaluation = evaluate_segmenter(

@@ -191,8 +191,10 @@ class TableSettings:
         plan = self.plan()
         if model in BASELINES:
             arguments = ["--baseline", model, "--model", self.clip]
+        elif model == "ofa":
+            arguments = ["--model", self.ofa, "--untuned"]
         else:
-            arguments = ["--model", self.ofa if model == "ofa" else str(plan.folder(model))]
+            arguments = ["--model", str(plan.folder(model))]
         arguments += ["--dataset", dataset, "--data-dir", *plan.fill_in([DATA_DIRS[dataset]])]
         neighbors = sorted({k for k, n in smoothing if n}) or [1]
         iterations = sorted({n for _, n in smoothing})

@@ -33,6 +33,7 @@ from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConf
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.processing.tokenization_ofa import with_ofa_tokens
+from ifseg_hf.training.recipes import published_recipe
 
 TRANSFORMERS_VOCABULARY = ("vocab.json", "merges.txt")
 _FAIRSEQ_VOCABULARY = ("dict.txt", "encoder.json", "vocab.bpe")
@@ -144,6 +145,7 @@ def convert_ofa_checkpoint(
     _check_copies(weights, state_dict[_EMBEDDING])
 
     size = _size_name(config)
+    config.tuning = published_recipe()
     model = empty_model(config, _shapes(state_dict))
     if categories and not isinstance(model, IFSegForSemanticSegmentation):
         raise ConversionError(
@@ -374,7 +376,7 @@ def empty_model(config: OFAConfig, shapes: Mapping[str, tuple[int, ...]]) -> Pre
     segmentation = any(name.startswith(_SEGMENTATION) for name in shapes)
     with torch.device("meta"):
         if segmentation:
-            model = IFSegForSemanticSegmentation(IFSegConfig.from_backbone_config(config))
+            model = IFSegForSemanticSegmentation(IFSegConfig.from_backbone_config(config, tuned=True))
         else:
             model = OFAForConditionalGeneration(config)
     expected = {

@@ -4,7 +4,6 @@ Imports neither torch nor transformers, so that scripts reject a wrong repositor
 """
 
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -42,7 +41,6 @@ _FILES = (
     RESULTS_FILE,
 )
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "push_to_hub.py"  # in a checkout of the repository
 
 
 class HubError(RuntimeError):
@@ -164,7 +162,7 @@ def add_results(repo_id: str, evaluation: dict[str, Any], token: str | None = No
 
     Args:
         repo_id: `owner/name` of a model on the Hub.
-        evaluation: the content of the results.json that scripts/eval.py writes.
+        evaluation: the content of the results.json that `ifseg evaluate` writes.
 
     Returns:
         The address of the commit. Raises [`HubError`] if the Hub refuses it or cannot be reached.
@@ -278,16 +276,10 @@ def retry_command(
 ) -> str:
     """The shell command that repeats an upload, to be run in the current directory."""
     settings = {"revision": revision, "commit_message": commit_message, "base_model": base_model}
-    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    if not SCRIPT.is_file():  # the package was installed without the repository's scripts
-        given |= {} if private is None else {"private": private}
-        arguments = "".join(f", {name}={value!r}" for name, value in given.items())
-        call = f"push_to_hub({str(folder)!r}, {repo_id!r}{arguments})"
-        return shlex.join(["python", "-c", f"from ifseg_hf.hub.publish import push_to_hub; {call}"])
     flags = [] if private is None else ["--private" if private else "--no-private"]
-    for name, value in given.items():
-        flags += [f"--{name.replace('_', '-')}", value]
-    return shlex.join(["python", os.path.relpath(SCRIPT), str(folder), repo_id, *flags])
+    for name, value in settings.items():
+        flags += [] if value is None else [f"--{name.replace('_', '-')}", value]
+    return shlex.join(["ifseg", "push", str(folder), repo_id, *flags])
 
 
 def _one_line(error: BaseException) -> str:

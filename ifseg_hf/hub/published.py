@@ -16,11 +16,11 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import WeakFileLock
 
+from ifseg_hf.cache import cache_folder
 from ifseg_hf.hub.checkpoint_reader import ConversionError, locate_checkpoint, read_json, weight_files
 from ifseg_hf.hub.conversion import TRANSFORMERS_VOCABULARY, convert_ofa_checkpoint, vocabulary_files
 from ifseg_hf.pretrained import CHECKPOINT_SUFFIXES, resolve_model, use_converted
 
-CACHE = Path("~/.cache/ifseg/converted")
 _FORMAT = "1"  # counted up when conversion gives another result, so that models are converted again
 
 
@@ -36,7 +36,7 @@ def resolve_checkpoint(
 
     Args:
         name: folder, Hub id, "ifseg-ofa-nano", or `.pt` file.
-        cache_dir: folder of converted models. Default: [`CACHE`].
+        cache_dir: folder of converted models. Default: `converted` in [`ifseg_hf.cache.cache_folder`].
         notify: function that is called with a sentence before a conversion. Default: prints it to stderr.
 
     Raises:
@@ -48,7 +48,7 @@ def resolve_checkpoint(
     if found is None:
         return path
     source, key = found
-    cache = Path(CACHE if cache_dir is None else cache_dir).expanduser()
+    cache = cache_folder() / "converted" if cache_dir is None else Path(cache_dir).expanduser()
     folder = cache / f"{_readable(path)}-{_digest([_FORMAT, *key])[:16]}"
     if not folder.is_dir():
         say = notify or (lambda sentence: print(sentence, file=sys.stderr, flush=True))
@@ -71,7 +71,7 @@ def _convert(source: Path, folder: Path, notify: Callable[[], object]) -> None:
     except OSError as error:
         raise ConversionError(
             f"The cache {folder.parent} cannot be written ({error.strerror or error}). Free some space or make it "
-            "writable; scripts/convert_ofa.py converts to another folder."
+            "writable; `ifseg convert` converts to another folder."
         ) from error
 
 
@@ -136,4 +136,4 @@ def _readable(path: str | Path) -> str:
     return re.sub(r"[^\w.-]", "_", name)[:60] or "model"
 
 
-__all__ = ["CACHE", "is_published", "resolve_checkpoint"]
+__all__ = ["is_published", "resolve_checkpoint"]

@@ -12,53 +12,20 @@ import difflib
 import json
 import os
 import re
-import typing
-from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from ifseg_hf.pretrained import EMBEDDED, resolve_model
+from ifseg_hf.training.settings import ON_IMAGES, STAGES, convert, setting
 
 SETTINGS_FILE = "training_config.json"  # beside a tuned model: the settings it was trained with
 CHECKPOINT_FILE = "checkpoint.json"  # in every checkpoint: its step and the settings of its run
 INCOMPLETE = ".incomplete"  # suffix of a folder that is being written or deleted
-PSEUDO_LABELS = "pseudo_labels"  # key of a dataset.json that scripts/pseudo_label.py wrote
+PSEUDO_LABELS = "pseudo_labels"  # key of a dataset.json that `ifseg pseudo-label` wrote
 
-STAGES = ("word-maps", "supervised", "self-training")
-ON_IMAGES = STAGES[1:]
 DEFAULT_FREEZE = {"word-maps": "trunk", "supervised": "nothing", "self-training": "words"}
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: Sequence[str] = (),
-    stages: Sequence[str] = STAGES,
-    private: bool = False,
-    may_change: bool = False,
-    bare_flag: str | None = None,
-) -> Any:
-    """A dataclass field with the default, help, range, stages and other metadata of one setting.
-
-    Args:
-        default: `MISSING` for a required setting.
-        help: shown by `scripts/train.py --help`.
-        minimum, above, below: the range: `minimum <= value` or `above < value`, and `value < below`. If the default is
-            None, None is allowed, too.
-        choices: the allowed values.
-        stages: the stages that use the setting; the others allow its default only.
-        private: whether the setting describes the machine or the user, and is left out of a published model card.
-        may_change: whether a resumed run may have another value.
-        bare_flag: value of the setting if its command-line flag is given without a value.
-    """
-    limits = {"minimum": minimum, "above": above, "below": below, "choices": tuple(choices), "stages": tuple(stages)}
-    rest = {"help": help, "private": private, "may_change": may_change, "bare_flag": bare_flag}
-    return dataclasses.field(default=default, metadata={**limits, **rest})
 
 
 @dataclass
@@ -79,8 +46,8 @@ class TrainingConfig:
     trust_remote_code: bool = setting(
         False, "run the code saved with the model, for a backbone that this package does not have", may_change=True
     )
-    prompt: str | None = setting(None, "question before the words, or a template with {categories}")
-    append_unknown: bool = setting(True, "end the prompt with the word unknown, which is never a category")
+    prompt: str | None = setting(None, "question before the words, or a template with {categories}", recipe=True)
+    append_unknown: bool = setting(True, "end the prompt with the word unknown, which is never a category", recipe=True)
     stage: str = setting(
         "word-maps",
         "word-maps: words alone; supervised: images and masks; self-training: images and pseudo-labels",
@@ -140,29 +107,57 @@ class TrainingConfig:
         private=True,
         may_change=True,
     )
-    max_cells: int | None = setting(
-        None, "S, the largest side of the random grids of word maps (default: the side of a word map)", minimum=1
+    image_size: int | None = setting(
+        None,
+        "side of a square image in pixels, whose patch grid word maps have; other images are resized in proportion "
+        "(default: the model's)",
+        minimum=1,
+        recipe=True,
     )
-    random_cells: bool = setting(True, "draw the sizes of the grids; otherwise every grid has max_cells a side")
+    decoder_positions: str | None = setting(
+        None,
+        "positions of the patches in OFA's decoder: segmentation, separate ones, or image, the encoder's (default: the "
+        "model's)",
+        choices=["segmentation", "image"],
+        recipe=True,
+    )
+    max_cells: int | None = setting(
+        None,
+        "S, the largest side of the random grids of word maps (default: the side of a word map)",
+        minimum=1,
+        recipe=True,
+    )
+    random_cells: bool = setting(
+        True, "draw the sizes of the grids; otherwise every grid has max_cells a side", recipe=True
+    )
     seed: int = setting(0, "seed of the samples, new parameters and dropout", minimum=0)
-    steps: int = setting(2000, "optimiser steps", minimum=1)
-    batch_size: int = setting(16, "samples per optimiser step, over all processes and accumulated batches", minimum=1)
+    steps: int = setting(2000, "optimiser steps", minimum=1, recipe=True)
+    batch_size: int = setting(
+        16, "samples per optimiser step, over all processes and accumulated batches", minimum=1, recipe=True
+    )
     gradient_accumulation_steps: int = setting(
         1, "batches accumulated for one optimiser step", minimum=1, may_change=True
     )
-    learning_rate: float = setting(5e-5, "initial learning rate; decays to 0 along a cosine", above=0)
-    warmup_steps: int = setting(0, "first steps, over which the learning rate rises from 0", minimum=0)
-    weight_decay: float = setting(0.1, "weight decay of AdamW", minimum=0)
-    adam_beta1: float = setting(0.9, "beta1 of AdamW", minimum=0, below=1)
-    adam_beta2: float = setting(0.999, "beta2 of AdamW", minimum=0, below=1)
-    adam_epsilon: float = setting(1e-8, "epsilon of AdamW", above=0)
-    max_grad_norm: float = setting(1.0, "norm that gradients are clipped to", above=0)
-    dropout: float = setting(0.1, "dropout rate", minimum=0, below=1)
+    learning_rate: float = setting(5e-5, "initial learning rate; decays to 0 along a cosine", above=0, recipe=True)
+    warmup_steps: int = setting(0, "first steps, over which the learning rate rises from 0", minimum=0, recipe=True)
+    weight_decay: float = setting(0.1, "weight decay of AdamW", minimum=0, recipe=True)
+    adam_beta1: float = setting(0.9, "beta1 of AdamW", minimum=0, below=1, recipe=True)
+    adam_beta2: float = setting(0.999, "beta2 of AdamW", minimum=0, below=1, recipe=True)
+    adam_epsilon: float = setting(1e-8, "epsilon of AdamW", above=0, recipe=True)
+    max_grad_norm: float = setting(1.0, "norm that gradients are clipped to", above=0, recipe=True)
+    dropout: float = setting(0.1, "dropout rate", minimum=0, below=1, recipe=True)
     drop_path: float = setting(
-        0.1, "stochastic depth rate of the last layer of encoder and decoder", minimum=0, below=1
+        0.1,
+        "stochastic depth rate of the last layer of encoder and decoder",
+        minimum=0,
+        below=1,
+        recipe=True,
     )
     word_noise: float = setting(
-        0.0, "standard deviation of noise on word-map patches, relative to the distance of two words", minimum=0
+        0.0,
+        "standard deviation of noise on word-map patches, relative to the distance of two words",
+        minimum=0,
+        recipe=True,
     )
     # A resumed run needs the same precision. The loop compares it, because the precision that None selects is known
     # only when training starts.
@@ -171,6 +166,7 @@ class TrainingConfig:
         "no, fp16 or bf16 (default: that of `accelerate launch`, else bf16 or fp16 on a GPU, no on a CPU)",
         choices=["no", "fp16", "bf16"],
         may_change=True,
+        recipe=True,
     )
     dataloader_workers: int = setting(
         0, "processes that load samples, without effect on the samples", minimum=0, private=True, may_change=True
@@ -292,7 +288,7 @@ class TrainingConfig:
         if self.refresh_every and not _has_pseudo_labels(self.dataset):
             raise ValueError(
                 f'refresh_every={self.refresh_every} needs pseudo-labels, and "{self.dataset}" is no folder of '
-                "scripts/pseudo_label.py."
+                "`ifseg pseudo-label`."
             )
         if self.eval_dataset is not None and not self.eval_steps:
             raise ValueError(f'eval_dataset="{self.eval_dataset}" is for evaluations: give eval_steps.')
@@ -305,13 +301,15 @@ class TrainingConfig:
             raise ValueError(f"warmup_steps={self.warmup_steps}: must be fewer than steps={self.steps}.")
 
     def _check_model(self) -> None:
-        """Checks `max_cells` and `crop_size` against a model in a local folder; models on the Hub are not checked."""
+        """Checks the sizes against a model in a local folder; models on the Hub are not checked."""
         config = self._read_model_config()
         if config is None:
             return
         backbone = config.get("backbone_config") or config
         patch = patch_size(backbone)
-        side = backbone.get("image_size", 512) // patch
+        side = (self.image_size or backbone.get("image_size", 512)) // patch
+        if self.image_size is not None and self.image_size % patch:
+            raise ValueError(f"image_size={self.image_size}: must be a multiple of the model's patch size {patch}.")
         if self.max_cells is not None and self.max_cells > side:
             raise ValueError(f"max_cells={self.max_cells}: a word map of this model has at most {side} cells a side.")
         if self.crop_size is not None and self.crop_size % patch:
@@ -333,7 +331,7 @@ class TrainingConfig:
             raise ValueError(f'"{self.model}" is not a model folder: its config.json is not JSON.') from None
         if not isinstance(config, dict) or config.get("model_type") not in ("ifseg", "ofa"):
             raise ValueError(
-                f'"{self.model}" holds no IFSeg model; scripts/convert_ofa.py converts a published OFA checkpoint.'
+                f'"{self.model}" holds no IFSeg model; `ifseg convert` converts a published OFA checkpoint.'
             )
         return config
 
@@ -394,7 +392,7 @@ def patch_size(backbone: dict) -> int:
 
 
 def _has_pseudo_labels(dataset: str) -> bool:
-    """Whether `dataset` is a folder that scripts/pseudo_label.py wrote."""
+    """Whether `dataset` is a folder that `ifseg pseudo-label` wrote."""
     try:
         return PSEUDO_LABELS in json.loads((Path(dataset) / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -446,6 +444,14 @@ def read_settings(path: str) -> dict[str, Any]:
         raise ValueError(f'"{path}" is not YAML or JSON: {" ".join(str(error).split())}.') from None
     if not isinstance(given, dict):
         raise ValueError(f'"{path}" holds no settings: write one per line, such as "steps: 2000".')
+    return check_settings(given, f'In "{path}": ')
+
+
+def check_settings(given: Mapping[str, Any], source: str = "") -> dict[str, Any]:
+    """The settings by their names, each converted to the type of its field.
+
+    Raises `ValueError`, in one line that begins with `source`, for an unknown name or a value of a wrong type.
+    """
     known = {field.name: field for field in dataclasses.fields(TrainingConfig)}
     settings = {}
     for name, value in given.items():
@@ -453,27 +459,6 @@ def read_settings(path: str) -> dict[str, Any]:
         if field is None:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f": {close[0]}?" if close else "."
-            raise ValueError(f'In "{path}": there is no setting "{name}"{hint}')
-        settings[field.name] = _convert(field, value, path)
+            raise ValueError(f'{source}there is no setting "{name}"{hint}')
+        settings[field.name] = convert(field, value, source)
     return settings
-
-
-def setting_types(field: Field) -> tuple[type, ...]:
-    """The types of a setting's values, such as `(int, NoneType)`; lists may also be given as text."""
-    types = tuple(typing.get_origin(kind) or kind for kind in typing.get_args(field.type) or (field.type,))
-    return (str, *types) if list in types else types
-
-
-def _convert(field: Field, value: Any, path: str) -> Any:
-    """The value converted to the type of its setting; YAML, for example, reads 5e-5 as text."""
-    types = setting_types(field)
-    if type(value) in types:
-        return value
-    if float in types and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    expected = next(names[kind] for kind in types if kind in names)
-    raise ValueError(f'In "{path}": {field.name} is {value!r}, but must be {expected}.')

@@ -81,12 +81,16 @@ class TrainingResult:
         )
 
 
-def train(config: TrainingConfig) -> TrainingResult:
+def train(config: TrainingConfig, report: bool = True) -> TrainingResult:
     """Trains a model on word maps of its categories or on images, and saves it with its processor and words.
 
     Call it under `accelerate launch` to train in several processes; the samples of a step do not depend on their
     number. `resume="latest"` continues an interrupted run from its last checkpoint, with the same final weights as an
-    uninterrupted run. The Hub settings are for `scripts/train.py`: this function publishes nothing.
+    uninterrupted run. The Hub settings are for `ifseg tune`: this function publishes nothing.
+
+    Args:
+        config: the settings.
+        report: print the result.
 
     Raises:
         `ValueError`: a wrong setting; almost all are noticed before the weights are loaded.
@@ -106,7 +110,8 @@ def train(config: TrainingConfig) -> TrainingResult:
     if stopped:
         raise stopped
     result = run.result()
-    run.accelerator.print(result)
+    if report:
+        run.accelerator.print(result)
     return result
 
 

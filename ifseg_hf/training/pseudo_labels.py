@@ -204,6 +204,7 @@ def write_pseudo_labels(
     unseen: str | None = None,
     cpu: bool = False,
     trust_remote_code: bool = False,
+    untuned: bool = False,
 ) -> Path:
     """Writes a dataset of images and labels: `images/`, `masks/`, `dataset.json`, and `given/` with `keep_labels`.
 
@@ -217,6 +218,7 @@ def write_pseudo_labels(
         config: see [`PseudoLabelConfig`]; `unseen` replaces its `predicted`.
         keep_labels: keep the labels of `data`, and predict labels for the other pixels.
         unseen: categories to predict, whose given labels are not kept; see [`find_labels`].
+        untuned: also label with a model that was never tuned, which is refused otherwise.
 
     Raises:
         `ValueError`: an argument is wrong, the folder has other files, or the model cannot be loaded.
@@ -229,7 +231,7 @@ def write_pseudo_labels(
     if hidden:
         config = replace(config, predicted=[data.names[label] for label in hidden])
     output, state = Path(output_dir), PartialState(cpu=cpu)
-    segmenter = load_segmenter(model, device=state.device, trust_remote_code=trust_remote_code)
+    segmenter = load_segmenter(model, device=state.device, trust_remote_code=trust_remote_code, untuned=untuned)
     words = config.predicted or data.names
     if segmenter.model.config.category_ids is None or not set(words) <= segmenter.model.config.label2id.keys():
         segmenter.set_words(words)

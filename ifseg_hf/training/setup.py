@@ -11,6 +11,7 @@ from accelerate.utils import parse_flag_from_env
 
 from ifseg_hf.data.crops import CropDataset, find_labels, load_training_dataset, load_validation_dataset
 from ifseg_hf.data.segmentation import BENCHMARKS, SegmentationDataset, load_segmentation_dataset
+from ifseg_hf.loading import load_segmentation_model
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
@@ -146,12 +147,13 @@ def load_model(
         model_config.word_noise = config.word_noise
         model_config.backbone_config.dropout = config.dropout
         model_config.backbone_config.drop_path_rate = config.drop_path
+        change_backbone(model_config, processor, config)
         if config.from_scratch:
             model = IFSegForSemanticSegmentation(model_config)
         else:
-            model = IFSegForSemanticSegmentation.from_pretrained(
-                config.model_path, config=model_config, dtype=torch.float32
-            )
+            model = load_segmentation_model(config.model_path, config=model_config)
+    except SettingError:
+        raise
     except (OSError, ValueError) as error:
         raise SettingError(f'"{config.model}" has no model that can be loaded: {error}'[:500]) from error
     model.set_words(**words)
@@ -159,6 +161,36 @@ def load_model(
     if config.on_images:
         prepare_image_processor(processor, config, model.config)
     return processor, model
+
+
+def change_backbone(model_config: IFSegConfig, processor: IFSegProcessor, config: TrainingConfig) -> None:
+    """Sets `image_size`, also of the image processor, and `decoder_positions` where they differ from the model's.
+
+    Raises `SettingError` where the model has no such attribute, or cannot have this value.
+    """
+    backbone, before = model_config.backbone_config, model_config.image_size
+    wanted = {"image_size": config.image_size, "decoder_positions": config.decoder_positions}
+    changes = {name: x for name, x in wanted.items() if x is not None and x != getattr(backbone, name, None)}
+    if "decoder_positions" in changes and not hasattr(backbone, "decoder_positions"):
+        raise SettingError(
+            f"decoder_positions={config.decoder_positions}: the backbone {backbone.model_type} has no such choice."
+        )
+    if not changes:
+        return
+    try:
+        changed = type(backbone).from_dict({**backbone.to_dict(), **changes})  # which checks them
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+    positions = [getattr(config, "decoder_positions", None) for config in (backbone, changed)]
+    if "image_size" in changes and model_config.is_tuned and positions == ["segmentation"] * 2:
+        raise SettingError(
+            f"image_size={config.image_size}: the model was tuned with decoder positions for {before} pixels. Start "
+            "from the model before tuning."
+        )
+    model_config.backbone_config = changed
+    image_processor, scale = processor.image_processor, changed.image_size / before
+    sides = dict(image_processor.size).items()
+    image_processor.size = {side: max(1, round(pixels * scale)) for side, pixels in sides if pixels}
 
 
 def freeze(model: IFSegForSemanticSegmentation, part: str) -> None:

@@ -16,7 +16,7 @@ IGNORE = 9
 
 def save_tiny_segmenter(folder: Path) -> str:
     """Saves the model of tiny_model.py with an image size of 48 pixels, and returns the folder's name."""
-    save_tiny_model(folder)
+    save_tiny_model(folder, tuned=True)
     processor = IFSegProcessor.from_pretrained(folder)
     processor.image_processor.size = {"shortest_edge": 48, "longest_edge": 192}
     processor.save_pretrained(folder)

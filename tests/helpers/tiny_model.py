@@ -11,8 +11,11 @@ from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConf
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
 
 
-def save_tiny_model(folder: Path, model_class=IFSegForSemanticSegmentation) -> str:
+def save_tiny_model(folder: Path, model_class=IFSegForSemanticSegmentation, tuned: bool = False) -> str:
     """Saves a model for 4 x 4 word maps and 64 x 64 images, without words, whose tokenizer has a token for each byte.
+
+    Args:
+        tuned: of an IFSeg model, whether its configuration says that it was tuned, so that it may segment.
 
     Returns:
         The folder, as a string.
@@ -26,7 +29,7 @@ def save_tiny_model(folder: Path, model_class=IFSegForSemanticSegmentation) -> s
     torch.manual_seed(0)
     config = OFAConfig(**{**SMALL, "vocab_size": len(alphabet), "max_position_embeddings": 120, "init_std": 0.2})
     if model_class is IFSegForSemanticSegmentation:
-        config = IFSegConfig(backbone_config=config)
+        config = IFSegConfig(backbone_config=config, tuned=tuned)
     model_class(config).save_pretrained(folder)
     return str(folder)
 

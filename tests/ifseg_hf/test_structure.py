@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "experiments": {"experiments", "training", "evaluation", "data", "visualization"},
     "nano": {"nano", "experiments", "training", "evaluation", "data", "visualization"},
     "hub": {"hub", "training"},
+    "cli": {"cli", "hub", "experiments", "training", "evaluation", "data", "visualization"},
 }
 
 

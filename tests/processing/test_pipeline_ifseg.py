@@ -160,9 +160,26 @@ def test_errors(pipe, model, small_processor, tmp_path):
     )
     wordless.model.config.category_ids = None
     with pytest.raises(ValueError, match="no words yet"):
-        wordless(make_image())
+        wordless(make_image(), untuned=True)
     with pytest.raises(ValueError, match="tokenizer"):
-        wordless(make_image(), categories=["cat"])
+        wordless(make_image(), categories=["cat"], untuned=True)
+
+
+def test_a_model_never_tuned_is_refused_unless_it_is_meant(model, small_processor):
+    model.config.category_ids = None
+    pipe = small_processor.pipeline(model)
+    for words in ({}, {"categories": ["cat", "grass"]}):
+        with pytest.raises(ValueError, match=r"never tuned on words.*ifseg tune"):
+            pipe(make_image(), **words)
+    with pytest.raises(ValueError, match="never tuned"):
+        small_processor.pipeline(model, categories=["cat", "grass"])
+    assert labels_of(pipe(make_image(), categories=["cat", "grass"], untuned=True)) <= {"cat", "grass"}
+    meant = small_processor.pipeline(model, untuned=True)
+    assert labels_of(meant(make_image(), categories=["cat", "grass"])) <= {"cat", "grass"}
+    with pytest.raises(ValueError, match="never tuned"):
+        meant(make_image(), categories=["cat", "grass"], untuned=False)
+    model.config.tuned = True  # as a converted IFSeg checkpoint, whose words are unknown
+    assert labels_of(pipe(make_image(), categories=["cat", "grass"])) <= {"cat", "grass"}
 
 
 def test_half_precision(pipe, model):

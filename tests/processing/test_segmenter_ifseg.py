@@ -99,7 +99,7 @@ def test_a_model_without_a_prompt_takes_the_processors_template(segmenter):
 
 
 def test_missing_words_and_tokenizer_are_named(segmenter, images):
-    segmenter.model.config.category_ids = None
+    segmenter.model.config.category_ids, segmenter.untuned = None, True
     with pytest.raises(ValueError, match="no words yet"):
         segmenter(segmenter.preprocess(images))
     with pytest.raises(ValueError, match="no words yet"):

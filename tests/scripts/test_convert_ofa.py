@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ifseg_hf.cli.convert import summary
 from ifseg_hf.hub import conversion
 from ifseg_hf.hub.conversion import ConversionError, ConversionReport
 from scripts import load_script
@@ -49,15 +50,15 @@ def test_arguments_are_passed_on_and_summary_lists_all_tensors(script, monkeypat
         "1 x a number: encoder.version",
         "not used: args",
         "Note: one row was left out.",
-        "scripts/train.py --model out",
+        'ifseg segment IMAGE "cat, grass, sky" --model out',
     ):
         assert text in printed
 
 
-def test_next_step_of_a_released_checkpoint(script):
+def test_next_step_of_a_released_checkpoint():
     segmentation = {"architecture": "IFSegForSemanticSegmentation"}
-    assert "segment.py IMAGE --model out --categories" in script.summary(report(**segmentation))
-    assert "segment.py IMAGE --model out --output-dir" in script.summary(report(**segmentation, has_words=True))
+    assert "segment IMAGE --model out --no-tune --categories" in summary(report(**segmentation))
+    assert "segment IMAGE --model out" in summary(report(**segmentation, has_words=True)).splitlines()[-1]
 
 
 def test_errors_are_one_line_without_traceback(script, monkeypatch, capsys):
@@ -67,7 +68,7 @@ def test_errors_are_one_line_without_traceback(script, monkeypatch, capsys):
     monkeypatch.setattr(conversion, "convert_ofa_checkpoint", fail)
     assert script.main(["ofa.pt", "out"]) == 1
     captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "error: The checkpoint is damaged.\n")
+    assert (captured.out, captured.err) == ("", "convert_ofa.py: The checkpoint is damaged.\n")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ SCRIPT = ROOT / "scripts" / "eval.py"
 def work(tmp_path_factory):
     """A folder with a model, `model`, and seven images of two sizes with masks, `streets`."""
     folder = tmp_path_factory.mktemp("work")
-    save_tiny_model(folder / "model")
+    save_tiny_model(folder / "model", tuned=True)
     rng = np.random.default_rng(0)
     for part in ("images", "masks"):
         (folder / "streets" / "val" / part).mkdir(parents=True)
@@ -106,6 +106,16 @@ def test_other_words_and_damaged_images(work, evaluate, tmp_path, capsys):
     assert len(results["skipped"]) == 1
     assert list(results["results"][0]["categories"]) == ["animal", "background"]
     assert "1 images were left out" in (tmp_path / "skipped" / "results.md").read_text()
+
+
+def test_a_model_never_tuned_is_refused_unless_it_is_meant(work, evaluate, tmp_path, capsys):
+    data = ["--dataset", str(work / "streets"), "--model", save_tiny_model(tmp_path / "model"), "--cpu", "--limit", "1"]
+    capsys.readouterr()
+    assert evaluate([*data, "--output-dir", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "never tuned on words" in line
+    assert "--untuned" in line
+    assert evaluate([*data, "--untuned", "--output-dir", str(tmp_path / "out")]) == 0
 
 
 def test_other_categories_count_as_the_rest(work, evaluate, tmp_path):

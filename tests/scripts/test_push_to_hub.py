@@ -68,16 +68,16 @@ def test_retry_command_works_after_a_failed_upload(folder, tmp_path):
     assert "Traceback" not in done.stderr
     (message,) = (line for line in done.stderr.splitlines() if line.startswith("push_to_hub.py: "))
     assert message.startswith("push_to_hub.py: The upload to alice/ifseg-test failed: ")
-    assert f"The model is still in {folder}. To try again: python " in message
+    assert f"The model is still in {folder}. To try again: ifseg push " in message
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     repository = hub.repositories["alice/ifseg-test"]
     assert repository.messages == ["initial commit"]  # no partial upload
 
     hub.refuse = None
     with hub:  # the same Hub reopens at the same address
-        python, *command = shlex.split(message.split("To try again: ")[1])
-        assert python == "python"
-        done = run(*command, cwd=tmp_path, env=environment(hub, tmp_path / "home"))
+        program, *command = shlex.split(message.split("To try again: ")[1])
+        assert program == "ifseg"
+        done = run("-m", "ifseg_hf", *command, cwd=tmp_path, env=environment(hub, tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert hub.unknown == []
     assert repository.messages[-1] == "It's new"

@@ -9,6 +9,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
+from ifseg_hf.cli.segment import unique_stems
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
 from scripts import SCRIPTS, load_script
 
@@ -73,7 +74,7 @@ def test_writes_a_mask_and_an_overlay_with_the_models_words(tuned, image, tmp_pa
 def test_other_words_and_settings(untuned, image, tmp_path, capsys):
     words = tmp_path / "words.txt"
     words.write_text("roof\nsea  side\ncloud\n")
-    arguments = [image, "--model", untuned, "--output-dir", tmp_path, "--prompt", "what is this?"]
+    arguments = [image, "--model", untuned, "--untuned", "--output-dir", tmp_path, "--prompt", "what is this?"]
     settings = ["--smoothing-neighbors", 5, "--smoothing-iterations", 0]
     for categories in ("roof, sea  side, cloud", words):
         assert run(*arguments, "--categories", categories, *settings) == 0
@@ -107,7 +108,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(tuned, image, tmp_path):
 
 
 def test_unique_stems():
-    assert segment.unique_stems(["a/x.jpg", "b/X.png", "x-2.jpg", "x.gif"]) == ["x", "X-2", "x-2-2", "x-3"]
+    assert unique_stems(["a/x.jpg", "b/X.png", "x-2.jpg", "x.gif"]) == ["x", "X-2", "x-2-2", "x-3"]
 
 
 def test_a_damaged_image_is_named_and_the_others_are_segmented(tuned, image, tmp_path, capsys):
@@ -136,7 +137,7 @@ def test_a_damaged_image_is_named_and_the_others_are_segmented(tuned, image, tmp
     ],
 )
 def test_errors_are_one_line(untuned, image, tmp_path, capsys, arguments, message):
-    assert run(image, "--model", untuned, "--output-dir", tmp_path / "out", *arguments) == 1
+    assert run(image, "--model", untuned, "--untuned", "--output-dir", tmp_path / "out", *arguments) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert message in errors[0]

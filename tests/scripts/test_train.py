@@ -19,6 +19,7 @@ from image_folders import save_masked_images, save_tiny_segmenter
 from safetensors.torch import load_file
 from tiny_model import is_key_bias, save_tiny_model
 
+from ifseg_hf.cli import tune as cli
 from ifseg_hf.training import loop
 from ifseg_hf.training.config import SETTINGS_FILE, checkpoints
 from ifseg_hf.training.log import read_log
@@ -190,13 +191,13 @@ def test_a_missing_output_folder_is_reported(tiny_model):
 
 @pytest.mark.parametrize("process", ["0", "1"])
 def test_only_the_main_process_publishes(process, tmp_path, monkeypatch):
-    script, published = load_script("train"), []
+    published = []
     config = TrainingConfig(["cat", "cup"], str(tmp_path), push_to_hub="alice/tuned")
-    monkeypatch.setattr(script, "parse_arguments", lambda arguments: config)
-    monkeypatch.setattr(script, "publish", published.append)
+    monkeypatch.setattr(cli, "parse_settings", lambda *arguments: config)
+    monkeypatch.setattr(cli, "publish", published.append)
     monkeypatch.setattr(loop, "train", lambda config: None)
     monkeypatch.setattr(PartialState, "is_main_process", process == "0")
-    assert script.main([]) == 0
+    assert load_script("train").main([]) == 0
     assert published == ([config] if process == "0" else [])
 
 
@@ -236,7 +237,7 @@ def test_only_the_main_process_publishes(process, tmp_path, monkeypatch):
         (["--stage", "supervised", "--dataset", "full", "--crop-size", "40"], "crop_size=40: must be a multiple"),
         (
             ["--stage", "self-training", "--dataset", "full", "--refresh-every", "5"],
-            "no folder of scripts/pseudo_label",
+            "no folder of `ifseg pseudo-label`",
         ),
         (["--no-such-flag"], "--no-such-flag"),
         (["--config", "missing.yaml"], "missing.yaml"),

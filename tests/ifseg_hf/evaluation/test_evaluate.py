@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny_model
 from torch.nn.functional import cosine_similarity
 
@@ -52,7 +53,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def segmenter(model):
-    segmenter = load_segmenter(model)
+    segmenter = load_segmenter(model, untuned=True)
     segmenter.set_words(NAMES)
     return segmenter
 
@@ -176,7 +177,7 @@ def test_settings_out_of_range_are_refused(segmenter, streets):
 def test_models_trained_on_crops_are_evaluated_in_crops_without_smoothing(model, streets, tmp_path):
     processor = IFSegProcessor.from_pretrained(model)
     processor.image_processor.sliding_window, processor.image_processor.smoothing_iterations = 48, 0
-    segmenter = evaluation.IFSegSegmenter(load_segmenter(model).model, processor)
+    segmenter = evaluation.IFSegSegmenter(load_segmenter(model).model, processor, untuned=True)
     segmenter.set_words(NAMES)
     data = load_segmentation_dataset(str(streets))
     result = evaluate_segmenter(segmenter, data)
@@ -221,6 +222,27 @@ def test_an_untuned_ofa_is_loaded_with_equal_weights_every_time(tmp_path):
     save_tiny_model(tmp_path, OFAForConditionalGeneration)
     prints = {evaluation.fingerprint(load_segmenter(tmp_path)) for _ in range(2)}
     assert len(prints) == 1
+
+
+def test_a_model_never_tuned_gets_no_words_unless_it_is_meant(model):
+    with pytest.raises(ValueError, match="never tuned on words"):
+        load_segmenter(model).set_words(NAMES)
+    load_segmenter(model, untuned=True).set_words(NAMES)
+    load_segmenter(model, "cosine").set_words(NAMES)  # needs no tuning
+
+
+def test_only_new_parameters_may_be_missing_and_nothing_is_printed(tmp_path, capsys):
+    save_tiny_model(tmp_path / "ofa", OFAForConditionalGeneration)
+    capsys.readouterr()
+    load_segmenter(tmp_path / "ofa")  # without segmentation positions, as every OFA
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    weights = load_file(tmp_path / "ofa" / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("image_proj.weight"))
+    del weights[lost]
+    save_file(weights, tmp_path / "ofa" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights are incomplete: .*image_proj\.weight missing"):
+        load_segmenter(tmp_path / "ofa")
 
 
 def test_models_that_cannot_be_loaded_are_named(tmp_path, model):

@@ -24,6 +24,7 @@ from ifseg_hf.hub import checkpoint_reader, conversion
 from ifseg_hf.hub.conversion import ConversionError, convert_ofa_checkpoint
 from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConfig, OFAForConditionalGeneration
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
+from ifseg_hf.training.recipes import published_recipe
 
 SIZES = ["tiny", "medium", "base", "large", "huge"]
 MERGES = ["c a", "ca t", "Ġ cat", "d o", "do g", "Ġ dog"]
@@ -187,7 +188,8 @@ def test_converted_fairseq_file_loads_with_from_pretrained(tmp_path, fairseq_fil
     if not segmentation:
         # without segmentation positions: the largest that the image positions allow, up to 512
         config.image_size = 6 * 16
-    expected = IFSegConfig(backbone_config=config) if segmentation else config
+    config.tuning = published_recipe()
+    expected = IFSegConfig(backbone_config=config, tuned=True) if segmentation else config
     assert without_saved_names(model.config.to_dict()) == without_saved_names(expected.to_dict())
     loaded = {fairseq_name(ofa_name(name)): tensor for name, tensor in model.state_dict().items()}
     for name in report.used:

@@ -182,7 +182,7 @@ def test_a_dataset_replaces_the_categories(stage, settings):
         ({"from_scratch": True}, "from_scratch belongs to"),
         ({"stage": "supervised", "dataset": "d", "refresh_every": 5}, "refresh_every belongs to stage=self-training"),
         ({"stage": "self-training", "dataset": "d", "unseen": "cat"}, "unseen belongs to stage=supervised"),
-        ({"stage": "self-training", "dataset": "d", "refresh_every": 5}, '"d" is no folder of scripts/pseudo_label.py'),
+        ({"stage": "self-training", "dataset": "d", "refresh_every": 5}, '"d" is no folder of `ifseg pseudo-label`'),
         ({"stage": "self-training", "dataset": "d", "refresh_every": -1}, "refresh_every=-1"),
         ({"stage": "supervised", "dataset": "d", "freeze": "all"}, 'freeze="all": choose nothing, words or trunk.'),
         ({"stage": "supervised", "dataset": "d", "word_map_ratio": 1.0}, "word_map_ratio=1.0"),

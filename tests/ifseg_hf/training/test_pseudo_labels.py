@@ -57,7 +57,7 @@ def test_confident_pixels_get_the_most_probable_label(candidates):
 
 def load_tuned(model, names=NAMES):
     """Model and processor of a segmenter with these words."""
-    segmenter = load_segmenter(model)
+    segmenter = load_segmenter(model, untuned=True)
     segmenter.set_words(names)
     return segmenter.model, segmenter.processor
 

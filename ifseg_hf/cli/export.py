@@ -1,0 +1,48 @@
+"""`ifseg export`: a model as an ONNX file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ifseg_hf.cli.app import CommandError
+from ifseg_hf.cli.options import at_least, option
+
+__all__ = ["export"]
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="folder or Hub id of a model", metavar="MODEL")],
+    output: Annotated[Path, typer.Argument(help="file to write", metavar="OUT.onnx")],
+    height: Annotated[int, option("height of the images (default: 512)", metavar="PIXELS", callback=at_least(1))] = 512,
+    width: Annotated[int, option("width of the images (default: 512)", metavar="PIXELS", callback=at_least(1))] = 512,
+    categories: Annotated[
+        str | None, option("comma-separated words, or a file of words (default: the model's categories)")
+    ] = None,
+) -> int:
+    """Exports a model to ONNX for images of one size.
+
+    \b
+    ifseg export tuned model.onnx --height 512 --width 512
+    """
+    # Imports that take seconds come after the arguments, so that wrong arguments are reported at once.
+    from ifseg_hf import IFSegProcessor
+    from ifseg_hf.data.vocabularies import read_categories
+    from ifseg_hf.hub.export import export_onnx
+    from ifseg_hf.hub.published import resolve_checkpoint
+    from ifseg_hf.loading import load_segmentation_model
+
+    try:
+        folder = resolve_checkpoint(model)
+        loaded = load_segmentation_model(folder)
+        if categories is not None:
+            processor = IFSegProcessor.from_pretrained(folder)
+            loaded.set_words(**processor.encode_categories(read_categories(categories)))
+        elif loaded.config.category_ids is None:
+            raise ValueError(f'{model} has no categories: give some, as in --categories "cat, grass".')
+        output.parent.mkdir(parents=True, exist_ok=True)
+        export_onnx(loaded, output, height, width)
+    except (ImportError, OSError, ValueError) as error:
+        raise CommandError(error) from error
+    print(f"{output}: images of {height} x {width} -> {', '.join(loaded.config.id2label.values())}")
+    return 0

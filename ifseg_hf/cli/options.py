@@ -1,0 +1,66 @@
+"""The arguments that several commands have, each declared once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = [
+    "Cpu",
+    "DataDir",
+    "ImageModel",
+    "NewFolder",
+    "SmoothingIterations",
+    "SmoothingNeighbors",
+    "TrustRemoteCode",
+    "Untuned",
+    "at_least",
+    "flag",
+    "option",
+]
+
+
+def option(help: str, *names: str, **settings: Any) -> Any:
+    """A typer option whose help names the default itself."""
+    return typer.Option(*names, help=help, show_default=False, **settings)
+
+
+def flag(help: str, name: str) -> Any:
+    """A flag that is given or not, without its opposite."""
+    return option(help, name)
+
+
+def at_least(minimum: float) -> Callable[[Any], Any]:
+    """A callback that refuses a number, or a list with a number, below a minimum."""
+
+    def check(value: Any) -> Any:
+        if any(number < minimum for number in (value if isinstance(value, list) else [value]) if number is not None):
+            raise typer.BadParameter(f"must be at least {minimum}")
+        return value
+
+    return check
+
+
+ImageModel = Annotated[str, option("folder or Hub id (default: ifseg-ofa-nano, the embedded model)")]
+DataDir = Annotated[str | None, option("folder that coco-stuff or ade20k was unpacked to")]
+NewFolder = Annotated[Path, option("folder for the results")]
+SmoothingNeighbors = Annotated[
+    int | None,
+    option(
+        "number of patches to average, the patch itself included (default: the model's, 3)",
+        metavar="K",
+        callback=at_least(1),
+    ),
+]
+SmoothingIterations = Annotated[
+    int | None,
+    option(
+        "how often to average; 0: no smoothing (default: the model's, 25, or 0 if trained on images)",
+        metavar="N",
+        callback=at_least(0),
+    ),
+]
+TrustRemoteCode = Annotated[bool, flag("run the code saved with a model of another backbone", "--trust-remote-code")]
+Untuned = Annotated[bool, flag("also use a model that was never tuned, such as the paper's baseline OFA", "--untuned")]
+Cpu = Annotated[bool, flag("compute on the CPU even where there is a GPU", "--cpu")]

@@ -1,0 +1,173 @@
+"""`ifseg segment`: masks and overlays of images, after tuning on the words where that is needed."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ifseg_hf.cli.app import CommandError, one_line
+from ifseg_hf.cli.options import (
+    ImageModel,
+    SmoothingIterations,
+    SmoothingNeighbors,
+    TrustRemoteCode,
+    Untuned,
+    flag,
+    option,
+)
+from ifseg_hf.data.vocabularies import VOCABULARIES, read_categories
+from ifseg_hf.pretrained import EMBEDDED
+
+__all__ = ["segment", "split_arguments", "unique_stems"]
+
+WORD_FILES = (".txt", ".yaml", ".yml", ".json")
+IMAGE_FILES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def segment(
+    ctx: typer.Context,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar='IMAGE... ["WORDS"]',
+            help="image files, and last the words to look for: comma-separated, a file of words or the name of a "
+            "vocabulary (default: the model's own)",
+        ),
+    ],
+    categories: Annotated[str | None, option("the words, if all other arguments are images")] = None,
+    model: ImageModel = EMBEDDED,
+    prompt: Annotated[
+        str | None, option("question before the words, or a template with {categories} (default: the model's own)")
+    ] = None,
+    config: Annotated[
+        str | None, option("YAML or JSON file with settings of tuning (default: the model's recipe)", metavar="FILE")
+    ] = None,
+    no_tune: Annotated[bool, flag("never tune: use the model as it is for any words", "--no-tune")] = False,
+    untuned: Untuned = False,
+    smoothing_neighbors: SmoothingNeighbors = None,
+    smoothing_iterations: SmoothingIterations = None,
+    trust_remote_code: TrustRemoteCode = False,
+    output_dir: Annotated[Path, option("folder for the results (default: outputs)")] = Path("outputs"),
+) -> int:
+    """Segments images into words.
+
+    \b
+    ifseg segment street.jpg "sky, road, car"
+    ifseg segment *.jpg --model tuned
+
+    A model that is not tuned for the words is tuned on them first, without any image. This happens once: the result is
+    kept in a cache, which `ifseg cache` lists and clears.
+
+    Writes IMAGE_mask.png (pixel value = index of the word) and IMAGE_overlay.png (with a legend), and prints the share
+    of the image that each word covers. An image that cannot be read does not stop the others; the status is then 1.
+    """
+    images, words = split_arguments(arguments, categories)
+    from ifseg_hf.hub.published import resolve_checkpoint  # takes seconds
+
+    tuning = {"prompt": prompt, "trust_remote_code": trust_remote_code}
+    try:
+        names = None if words is None else read_categories(words)
+        folder = resolve_checkpoint(model)
+        if names is not None and not (no_tune or untuned):
+            folder = _tuned(model, names, config, {key: value for key, value in tuning.items() if value})
+        segmenter = _load(folder, names, prompt, trust_remote_code, untuned)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise CommandError(error) from error
+    smoothing = (smoothing_neighbors, smoothing_iterations)
+    return _segment_images(segmenter, images, smoothing, output_dir, ctx.command_path)
+
+
+def split_arguments(arguments: list[str], categories: str | None) -> tuple[list[str], str | None]:
+    """Returns the images and the words among the arguments.
+
+    The last argument is the words, unless `categories` has them, it is the only one, or it is an image: a URL, or a
+    file that exists or has a usual ending of images.
+    """
+    if categories is not None or len(arguments) == 1:
+        return arguments, categories
+    last = arguments[-1]
+    ending = os.path.splitext(last)[1].lower()
+    is_file = os.path.isfile(last) and ending not in WORD_FILES and last not in VOCABULARIES
+    if is_file or "://" in last or ending in IMAGE_FILES:
+        return arguments, None
+    return arguments[:-1], last
+
+
+def unique_stems(images: list[str]) -> list[str]:
+    """Returns the stem of each image's file name, with a number appended where it would repeat an earlier one."""
+    stems: list[str] = []
+    for image in images:
+        stem, number = Path(image).stem, 2
+        while stem.lower() in (taken.lower() for taken in stems):
+            stem, number = f"{Path(image).stem}-{number}", number + 1
+        stems.append(stem)
+    return stems
+
+
+def _tuned(model: str, names: list[str] | dict[str, list[str]], config: str | None, settings: dict[str, Any]) -> Any:
+    """The model, or the folder of the model tuned on the words if it is not tuned for them."""
+    from ifseg_hf.training.config import read_settings
+
+    given = {} if config is None else read_settings(config)
+    from ifseg_hf.training.errors import TrainingError, TrainingStopped
+    from ifseg_hf.training.recipes import training_config
+    from ifseg_hf.tuning import is_tuned_for, tuned_model
+
+    if is_tuned_for(model, names, bool(settings.get("trust_remote_code"))):
+        return model
+    try:
+        own = {"model": model, "categories": names, "output_dir": ""}
+        return tuned_model(training_config({**given, **settings, **own}))
+    except TrainingError as error:
+        raise CommandError(error) from error
+    except TrainingStopped as error:
+        raise CommandError("stopped. The same command continues.", 128 + error.signal_number) from error
+
+
+def _load(folder: Any, names: Any, prompt: str | None, trust_remote_code: bool, untuned: bool) -> Any:
+    """The segmenter with its words. Raises `ValueError`."""
+    from accelerate import PartialState
+
+    from ifseg_hf.evaluation.segmenter import load_segmenter
+
+    segmenter = load_segmenter(
+        folder, device=PartialState().device, trust_remote_code=trust_remote_code, untuned=untuned
+    )
+    if names is None and segmenter.model.config.category_ids is None:
+        raise ValueError(f'{folder} was not tuned for any words: name some, as in "cat, grass".')
+    if names is not None or prompt is not None:
+        segmenter.set_words(names, prompt)
+    return segmenter
+
+
+def _segment_images(
+    segmenter: Any, images: list[str], smoothing: tuple[int | None, int | None], output_dir: Path, program: str
+) -> int:
+    """Writes mask and overlay of each image, and returns 1 if one could not be read."""
+    from PIL import Image
+
+    from ifseg_hf.processing.image_processing_ifseg import read_image, to_array
+    from ifseg_hf.visualization.overlays import overlay, save_mask, shares
+
+    names = list(segmenter.model.config.id2label.values())
+    failed = 0
+    for source, stem in zip(images, unique_stems(images), strict=True):
+        try:
+            if "://" not in source and not Path(source).is_file():
+                raise FileNotFoundError("there is no such file")
+            pixels = to_array(read_image(source))
+        except (OSError, ValueError) as error:
+            message = one_line(error)
+            print(f"{program}: {message if source in message else f'{source}: {message}'}", file=sys.stderr)
+            failed = 1
+            continue
+        (mask,) = segmenter.segment([pixels], *smoothing)
+        image, mask = Image.fromarray(pixels), mask.cpu()
+        save_mask(mask, output_dir / f"{stem}_mask.png", names)
+        overlay(image, mask, names).save(output_dir / f"{stem}_overlay.png")
+        covered = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares(mask, names).items())
+        print(f"{source}: {covered} -> {output_dir / stem}_overlay.png")
+    return failed

@@ -1,0 +1,49 @@
+"""Loading a segmentation model without reports on the screen, and with an error where weights are missing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
+
+__all__ = ["load_segmentation_model", "quiet_loading"]
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silences the progress bars and load reports of transformers."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_segmentation_model(path: str | Path, **kwargs) -> IFSegForSemanticSegmentation:
+    """Returns the model of a checkpoint, of IFSeg or of a backbone, in float32.
+
+    Args:
+        path: folder or Hub id, as [`ifseg_hf.resolve_model`] returns it. Further arguments are those of
+            `from_pretrained`.
+
+    Raises:
+        `ValueError`: the checkpoint lacks parameters other than the backbone's `new_parameters`, which would start
+            with random values. Other errors are those of `from_pretrained`.
+    """
+    with quiet_loading():
+        model, report = IFSegForSemanticSegmentation.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **kwargs
+        )
+    new = tuple(f"backbone.{name}" for name in model.backbone.new_parameters)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(new))
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"its weights are incomplete: {shown} missing.")
+    return model

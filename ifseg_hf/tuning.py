@@ -1,0 +1,170 @@
+"""From words to a mask in one call: [`tune`] and [`segment`], with a cache of tuned models."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ifseg_hf.cache import cache_folder, entry_folder, locked
+from ifseg_hf.data.vocabularies import read_categories
+from ifseg_hf.evaluation.segmenter import load_segmenter
+from ifseg_hf.hub.published import resolve_checkpoint
+from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
+from ifseg_hf.pretrained import EMBEDDED, checkpoint_folder
+from ifseg_hf.processing.pipeline_ifseg import IFSegImageSegmentationPipeline
+from ifseg_hf.processing.processing_ifseg import IFSegProcessor
+from ifseg_hf.remote_code import import_backbone
+from ifseg_hf.training.config import INCOMPLETE, TrainingConfig, check_settings, checkpoints
+from ifseg_hf.training.loop import train
+from ifseg_hf.training.recipes import training_config
+
+__all__ = ["is_tuned_for", "segment", "tune", "tuned_model"]
+
+Words = str | Sequence[str] | Mapping[str, Sequence[str]]
+
+
+def tune(words: Words, model: str | Path = EMBEDDED, **settings: Any) -> IFSegImageSegmentationPipeline:
+    """
+    Returns a pipeline that segments images into words, after tuning a model on the words alone.
+
+    ```python
+    pipe = ifseg_hf.tune(["sky", "road", "car"])
+    pipe("street.jpg")
+    ```
+
+    The tuned model is kept in the cache (`~/.cache/ifseg`, or `$IFSEG_CACHE`): a second call with the same model, words
+    and settings loads it. An interrupted tuning is continued by the next call.
+
+    Args:
+        words: names of the categories, or fine names by category; as text, see
+            [`ifseg_hf.data.vocabularies.read_categories`].
+        model: folder or Hub id of the model to start from; a published OFA is converted first, once.
+        settings: of [`TrainingConfig`], over the recipe of the model. With `output_dir`, the tuned model is written
+            there and not kept in the cache.
+
+    Raises:
+        `ValueError`: a word, the model or a setting is wrong; `TrainingError`: tuning cannot continue.
+    """
+    resolve_checkpoint(model)
+    config = training_config({"output_dir": "", **check_settings(settings), "model": str(model), "categories": words})
+    folder = Path(train(config).output_dir) if config.output_dir else tuned_model(config)
+    return _pipeline(folder, config.trust_remote_code)
+
+
+def segment(image: Any, words: Words, model: str | Path = EMBEDDED, **settings: Any) -> list:
+    """
+    Segments an image, or a list of images, into words; tunes the model first if it is not tuned for them.
+
+    ```python
+    for found in ifseg_hf.segment("street.jpg", ["sky", "road", "car"]):
+        print(found["label"], found["score"])  # and found["mask"], a PIL image
+    ```
+
+    Every call loads the model: for images that come one at a time, keep the pipeline that [`tune`] returns.
+
+    Args:
+        image: path, URL, PIL image or array, or a list of these.
+        words, model, settings: as for [`tune`].
+
+    Returns:
+        The result of [`IFSegImageSegmentationPipeline`]: a dict with `label`, `score` and `mask` for each word that
+        wins a pixel, in a list; for a list of images, a list of such lists.
+
+    Raises:
+        As [`tune`], and `ValueError` for an image that cannot be read.
+    """
+    resolve_checkpoint(model)
+    categories, trust = read_categories(words), bool(settings.get("trust_remote_code"))
+    if settings.keys() <= {"trust_remote_code"} and is_tuned_for(model, categories, trust):
+        pipe = _pipeline(checkpoint_folder(model), trust)
+    else:
+        pipe = tune(categories, model, **settings)
+    return pipe(image, categories=categories)
+
+
+def is_tuned_for(model: str | Path, categories: list[str] | dict[str, list[str]], trust: bool = False) -> bool:
+    """Whether a model carries just these words, in any order.
+
+    Args:
+        model: folder or Hub id. categories: as [`read_categories`] returns them.
+        trust: run the code saved with the model, for a backbone that this package does not have.
+
+    Raises `ValueError` for a model that cannot be read, and for words that its prompt cannot hold.
+    """
+    folder = checkpoint_folder(model)
+    try:
+        import_backbone(folder, trust)
+        config, processor = IFSegConfig.from_pretrained(folder), IFSegProcessor.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f'"{model}" is no IFSeg model: {" ".join(str(error).split())}'[:500]) from error
+    encoded = processor.encode_categories(categories)  # also where the model carries no words: they must fit
+    if config.category_ids is None:
+        return False
+    parts = ("category_ids", "word_ids")
+    return all(sorted(encoded.get(part) or []) == sorted(getattr(config, part) or []) for part in parts)
+
+
+def tuned_model(config: TrainingConfig) -> Path:
+    """Returns the folder of a model tuned as `config` says: from the cache, or tuned now and put there.
+
+    The folder appears when it is complete. If another process is tuning the same, its result is waited for. Messages
+    and progress go to stderr. The `output_dir`, `resume` and Hub settings of `config` are not used.
+
+    Raises:
+        `ValueError`: a wrong setting, or several processes. `TrainingError`, `TrainingStopped`: see [`train`]; the
+            next call continues from the last checkpoint.
+    """
+    if config.on_images or config.dataset is not None:
+        raise ValueError("The cache holds models tuned on words alone: give an output_dir to train with a dataset.")
+    entry = entry_folder(checkpoint_folder(config.model), config)
+    if not entry.is_dir():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("Several processes cannot tune into the cache: run `ifseg tune` with --output-dir first.")
+        with locked(entry):
+            if not entry.is_dir():
+                _tune_into(entry, config)
+    with suppress(OSError):  # in a cache of another user
+        os.utime(entry)  # the time of its last use
+    return entry
+
+
+def _tune_into(entry: Path, config: TrainingConfig) -> None:
+    """Tunes, or continues an interrupted tuning, beside a folder of the cache, and gives the result its name."""
+    work = entry.with_name(entry.name + INCOMPLETE)
+    config = replace(
+        config, output_dir=str(work), resume="latest" if checkpoints(work) else None, checkpoints_total_limit=1
+    )
+    try:
+        _train(config)
+    except ValueError:
+        if config.resume is None:
+            raise
+        shutil.rmtree(work)  # a checkpoint that is damaged, or of another device's precision
+        _train(replace(config, resume=None))
+    for checkpoint in checkpoints(work).values():
+        shutil.rmtree(checkpoint)
+    work.rename(entry)
+
+
+def _train(config: TrainingConfig) -> None:
+    """Trains with messages on stderr, the first of which says that this happens once. Raises as [`train`] does."""
+    config.check()
+    names = list(config.categories or ())
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    print(
+        f"Tuning {config.model} on words alone: {shown}. This happens once: the result is kept in {cache_folder()}.",
+        file=sys.stderr,
+        flush=True,
+    )
+    with redirect_stdout(sys.stderr):
+        train(config, report=False)
+
+
+def _pipeline(folder: Path, trust_remote_code: bool = False) -> IFSegImageSegmentationPipeline:
+    """The pipeline of a tuned model, on the GPU if there is one."""
+    segmenter = load_segmenter(folder, trust_remote_code=trust_remote_code)
+    return segmenter.processor.pipeline(segmenter.model)

@@ -1,0 +1,252 @@
+"""The command `ifseg`, in this process and as a program."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import SMALL
+from PIL import Image
+from tiny_model import save_tiny_model
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from ifseg_hf.cache import cache_entries
+from ifseg_hf.cli import tune as tune_module
+from ifseg_hf.cli.main import app
+from ifseg_hf.cli.segment import split_arguments
+from ifseg_hf.cli.tune import flag_name
+from ifseg_hf.modeling import OFAForConditionalGeneration
+from ifseg_hf.training.config import TrainingConfig
+
+ROOT = Path(__file__).parents[3]
+COMMANDS = ["segment", "tune", "convert", "evaluate", "pseudo-label", "push", "export", "cache"]
+WORDS = "cat, wet grass, sky"
+RECIPE = {"steps": 4, "warmup_steps": 1, "batch_size": 2, "max_cells": 2, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a backbone that was never tuned, with a short recipe."""
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder, OFAForConditionalGeneration)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tuning": RECIPE}))
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A working folder with two images, and a cache in it."""
+    monkeypatch.setenv("IFSEG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(name)
+    return tmp_path
+
+
+def ifseg(*arguments):
+    """The result of the command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def program(*arguments, **kwargs):
+    """The result of the command as a program."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *kwargs.pop("python", []), "-m", "ifseg_hf", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, **kwargs)
+
+
+# Help and arguments ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_takes_less_than_half_a_second(command):
+    """Of a processor's time in one of three tries, since other processes slow each other down."""
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        done = program(command, "--help")
+        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"Usage: ifseg {command} ")
+        if seconds < 0.5:
+            return
+    pytest.fail(f"{seconds:.2f} s")
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    done = program("tune", "--help", python=["-X", "importtime"])
+    imported = {line.split()[-1] for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "numpy", "PIL", "accelerate", "huggingface_hub"}
+
+
+def test_the_program_lists_its_commands():
+    done = ifseg("--help")
+    assert done.exit_code == 0
+    listed = [line.split()[0] for line in done.stdout.partition("Commands:\n")[2].splitlines()]
+    assert listed == COMMANDS
+    assert sorted(get_command(app).commands) == sorted(COMMANDS)
+
+
+def test_every_setting_is_a_flag():
+    flags = {option for parameter in get_command(app).commands["tune"].params for option in parameter.opts}
+    assert {flag_name(field.name) for field in fields(TrainingConfig)} <= flags
+    shown = ifseg("tune", "--help").stdout
+    for text in ("--image-size NUMBER", "--decoder-positions TEXT", "--no-random-cells", "the recipe's, or 2000"):
+        assert text in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["segment"], "ifseg segment: Missing argument"),
+        (["segment", "a.png", "--smoothing-neighbors", "0"], "must be at least 1"),
+        (["segment", "a.png", "--sizes"], "ifseg segment: No such option"),
+        (["tune", "cat, cup", "--categories", "cat, cup", "--output-dir", "out"], "given twice"),
+        (["tune", "cat, cup"], "ifseg tune: --output-dir is required"),
+        (["tune", "cat, cup", "--output-dir", "out", "--image-size", "50"], "multiple of the model's patch size 16"),
+        (["tune", "cat, cup", "--output-dir", "out", "--decoder-positions", "none"], "choose segmentation or image"),
+        (["pseudo-label", "--model", "m", "--output-dir", "out"], "ifseg pseudo-label: give either --dataset or"),
+        (["cache", "name"], "ifseg cache: names are for --clear"),
+        (["nothing"], "ifseg: No such command 'nothing'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, message):
+    done = CliRunner().invoke(app, arguments, prog_name="ifseg")
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert message in line
+
+
+def test_flags_are_over_the_file_over_the_recipe(model, monkeypatch, place):
+    given = []
+    monkeypatch.setattr(TrainingConfig, "check", lambda config: given.append(config))
+    (place / "settings.yaml").write_text("learning_rate: 0.5\nbatch_size: 3\nsteps: 7\n")
+    tune_module.parse_settings(WORDS, "settings.yaml", {"model": model, "output_dir": "out", "steps": 9, "seed": None})
+    (config,) = given
+    assert (config.learning_rate, config.batch_size, config.steps, config.max_cells) == (0.5, 3, 9, 2)
+    assert (config.weight_decay, config.seed, config.categories) == (0.1, 0, ["cat", "wet grass", "sky"])
+
+
+def test_split_arguments(place):
+    (place / "words.txt").write_text("cat\nsky\n")
+    (place / "ade20k").write_text("also the name of a file")
+    (place / "image").write_text("without an ending")
+    expected = {
+        ("a.png",): None,
+        ("sky, road",): None,
+        ("a.png", "b.png"): None,
+        ("a.png", "missing.JPG"): None,
+        ("a.png", "image"): None,
+        ("a.png", "https://somewhere/b"): None,
+        ("a.png", "sky, road"): "sky, road",
+        ("a.png", "b.png", "road"): "road",
+        ("a.png", "words.txt"): "words.txt",
+        ("a.png", "missing.txt"): "missing.txt",
+        ("a.png", "ade20k"): "ade20k",
+    }
+    for arguments, words in expected.items():
+        images = list(arguments) if words is None else list(arguments[:-1])
+        assert split_arguments(list(arguments), None) == (images, words)
+        assert split_arguments(list(arguments), "cat") == (list(arguments), "cat")
+
+
+# From words to masks --------------------------------------------------------------------------------------------------
+
+
+def test_words_are_tuned_once_and_the_cache_is_listed_and_cleared(model, place):
+    command = ["segment", "a.png", "b.png", WORDS, "--model", model]
+    done = program(*command)
+    assert done.returncode == 0, done.stderr
+    assert "cat, wet grass, sky. This happens once: the result is kept in" in done.stderr
+    assert "4/4" in done.stderr  # the progress bar, with the time left
+    assert "MISSING" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["a.png", "b.png"]
+    with Image.open(place / "outputs" / "a_mask.png") as mask:
+        assert json.loads(mask.text["categories"]) == ["cat", "wet grass", "sky"]
+        first = np.asarray(mask)
+    (entry,) = cache_entries()
+
+    done = ifseg(*command)
+    assert (done.exit_code, done.stdout.splitlines()) == (0, lines)
+    assert done.stderr == ""
+    with Image.open(place / "outputs" / "a_mask.png") as mask:
+        assert np.array_equal(np.asarray(mask), first)
+
+    listed = ifseg("cache").stdout.splitlines()
+    assert len(listed) == 2
+    assert listed[0].startswith(f"{entry.name}  {model}: cat, wet grass, sky  ")
+    assert listed[1].startswith("1 tuned models, ")
+    assert ifseg("cache", "--clear", "nothing").exit_code == 1
+    assert len(cache_entries()) == 1
+    assert "deleted from" in ifseg("cache", "--clear", entry.name).stdout
+    assert cache_entries() == []
+    assert ifseg("cache", "--clear").exit_code == 0
+
+
+def test_tuning_with_a_file_of_settings(model, place):
+    (place / "settings.yaml").write_text("steps: 2\nimage_size: 32\nmodel: somewhere-else\n")
+    done = ifseg("segment", "a.png", WORDS, "--model", model, "--config", "settings.yaml", "--prompt", "what?")
+    assert done.exit_code == 0, done.stderr
+    (entry,) = cache_entries()
+    settings = json.loads((entry.folder / "training_config.json").read_text())
+    assert (settings["steps"], settings["image_size"], settings["prompt"]) == (2, 32, "what?")
+
+
+def test_a_tuned_model_is_used_for_its_words_and_tuned_for_others(model, place):
+    done = ifseg("tune", WORDS, "--model", model, "--output-dir", "tuned", "--steps", 2, "--resume")
+    assert done.exit_code == 0, done.stderr
+    for words in ([], [WORDS], ["sky, cat, wet grass"]):
+        done = ifseg("segment", "a.png", *words, "--model", "tuned")
+        assert done.exit_code == 0, done.stderr
+    assert ifseg("segment", "a.png", "cat, roof", "--model", "tuned", "--no-tune").exit_code == 0
+    assert cache_entries() == []
+    assert ifseg("segment", "a.png", "cat, roof", "--model", "tuned").exit_code == 0
+    (entry,) = cache_entries()
+    assert entry.categories == ["cat", "roof"]
+    assert entry.model == "tuned"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([WORDS, "--no-tune"], "never tuned on words, so its masks would mean nothing"),
+        (["--categories", WORDS, "--no-tune"], "`ifseg tune"),
+        ([], "was not tuned for any words"),
+        (["cat"], "One category is not enough"),
+        (["cat, cat"], "given twice"),
+        (["cat, " + "x" * 200], "positions"),
+        ([WORDS, "--config", "missing.yaml"], "missing.yaml"),
+        ([WORDS, "--model", "nowhere"], 'no model folder "nowhere"'),
+    ],
+)
+def test_errors_of_segmentation_are_one_line(model, arguments, message):
+    given = [] if "--model" in arguments else ["--model", model]
+    done = CliRunner().invoke(app, ["segment", "a.png", *arguments, *given], prog_name="ifseg")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("ifseg segment: ")
+    assert message in line
+    assert cache_entries() == []
+
+
+def test_a_model_never_tuned_is_used_where_it_is_meant(model):
+    done = ifseg("segment", "a.png", WORDS, "--model", model, "--untuned")
+    assert done.exit_code == 0, done.stderr
+    assert cache_entries() == []
+    assert done.stderr == ""
+
+
+def test_an_image_size_without_positions_is_named(model):
+    side = 16 * (SMALL["image_bucket_size"] + 1)
+    done = ifseg("tune", WORDS, "--model", model, "--output-dir", "out", "--image-size", side)
+    assert done.exit_code == 2
+    assert "image_bucket_size" in done.stderr.splitlines()[-1]
