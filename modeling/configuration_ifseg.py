@@ -29,8 +29,6 @@ class IFSegConfig(PreTrainedConfig):
         category_ids (`list[list[int]]`, *optional*): sub-words of each category.
         word_ids (`list[list[int]]`, *optional*), word_categories (`list[int]`, *optional*): in a hierarchical
             vocabulary (Appendix A.1), the sub-words of each fine name and the index of its category.
-        word_noise (`float`, defaults to 0): in training, the standard deviation of Gaussian noise on every component
-            of a word map's patches, relative to the root mean square distance between two words. Not in the paper.
         tuned (`bool`, defaults to `False`): whether the weights were tuned for segmentation. Needed only for a
             checkpoint without words: see [`is_tuned`].
     """
@@ -47,7 +45,6 @@ class IFSegConfig(PreTrainedConfig):
     category_ids: list[list[int]] | None = None
     word_ids: list[list[int]] | None = None
     word_categories: list[int] | None = None
-    word_noise: float = 0.0
     tuned: bool = False
     is_encoder_decoder: bool = True
 

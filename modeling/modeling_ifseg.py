@@ -132,20 +132,12 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
                 parameter.requires_grad_(False)
 
     def _artificial_image(self, word_map: torch.Tensor, word_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Image tokens (batch, h, w, d) of a word map (batch, h, w): the embedding of each patch's word (section 2.1).
-
-        In training with `word_noise`, Gaussian noise is added.
-        """
+        """Image tokens (batch, h, w, d) of a word map (batch, h, w): the embeddings of its words (section 2.1)."""
         words = self.backbone.embed_words(word_ids, mask)
         word_map = word_map.to(words.device).long()
         if words.shape[0] == 1:
-            patches = words[0][word_map]
-        else:
-            patches = torch.stack([row[places] for row, places in zip(words, word_map, strict=True)])
-        if self.training and self.config.word_noise:
-            scale = self.config.word_noise * word_distance(words.detach())
-            patches = patches + scale[:, None, None, None] * torch.randn_like(patches)
-        return patches
+            return words[0][word_map]
+        return torch.stack([row[places] for row, places in zip(words, word_map, strict=True)])
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
@@ -249,11 +241,6 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             custom_object_save(self.backbone, save_directory)
-
-
-def word_distance(words: torch.Tensor) -> torch.Tensor:
-    """Root mean square distance between two different words: (batch, N, d) -> (batch,); 0 for a single word."""
-    return (2 * words.var(1, correction=min(1, words.shape[1] - 1)).sum(-1)).sqrt()
 
 
 __all__ = ["IFSegForSemanticSegmentation", "IFSegSegmentationOutput"]

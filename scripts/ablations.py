@@ -22,7 +22,6 @@ NAMES = (
     "max-cells-16",
     "max-cells-full",
     "fixed-grid",
-    "no-noise",
     "appendix-prompt",
     "no-unknown",
     "image-positions",

@@ -75,7 +75,6 @@ ROWS = {
     "max-cells-16": Row("S = 16", settings={"max_cells": 16}),
     "max-cells-full": Row("S = side of the word map", settings={"max_cells": None}),
     "fixed-grid": Row("always the full grid", settings={"max_cells": None, "random_cells": False}),
-    "no-noise": Row("no noise on word maps", settings={"word_noise": 0.0}),
     "appendix-prompt": Row("the appendix's prompt", settings={"prompt": APPENDIX_PROMPT}),
     "no-unknown": Row('prompt without "unknown"', settings={"append_unknown": False}),
     "image-positions": Row("decoder positions of the image", decoder_positions="image"),

@@ -153,12 +153,6 @@ class TrainingConfig:
         below=1,
         recipe=True,
     )
-    word_noise: float = setting(
-        0.0,
-        "standard deviation of noise on word-map patches, relative to the distance of two words",
-        minimum=0,
-        recipe=True,
-    )
     # A resumed run needs the same precision. The loop compares it, because the precision that None selects is known
     # only when training starts.
     mixed_precision: str | None = setting(

@@ -144,7 +144,6 @@ def load_model(
     try:
         import_backbone(config.model_path, config.trust_remote_code)
         model_config = IFSegConfig.from_pretrained(config.model_path)
-        model_config.word_noise = config.word_noise
         model_config.backbone_config.dropout = config.dropout
         model_config.backbone_config.drop_path_rate = config.drop_path
         change_backbone(model_config, processor, config)

@@ -162,8 +162,7 @@ def start_training(bench: Bench) -> None:
     for precision in ("no", "bf16") if cpu else ("no", "bf16", "fp16"):
         command = [train, *train_command(bench, precision, model, "--mixed-precision", precision)]
         bench.jobs[precision] = Job(command, bench.folder / f"{precision}.log", threads)
-    # Without noise, whose random numbers differ between processes, the number of processes changes no result.
-    same = ["--mixed-precision", "no", "--word-noise", "0"]
+    same = ["--mixed-precision", "no"]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29000 + os.getpid() % 2000)]
     worker = [__file__, "--worker", "train", "--backend", "gloo", "--device", bench.device.type, "--"]
     bench.jobs["one"] = Job([train, *train_command(bench, "one", model, *same)], bench.folder / "one.log", threads)

@@ -59,9 +59,9 @@ def reference_model(size: str, **kwargs) -> IFSegForSemanticSegmentation:
     return model.eval()
 
 
-def small_config(word_noise: float = 0.0, **kwargs) -> IFSegConfig:
+def small_config(**kwargs) -> IFSegConfig:
     """The configuration of [`small_model`]; keyword arguments replace attributes of the backbone's."""
-    return IFSegConfig(backbone_config=OFAConfig(**{**SMALL, **kwargs}), word_noise=word_noise)
+    return IFSegConfig(backbone_config=OFAConfig(**{**SMALL, **kwargs}))
 
 
 def small_model(**kwargs) -> IFSegForSemanticSegmentation:

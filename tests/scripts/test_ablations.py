@@ -16,7 +16,7 @@ def arguments(tmp_path_factory):
     """Dataset and options for a tiny model."""
     folder = tmp_path_factory.mktemp("ablations")
     data, model = save_masked_images(folder / "images", 2, "val"), save_tiny_segmenter(folder / "model")
-    settings = {"steps": 1, "batch_size": 2, "max_cells": 3, "word_noise": 0.5, "cpu": True}
+    settings = {"steps": 1, "batch_size": 2, "max_cells": 3, "cpu": True}
     (folder / "settings.json").write_text(json.dumps(settings))
     return [data, "--model", model, "--config", str(folder / "settings.json"), "--seeds", "1"]
 

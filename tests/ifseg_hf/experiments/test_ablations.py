@@ -17,7 +17,7 @@ from ifseg_hf.experiments.ablations import APPENDIX_PROMPT, ROWS, Ablations, abl
 from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAForConditionalGeneration
 from ifseg_hf.processing import IFSegProcessor
 
-SETTINGS = {"steps": 1, "batch_size": 2, "learning_rate": 0.05, "word_noise": 0.5, "max_cells": 3, "cpu": True}
+SETTINGS = {"steps": 1, "batch_size": 2, "learning_rate": 0.05, "max_cells": 3, "cpu": True}
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,8 @@ def test_every_applicable_row_is_measured_once(make, data, monkeypatch, capsys):
 
     work = experiment.out / "work"
     usual = configs[str(work / "tuned-3" / "tuned")]
-    assert (usual.seed, usual.categories, usual.max_cells, usual.word_noise) == (3, NAMES, 3, 0.5)
+    assert (usual.seed, usual.categories, usual.max_cells) == (3, NAMES, 3)
     assert configs[str(work / "max-cells-full-0" / "tuned")].max_cells is None
-    assert configs[str(work / "no-noise-0" / "tuned")].word_noise == 0
     silent = configs[str(work / "no-cross-attention-0" / "tuned")].model
     assert silent == str(work / "no-cross-attention-0" / "checkpoint")
     names = ("tuned", "image-positions", "appendix-prompt", "no-unknown")
@@ -133,7 +132,6 @@ def test_results_of_other_settings_are_an_error(make, model, tmp_path):
         ("max-cells-16", {}, "a word map of this model has 4 cells a side at most"),
         ("max-cells-4", {"max_cells": None}, "it equals the row tuned"),
         ("max-cells-full", {"max_cells": 4}, "it equals the row tuned"),
-        ("no-noise", {"word_noise": 0.0}, "it equals the row tuned"),
         ("segmentation-positions", {}, "it equals the row tuned"),
         ("no-cross-attention", {}, None),
         ("image-positions", {}, None),

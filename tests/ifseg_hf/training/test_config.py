@@ -59,7 +59,6 @@ def test_defaults_are_the_published_recipe():
         "max_grad_norm": 1.0,
         "dropout": 0.1,
         "drop_path": 0.1,
-        "word_noise": 0.0,
     }
     assert {name: recipe[name] for name in expected} == expected
 
@@ -268,7 +267,6 @@ def test_a_damaged_checkpoint_is_rejected(text, settings):
         ("max_grad_norm", 2.0),
         ("dropout", 0.0),
         ("drop_path", 0.0),
-        ("word_noise", 0.5),
         ("dataset", "others"),
     ],
 )

@@ -85,16 +85,6 @@ def test_weights_depend_on_the_seed_and_not_on_workers(tiny_model, tmp_path):
     assert_equal_weights(tmp_path / "one", tmp_path / "two")
 
 
-def test_word_noise_is_trained_with_and_saved(tiny_model, tmp_path):
-    quiet = {"dropout": 0.0, "drop_path": 0.0}
-    for name, noise in [("none", 0.0), ("one", 0.5), ("two", 0.5)]:
-        train(settings(tiny_model, tmp_path / name, word_noise=noise, **quiet))
-    assert_equal_weights(tmp_path / "one", tmp_path / "two")
-    name = "backbone.model.encoder.layers.0.fc1.weight"
-    assert not torch.equal(weights(tmp_path / "none")[name], weights(tmp_path / "one")[name])
-    assert IFSegForSemanticSegmentation.from_pretrained(tmp_path / "one").config.word_noise == 0.5
-
-
 def test_gradient_accumulation_leads_to_the_same_weights(tiny_model, tmp_path):
     quiet = {"dropout": 0.0, "drop_path": 0.0, "learning_rate": 1e-3}
     train(settings(tiny_model, tmp_path / "one", **quiet))
