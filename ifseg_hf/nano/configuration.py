@@ -5,6 +5,21 @@ from ifseg_hf.modeling.configuration_ofa import OFAConfig
 # Sizes of images in pixels: at most 32 x 24 patches, which fit into the positions of 28 x 28 patches.
 SHORT_SIDE, LONG_SIDE = 384, 512
 
+# Settings of tuning on words, also in scripts/configs/nano.yaml, chosen on development images. Pre-training has already
+# named patches by the words of a prompt, and has positions for them: more or larger steps lead away from
+# what images have taught.
+RECIPE = {
+    "steps": 20,
+    "batch_size": 2,
+    "learning_rate": 1e-5,
+    "warmup_steps": 5,
+    "weight_decay": 0.01,
+    "dropout": 0.0,
+    "drop_path": 0.0,
+    "max_cells": 8,
+    "mixed_precision": "bf16",
+}
+
 
 def nano_config(vocab_size: int = 1000, **kwargs) -> OFAConfig:
     """The configuration of a small OFA on EfficientNet-Lite2, for word maps of 28 x 28 patches.
@@ -31,5 +46,6 @@ def nano_config(vocab_size: int = 1000, **kwargs) -> OFAConfig:
         "decoder_positions": "image",  # those of pre-training: tuning has no new parameters to learn
         "dropout": 0.0,
         "drop_path_rate": 0.0,
+        "tuning": RECIPE,
     }
     return OFAConfig(**{**sizes, **kwargs})

@@ -384,9 +384,11 @@ class Pretraining:
                 file.with_suffix(".tmp").replace(file)
 
     def save(self) -> None:
-        """Saves the model in float16, and its processor."""
+        """Saves the model in float16, to be loaded in float32, and its processor."""
         load_efficientnet_lite(self.model.model.encoder.embed_images)
         self.model.to(torch.float16).save_pretrained(self.output_dir)
+        self.model.config.dtype = torch.float32
+        self.model.config.save_pretrained(self.output_dir)
         images = image_processor(size={"shortest_edge": SHORT_SIDE, "longest_edge": LONG_SIDE})
         IFSegProcessor(images, self.tokenizer).save_pretrained(self.output_dir)
 
