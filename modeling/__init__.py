@@ -2,6 +2,7 @@
 
 from .backbone import IFSegBackbone
 from .backbone_clipcap import ClipCapBackbone
+from .backbone_florence2 import Florence2Backbone, Florence2SegmentationConfig
 from .backbone_ofa import OFABackbone
 from .configuration_clipcap import ClipCapConfig
 from .configuration_ifseg import IFSegConfig
@@ -12,6 +13,8 @@ from .modeling_ofa import OFAForConditionalGeneration, OFAModel
 __all__ = [
     "ClipCapBackbone",
     "ClipCapConfig",
+    "Florence2Backbone",
+    "Florence2SegmentationConfig",
     "IFSegBackbone",
     "IFSegConfig",
     "IFSegForSemanticSegmentation",
