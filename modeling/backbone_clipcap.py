@@ -33,7 +33,7 @@ class ClipCapMLP(nn.Module):
         return self.model(features)
 
 
-class ClipCapAttention(nn.Module):
+class ClipCapMultiHead(nn.Module):
     """Multi-head attention of the mapping transformer, whose queries, keys and values have no bias."""
 
     def __init__(self, width: int, heads: int):
@@ -71,7 +71,7 @@ class ClipCapLayer(nn.Module):
         super().__init__()
         width = config.gpt_config.n_embd
         self.norm1 = nn.LayerNorm(width)
-        self.attn = ClipCapAttention(width, config.mapping_heads)
+        self.attn = ClipCapMultiHead(width, config.mapping_heads)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = ClipCapFeedForward(width, int(width * config.mapping_mlp_ratio))
 
@@ -135,9 +135,9 @@ class ClipCapBackbone(IFSegBackbone):
         gpt_config = copy.deepcopy(config.gpt_config)
         gpt_config.vocab_size = config.vocab_size
         gpt_config.attn_pdrop = gpt_config.embd_pdrop = gpt_config.resid_pdrop = config.dropout
-        self.clip = CLIPModel(config.clip_config)
-        self.clip_project = (ClipCapMLP if config.mapping_type == "mlp" else ClipCapTransformer)(config)
         self.gpt = GPT2LMHeadModel(gpt_config)
+        self.clip_project = (ClipCapMLP if config.mapping_type == "mlp" else ClipCapTransformer)(config)
+        self.clip = CLIPModel(config.clip_config)
         self.subwords = CLIPSubwords(config.gpt_config.vocab_size, config.clip_config.text_config.vocab_size)
         self.word_features = _WordFeatures()
         self.post_init()
@@ -212,8 +212,9 @@ class ClipCapBackbone(IFSegBackbone):
         pixel_values = nn.functional.pad(pixel_values, (0, width, 0, height))
         tower = self.clip.vision_model
         values = self.config.patch_features == "maskclip"
-        wanted = {**kwargs, "output_hidden_states": True} if values else kwargs
-        outputs = tower(pixel_values, interpolate_pos_encoding=True, **wanted)
+        wanted = self._wanted_outputs(kwargs)
+        by_layer = {**wanted, "output_hidden_states": True} if values else wanted
+        outputs = tower(pixel_values, interpolate_pos_encoding=True, **by_layer)
         patches = (self._last_layer_of_values(outputs.hidden_states[-2]) if values else outputs.last_hidden_state)[
             :, 1:
         ]
@@ -223,10 +224,15 @@ class ClipCapBackbone(IFSegBackbone):
         grid = [side // self.patch_size for side in pixel_values.shape[2:]]
         return ClipCapEncoderOutput(
             last_hidden_state=features,
-            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+            hidden_states=outputs.hidden_states if wanted["output_hidden_states"] else None,
             attentions=outputs.attentions,
             image_features=features.transpose(1, 2).unflatten(2, grid),
         )
+
+    def _wanted_outputs(self, kwargs: dict) -> dict[str, bool]:
+        """Whether to return hidden states and attentions, from the arguments of a call or else the configuration."""
+        given = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
+        return {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
 
     def _last_layer_of_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The last layer of the image tower, in which each position attends to itself alone, as in MaskCLIP."""
@@ -241,7 +247,7 @@ class ClipCapBackbone(IFSegBackbone):
         prefix = self.clip_project(encoded.last_hidden_state.flatten(0, 1)).unflatten(
             1, (self.config.prefix_length, -1)
         )
-        decoded = self.gpt.transformer(inputs_embeds=prefix, use_cache=False, **kwargs)
+        decoded = self.gpt.transformer(inputs_embeds=prefix, use_cache=False, **self._wanted_outputs(kwargs))
 
         def by_image(outputs: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...] | None:
             return None if outputs is None else tuple(output.unflatten(0, (batch, -1)) for output in outputs)
