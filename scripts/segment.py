@@ -33,6 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="how often to average; 0: no smoothing (default: the model's, 25, or 0 if trained on images)",
     )
+    parser.add_argument("--crf", action="store_true", help="fit the masks to the colours of the images (DenseCRF)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code saved with a model of another backbone"
     )
@@ -96,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"segment.py: {message if source in message else f'{source}: {message}'}", file=sys.stderr)
             failed = 1
             continue
-        (mask,) = segmenter.segment([pixels], options.smoothing_neighbors, options.smoothing_iterations)
+        smoothing = options.smoothing_neighbors, options.smoothing_iterations
+        (mask,) = segmenter.segment([pixels], *smoothing, crf=options.crf)
         image, mask = Image.fromarray(pixels), mask.cpu()
         save_mask(mask, options.output_dir / f"{stem}_mask.png", names)
         overlay(image, mask, names).save(options.output_dir / f"{stem}_overlay.png")
