@@ -6,6 +6,7 @@ filter over positions and colours is approximated on the permutohedral lattice (
 High-Dimensional Filtering Using the Permutohedral Lattice", 2010).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -112,24 +113,17 @@ class PermutohedralLattice:
     def __init__(self, features: Tensor):
         self.device = features.device
         count, dimensions = features.shape
-        keys, weights = _surrounding(features)
-        low = keys.amin((0, 1)) - dimensions - 1  # a margin for the neighbours
-        sizes = (keys.amax((0, 1)) + dimensions + 2 - low).tolist()
-        radices = [1]
-        for size in sizes[:-1]:
-            radices.append(radices[-1] * size)
-        if radices[-1] * sizes[-1] >= 2**63:
-            raise ValueError(f"The features extend over {sizes} lattice points: choose larger standard deviations.")
-        radix = torch.tensor(radices, device=self.device)
-        packed, order = ((keys - low) * radix).sum(-1).flatten().sort()
+        packed, weights, radices = _surrounding(features)
+        packed, order = packed.T.flatten().sort()
         points, counts = packed.unique_consecutive(return_counts=True)
         self.count = len(points)
 
         rows = torch.empty_like(order)
         rows[order] = torch.repeat_interleave(torch.arange(self.count, device=self.device), counts)
-        self.lattice_points, self.weights = rows.view(count, -1), weights
+        self.weights = weights.T.contiguous()
+        self.lattice_points = rows.view(count, -1)
         self.members = order // (dimensions + 1)
-        self.member_weights = weights.flatten()[order]
+        self.member_weights = self.weights.flatten()[order]
         self.offsets = counts.cumsum(0) - counts
         self.neighbors = [self._neighbors(points, radices, axis) for axis in range(dimensions + 1)]
         self.blur = torch.tensor([1.0, 0.5, 0.5], device=self.device)
@@ -159,40 +153,53 @@ class PermutohedralLattice:
         return embedding_bag(self.lattice_points, table, mode="sum", per_sample_weights=self.weights)
 
 
-def _surrounding(features: Tensor) -> tuple[Tensor, Tensor]:
+def _surrounding(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """
-    The lattice points around each point.
+    The d + 1 lattice points around each point.
+
+    A lattice point has d + 1 integer coordinates with the sum 0. The first d are packed into one number, each
+    multiplied by a radix.
 
     Args:
         features (`Tensor` of shape `(points, d)`).
 
     Returns:
-        Their first d coordinates, int64 `(points, d + 1, d)`, and their barycentric weights `(points, d + 1)`.
+        Packed lattice points, int64 `(d + 1, points)`; their barycentric weights `(d + 1, points)`; and the d radices.
     """
-    count, dimensions = features.shape
+    dimensions = features.shape[1]
     size = dimensions + 1
-    device = features.device
     # onto the hyperplane of coordinates with sum 0, scaled so that the blur along the lattice has the variance 1
-    order = torch.arange(1, size, dtype=torch.float32, device=device)
-    scaled = features * (size * (2 / 3) ** 0.5) / (order * (order + 1)).sqrt()
-    sums = torch.cat([scaled.flip(1).cumsum(1).flip(1), scaled.new_zeros(count, 1)], dim=1)
-    elevated = sums - torch.cat([scaled.new_zeros(count, 1), order * scaled], dim=1)
+    order = torch.arange(1, size, dtype=torch.float32, device=features.device)[:, None]
+    scaled = features.T * (size * (2 / 3) ** 0.5) / (order * (order + 1)).sqrt()
+    zero = torch.zeros_like(scaled[:1])
+    elevated = torch.cat([scaled.flip(0).cumsum(0).flip(0), zero]) - torch.cat([zero, order * scaled])
 
+    # the nearest point whose coordinates are multiples of d + 1, and the ranks of the coordinates' distances to it
     nearest = (elevated / size).round()
     rest = elevated / size - nearest
-    ranks = rest.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    ranks = ranks + nearest.sum(1, keepdim=True).long()
+    earlier = torch.ones(size, size, dtype=torch.bool, device=features.device).tril(-1)[..., None]
+    ranks = ((rest[None] > rest[:, None]) | ((rest[None] == rest[:, None]) & earlier)).sum(1)
+    ranks = ranks + nearest.sum(0).long()
     shift = (ranks < 0).long() - (ranks > dimensions).long()
-    ranks, nearest, rest = ranks + size * shift, nearest + shift, rest - shift
+    ranks, nearest, rest = ranks + size * shift, (nearest + shift).long(), rest - shift
 
-    # the rest by rank, from the last to the first: differences of successive ones are the weights
-    by_rank = torch.empty_like(rest).scatter_(1, dimensions - ranks, rest)
-    weights = by_rank - torch.cat([by_rank[:, -1:] - 1, by_rank[:, :-1]], dim=1)
+    low = [size * int(row.min()) - 2 * size for row in nearest]  # margins for the points around and their neighbours
+    extents = [size * int(row.max()) + 2 * size - start for row, start in zip(nearest, low, strict=True)]
+    radices = [math.prod(extents[:axis]) for axis in range(dimensions)]
+    if math.prod(extents[:dimensions]) >= 2**63:
+        raise ValueError(f"The features extend over {extents} lattice points: choose larger standard deviations.")
 
-    corner = torch.arange(size, device=device)
-    canonical = corner[:, None] - size * (corner[None, :] > dimensions - corner[:, None]).long()  # corner, rank
-    keys = size * nearest.long()[:, None, :] + canonical[:, ranks].transpose(0, 1)
-    return keys[..., :dimensions], weights
+    # point number n has n added to every coordinate, and d + 1 subtracted from the n coordinates of the last ranks
+    base = sum((size * nearest[axis] - low[axis]) * radices[axis] for axis in range(dimensions))
+    radix_of = torch.tensor([*radices, 0], device=features.device)[:, None].expand_as(ranks)
+    by_rank = torch.empty_like(ranks).scatter_(0, ranks, radix_of)
+    subtracted = torch.cat([torch.zeros_like(by_rank[:1]), by_rank.flip(0).cumsum(0)[:-1]])
+    packed = base + sum(radices) * torch.arange(size, device=features.device)[:, None] - size * subtracted
+
+    # distances from the last rank to the first: differences of successive ones are the weights
+    distances = torch.empty_like(rest).scatter_(0, dimensions - ranks, rest)
+    weights = distances - torch.cat([distances[-1:] - 1, distances[:-1]])
+    return packed, weights, radices
 
 
 __all__ = ["DenseCRFSettings", "PermutohedralLattice", "dense_crf"]
