@@ -1,9 +1,9 @@
 """A fully connected conditional random field, which fits label maps to the colours of an image (DenseCRF).
 
 Krähenbühl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials" (2011): mean-field
-inference, whose messages between all pairs of pixels are two Gaussian filters. The filter over positions is exact; the
-filter over positions and colours is approximated on the permutohedral lattice (Adams, Baek and Davis, "Fast
-High-Dimensional Filtering Using the Permutohedral Lattice", 2010).
+inference, whose messages between all pairs of pixels are two Gaussian filters. The filter over positions is a
+separable sum; the filter over positions and colours is approximated on the permutohedral lattice (Adams, Baek and
+Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice", 2010).
 """
 
 import math
@@ -87,16 +87,22 @@ class _Normalized:
 
 
 class _PositionFilter:
-    """Sums values (pixels, n) over an image with the weights exp(-distance² / 2 sigma²), by columns and by rows."""
+    """Sums values (pixels, n) over an image with the weights exp(-distance² / 2 sigma²), cut off at 5 sigma a side."""
 
     def __init__(self, height: int, width: int, sigma: float, device: torch.device):
         self.size, self.device = (height, width), device
-        places = [torch.arange(n, dtype=torch.float32, device=device) / sigma for n in self.size]
-        self.to_rows, self.to_columns = ((-0.5 * (x[:, None] - x) ** 2).exp() for x in places)
+        self.weights = [math.exp(-0.5 * (step / sigma) ** 2) for step in range(1, math.ceil(5 * sigma) + 1)]
 
     def __call__(self, values: Tensor) -> Tensor:
-        rows = (self.to_rows @ values.reshape(self.size[0], -1)).reshape(*self.size, -1)
-        return (self.to_columns @ rows).flatten(0, 1)
+        source = values.reshape(*self.size, -1)
+        for axis, length in enumerate(self.size):
+            result = source.clone()
+            for step, weight in enumerate(self.weights[: length - 1], 1):
+                rest = length - step
+                result.narrow(axis, step, rest).add_(source.narrow(axis, 0, rest), alpha=weight)
+                result.narrow(axis, 0, rest).add_(source.narrow(axis, step, rest), alpha=weight)
+            source = result
+        return source.flatten(0, 1)
 
 
 class PermutohedralLattice:
