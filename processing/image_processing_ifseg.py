@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -443,6 +443,8 @@ class IFSegImageProcessor(PilBackend):
         smoothing_neighbors: int | None = None,
         smoothing_iterations: int | None = None,
         return_segmentation_scores: bool = False,
+        crf: bool = False,
+        images=None,
     ) -> list[Tensor] | list[BatchFeature]:
         """
         Returns label maps: a category for every pixel.
@@ -458,14 +460,30 @@ class IFSegImageProcessor(PilBackend):
             smoothing_neighbors (`int`, *optional*), smoothing_iterations (`int`, *optional*): 0 iterations do not
                 smooth. Default: this processor's `smoothing_neighbors` and `smoothing_iterations`.
             return_segmentation_scores (`bool`, defaults to `False`): return the scores of all categories as well.
+            crf (`bool`, defaults to `False`): fit the label maps to the colours of the images by [`dense_crf`]. For
+                pictures; the paper's results are without it.
+            images (*optional*): for `crf`, the images before processing, with values from 0 to 255 and in the sizes of
+                their label maps; an image or a list of images, as for [`preprocess`]. `target_sizes` are then those of
+                the images by default.
 
         Returns:
             `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories, one map per image. With
             the scores, `list` of [`BatchFeature`] with **segmentation**, such a map, and **segmentation_scores**
-            (categories, height, width): probabilities, or logits without smoothing.
+            (categories, height, width): probabilities, or logits without smoothing and `crf`.
+
+        Raises:
+            `ValueError` for `crf` without one image for each label map, or with images of other sizes.
         """
         neighbors, iterations = self.smoothing(smoothing_neighbors, smoothing_iterations)
-        maps = maps_from_outputs(outputs, target_sizes, neighbors, iterations, return_segmentation_scores)
+        pixels = None
+        if crf:
+            found = [] if images is None else _flatten(self.fetch_images(images))
+            pixels = [tensor(to_array(image)) for image in found]
+            if len(pixels) != len(outputs.logits):
+                raise ValueError(f"crf=True needs the images: {len(pixels)} for {len(outputs.logits)} label maps.")
+            if target_sizes is None:
+                target_sizes = [image.shape[:2] for image in pixels]
+        maps = maps_from_outputs(outputs, target_sizes, neighbors, iterations, return_segmentation_scores, pixels)
         if not return_segmentation_scores:
             return maps
         return [BatchFeature({"segmentation": labels, "segmentation_scores": scores}) for labels, scores in maps]

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, interpolate, normalize
 
+from .dense_crf_ifseg import dense_crf
+
 SMOOTHING_NEIGHBORS, SMOOTHING_ITERATIONS = 3, 25  # the paper's, for models that were tuned on word maps
 
 # Size of the largest temporary tensors (8 MiB of float32), which are rows of the similarity matrix or of an image.
 _BLOCK = 2**21
+_UNLIKELY = 0.05
 
 
 def nearest_patches(features: Tensor, neighbors: int) -> Tensor:
@@ -177,6 +180,7 @@ def segmentation_maps(
     neighbors: int = SMOOTHING_NEIGHBORS,
     iterations: int = SMOOTHING_ITERATIONS,
     with_scores: bool = False,
+    images: Sequence[Tensor] | None = None,
 ) -> list:
     """
     Returns label maps: a category for every pixel of every image.
@@ -187,6 +191,8 @@ def segmentation_maps(
             maps, usually the images' original sizes. Without it a map has one label per patch.
         neighbors, iterations (`int`): see [`smooth_probabilities`].
         with_scores (`bool`, defaults to `False`): return pairs of a label map and its scores.
+        images (list of `Tensor` of shape `(height, width, 3)`, *optional*): RGB from 0 to 255, in the size of their
+            label maps, which are then fitted to the images by [`dense_crf`].
 
     Returns:
         `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories; or of pairs of such a map and
@@ -199,9 +205,33 @@ def segmentation_maps(
     maps = []
     for index, scores in enumerate(patch_scores(outputs, neighbors, iterations)):
         height, width = scores.shape[1:] if target_sizes is None else map(int, target_sizes[index])
+        if images is not None:
+            fitted = _fit_to_image(scores if iterations else scores.softmax(0), images[index], (height, width))
+            labels = fitted.argmax(0)
+            maps.append((labels, fitted) if with_scores else labels)
+            continue
         labels = resized_argmax(scores, (height, width))
         maps.append((labels, resize_scores(scores, (height, width))) if with_scores else labels)
     return maps
+
+
+def _fit_to_image(probabilities: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+    """
+    Returns the probabilities of pixels after [`dense_crf`], (categories, height, width).
+
+    Categories whose probability is nowhere more than 5 % take no part, which saves time, and get 0.
+
+    Args:
+        probabilities (`Tensor` of shape `(categories, h, w)`): of patches.
+        image (`Tensor` of shape `(height, width, 3)`), size (`(height, width)`).
+    """
+    likely = probabilities.amax((1, 2)) > _UNLIKELY
+    if not likely.any():
+        likely[:] = True
+    fitted = dense_crf(resize_scores(probabilities[likely], size), image.to(probabilities.device))
+    whole = fitted.new_zeros(len(probabilities), *size)
+    whole[likely] = fitted
+    return whole
 
 
 __all__ = [

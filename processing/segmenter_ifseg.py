@@ -146,7 +146,11 @@ class IFSegSegmenter:
         return patch_scores(outputs, *self.image_processor.smoothing(neighbors, iterations))
 
     def segment(
-        self, images: list[np.ndarray], neighbors: int | None = None, iterations: int | None = None
+        self,
+        images: list[np.ndarray],
+        neighbors: int | None = None,
+        iterations: int | None = None,
+        crf: bool = False,
     ) -> list[Tensor]:
         """
         Returns label maps, int64 tensors (H, W) of indices of categories.
@@ -154,10 +158,12 @@ class IFSegSegmenter:
         Args:
             images: uint8 RGB arrays (H, W, 3) of any sizes.
             neighbors, iterations (`int`, *optional*): of the smoothing. Default: [`smoothing`].
+            crf (`bool`, defaults to `False`): fit the label maps to the colours of the images; see [`dense_crf`].
         """
         outputs = self(self.preprocess(images))
         sizes = [image.shape[:2] for image in images]
-        return self.image_processor.post_process_semantic_segmentation(outputs, sizes, neighbors, iterations)
+        fitted = {"crf": True, "images": images} if crf else {}
+        return self.image_processor.post_process_semantic_segmentation(outputs, sizes, neighbors, iterations, **fitted)
 
 
 __all__ = ["INFERENCE", "IFSegSegmenter"]

@@ -48,6 +48,7 @@ def segment(
     untuned: Untuned = False,
     smoothing_neighbors: SmoothingNeighbors = None,
     smoothing_iterations: SmoothingIterations = None,
+    crf: Annotated[bool, flag("fit the masks to the colours of the images (DenseCRF)", "--crf")] = False,
     trust_remote_code: TrustRemoteCode = False,
     output_dir: Annotated[Path, option("folder for the results (default: outputs)")] = Path("outputs"),
 ) -> int:
@@ -77,7 +78,7 @@ def segment(
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
     smoothing = (smoothing_neighbors, smoothing_iterations)
-    return _segment_images(segmenter, images, smoothing, output_dir, ctx.command_path)
+    return _segment_images(segmenter, images, smoothing, crf, output_dir, ctx.command_path)
 
 
 def split_arguments(arguments: list[str], categories: str | None) -> tuple[list[str], str | None]:
@@ -144,7 +145,12 @@ def _load(folder: Any, names: Any, prompt: str | None, trust_remote_code: bool, 
 
 
 def _segment_images(
-    segmenter: Any, images: list[str], smoothing: tuple[int | None, int | None], output_dir: Path, program: str
+    segmenter: Any,
+    images: list[str],
+    smoothing: tuple[int | None, int | None],
+    crf: bool,
+    output_dir: Path,
+    program: str,
 ) -> int:
     """Writes mask and overlay of each image, and returns 1 if one could not be read."""
     from PIL import Image
@@ -164,7 +170,7 @@ def _segment_images(
             print(f"{program}: {message if source in message else f'{source}: {message}'}", file=sys.stderr)
             failed = 1
             continue
-        (mask,) = segmenter.segment([pixels], *smoothing)
+        (mask,) = segmenter.segment([pixels], *smoothing, crf=crf)
         image, mask = Image.fromarray(pixels), mask.cpu()
         save_mask(mask, output_dir / f"{stem}_mask.png", names)
         overlay(image, mask, names).save(output_dir / f"{stem}_overlay.png")

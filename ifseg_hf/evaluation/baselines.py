@@ -20,24 +20,13 @@ from transformers.image_utils import SizeDict
 from ifseg_hf.data.vocabularies import read_categories
 from ifseg_hf.modeling.image_batches import group_by_image_size
 from ifseg_hf.modeling.modeling_ifseg import IFSegSegmentationOutput
+from ifseg_hf.modeling.templates_clip import PROMPT_TEMPLATES
 from ifseg_hf.pretrained import resolve_model
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor, output_size
 
-__all__ = ["BASELINES", "TEMPLATES", "CLIPSegmenter", "load_baseline"]
+__all__ = ["BASELINES", "CLIPSegmenter", "load_baseline"]
 
 BASELINES = ("clip", "maskclip")
-TEMPLATES = (
-    "a photo of a {}.",
-    "a picture of the {}.",
-    "a close-up of a {}.",
-    "a {} seen from far away.",
-    "a blurred photo of a {}.",
-    "a photo of a part of a {}.",
-    "a scene with a {} in it.",
-    "{}.",
-)
-"""Sentences over which the embeddings of a word are averaged."""
-
 _RESNET = re.compile(r"(clip[-_])?(rn|resnet)[-_]?\d+.*", re.IGNORECASE)
 _EXAMPLE = "openai/clip-vit-base-patch16"
 
@@ -72,7 +61,8 @@ class CLIPSegmenter:
         """
         Sets the categories, whose embeddings the patches are compared with.
 
-        The embedding of a name is the mean of its unit-length text features over [`TEMPLATES`], scaled to unit length.
+        The embedding of a name is the mean of its unit-length text features over MaskCLIP's 85 prompt templates
+        ([`PROMPT_TEMPLATES`]), scaled to unit length.
 
         Args:
             categories (`list[str]` or `dict[str, list[str]]`): names; or the fine names of each category. The
@@ -142,7 +132,9 @@ class CLIPSegmenter:
         ids = self.tokenizer(name, add_special_tokens=False)["input_ids"]
         if not ids or self.tokenizer.unk_token_id in ids:
             raise ValueError(f'The tokenizer has no tokens for "{name}": use another word.')
-        tokens = self.tokenizer([template.format(name) for template in TEMPLATES], padding=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            [template.format(name) for template in PROMPT_TEMPLATES], padding=True, return_tensors="pt"
+        )
         length, limit = tokens["input_ids"].shape[1], self.config.text_config.max_position_embeddings
         if length > limit:
             raise ValueError(f'"{name}" makes a sentence of {length} tokens; the model reads {limit}: use fewer words.')

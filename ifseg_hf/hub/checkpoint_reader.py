@@ -123,7 +123,7 @@ def _read_file(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
         raise ConversionError(f"{path} holds no weights: expected names with tensors, or fairseq's `model` entry.")
     if wrong := [name for name, value in loaded.items() if not isinstance(name, str) or not _is_plain_tensor(value)]:
         raise ConversionError(
-            f"{path} is no OFA checkpoint: these entries are no plain tensors with a name: {listing(wrong)}."
+            f"{path} is no checkpoint of weights: these entries are no plain tensors with a name: {listing(wrong)}."
         )
     return dict(loaded), other_entries
 

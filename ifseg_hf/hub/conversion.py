@@ -127,10 +127,7 @@ def convert_ofa_checkpoint(
         ConversionError: the source is no OFA or IFSeg checkpoint, is damaged, would run code, or has missing or extra
             tensors; the output folder is not empty or cannot be written.
     """
-    output_dir = Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ConversionError(f"{output_dir} exists and is not an empty folder. Give a new folder for the result.")
-
+    output_dir = check_output_dir(output_dir)
     path = locate_checkpoint(source, other_files=TRANSFORMERS_VOCABULARY)
     _check_not_converted(path)
     tokenizer_dir = Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent
@@ -161,7 +158,7 @@ def convert_ofa_checkpoint(
             raise ConversionError(str(error)) from error
         notes += _compare_category_means(weights, model.config.category_ids)
 
-    _write(model, processor, output_dir, max_shard_size)
+    save_converted(model, processor, output_dir, max_shard_size)
     return ConversionReport(
         output_dir=output_dir,
         architecture=type(model).__name__,
@@ -437,7 +434,17 @@ def _compare_category_means(weights: Mapping[str, torch.Tensor], category_ids: l
     return []
 
 
-def _write(model: PreTrainedModel, processor: IFSegProcessor, output_dir: Path, max_shard_size: str | int) -> None:
+def check_output_dir(output_dir: str | Path) -> Path:
+    """The path of a folder that does not exist yet or is empty. Raises `ConversionError` for any other."""
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ConversionError(f"{output_dir} exists and is not an empty folder. Give a new folder for the result.")
+    return output_dir
+
+
+def save_converted(
+    model: PreTrainedModel, processor: IFSegProcessor, output_dir: Path, max_shard_size: str | int
+) -> None:
     """Saves model and processor into a temporary folder, which is renamed to `output_dir` when it is complete."""
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -458,6 +465,7 @@ __all__ = [
     "TRANSFORMERS_VOCABULARY",
     "ConversionError",
     "ConversionReport",
+    "check_output_dir",
     "config_from_shapes",
     "convert_ofa_checkpoint",
     "empty_model",
@@ -465,5 +473,6 @@ __all__ = [
     "match_names",
     "read_fairseq_vocabulary",
     "read_weights",
+    "save_converted",
     "vocabulary_files",
 ]

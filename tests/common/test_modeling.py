@@ -5,12 +5,15 @@ from unittest import mock
 
 import torch
 from checkpoints import SMALL
+from transformers import CLIPConfig, GPT2Config
 from transformers.testing_utils import torch_device
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 from ifseg_hf.modeling import (
+    ClipCapConfig,
+    Florence2SegmentationConfig,
     IFSegConfig,
     IFSegForSemanticSegmentation,
     OFAConfig,
@@ -79,6 +82,48 @@ class IFSegForSemanticSegmentationTester(OFAModelTester):
         }
 
 
+class ClipCapTester(IFSegForSemanticSegmentationTester):
+    """Sizes of a ClipCap, whose decoder reads a prefix of two embeddings for each patch."""
+
+    encoder_seq_length = key_length = PATCHES + 1
+    decoder_seq_length = decoder_key_length = 2
+
+    def get_config(self) -> IFSegConfig:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+        ends = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+        clip = CLIPConfig(
+            text_config={**sizes, **ends, "vocab_size": 514, "max_position_embeddings": 40},
+            vision_config={**sizes, "image_size": PIXELS, "patch_size": 16},
+            projection_dim=12,
+        )
+        gpt = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=20)
+        gpt.bos_token_id = gpt.eos_token_id = 299
+        sizes = {"prefix_length": 2, "image_size": PIXELS, "templates": ["a photo of a {}."], "dropout": 0.0}
+        return IFSegConfig(backbone_config=ClipCapConfig(clip_config=clip, gpt_config=gpt, **sizes))
+
+
+class Florence2Tester(IFSegForSemanticSegmentationTester):
+    """Sizes of a Florence-2, whose encoder reads the mean of an image beside its patches."""
+
+    encoder_seq_length = key_length = PATCHES + 1 + TOKENS
+    decoder_seq_length = PATCHES
+
+    def get_config(self) -> IFSegConfig:
+        vision = {"depths": (1, 1), "embed_dim": (8, 16), "num_heads": (2, 2), "num_groups": (2, 2)}
+        vision |= {
+            "patch_size": (7, 3),
+            "patch_stride": (8, 2),
+            "patch_padding": (3, 1),
+            "patch_prenorm": (False, True),
+        }
+        vision |= {"window_size": 2, "projection_dim": 32, "drop_path_rate": 0.0}
+        names = ("vocab_size", "d_model", "encoder_layers", "decoder_layers", "max_position_embeddings")
+        names += ("encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim")
+        text = {"model_type": "bart", "dropout": 0.0, **{name: SETTINGS[name] for name in names}}
+        config = Florence2SegmentationConfig(vision_config=vision, text_config=text, image_size=PIXELS)
+        return IFSegConfig(backbone_config=config)
+
+
 class OFAModelTest(ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
     all_model_classes = (OFAModel, OFAForConditionalGeneration)
     is_encoder_decoder = True
@@ -124,3 +169,13 @@ class IFSegForSemanticSegmentationTest(ModelTesterMixin, unittest.TestCase):
 
         with mock.patch.object(torch.Tensor, "__sub__", subtract_bools_too):
             super().test_model_outputs_equivalence()
+
+
+class ClipCapForSemanticSegmentationTest(IFSegForSemanticSegmentationTest):
+    def setUp(self):
+        self.model_tester = ClipCapTester(self)
+
+
+class Florence2ForSemanticSegmentationTest(IFSegForSemanticSegmentationTest):
+    def setUp(self):
+        self.model_tester = Florence2Tester(self)

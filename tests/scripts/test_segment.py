@@ -4,10 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import small_model
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForSemanticSegmentation, PreTrainedTokenizerFast, pipeline
 
 from ifseg_hf.cli.segment import unique_stems
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
@@ -95,6 +96,21 @@ def test_masks_are_the_pipelines(tuned, image, tmp_path, smoothing):
     for segment in segments:
         index = pipe.model.config.label2id[segment["label"]]
         assert np.array_equal(labels == index, np.asarray(segment["mask"]) == 255)
+
+
+def test_masks_are_fitted_to_the_image_on_request(tuned, image, tmp_path):
+    masks = []
+    for name, flags in (("plain", []), ("fitted", ["--crf"])):
+        assert run(image, "--model", tuned, "--output-dir", tmp_path / name, *flags) == 0
+        masks.append(np.array(Image.open(tmp_path / name / "image_mask.png")))
+    assert masks[0].shape == masks[1].shape == (60, 90)
+    processor = IFSegProcessor.from_pretrained(tuned)
+    model = AutoModelForSemanticSegmentation.from_pretrained(tuned).eval()
+    picture = Image.open(image)
+    with torch.no_grad():
+        outputs = model(**processor(images=picture, return_tensors="pt"))
+    (expected,) = processor.post_process_semantic_segmentation(outputs, crf=True, images=picture)
+    np.testing.assert_array_equal(masks[1], expected)
 
 
 def test_images_of_one_name_do_not_overwrite_each_other(tuned, image, tmp_path):

@@ -1,5 +1,6 @@
 """CLIP and MaskCLIP, with small random weights, against computations from these weights."""
 
+import hashlib
 import shutil
 
 import numpy as np
@@ -12,7 +13,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ifseg_hf import NANO
 from ifseg_hf.evaluation import baselines
-from ifseg_hf.evaluation.baselines import BASELINES, TEMPLATES, CLIPSegmenter, load_baseline
+from ifseg_hf.evaluation.baselines import BASELINES, CLIPSegmenter, load_baseline
+from ifseg_hf.modeling.templates_clip import PROMPT_TEMPLATES
 from ifseg_hf.processing.image_processing_ifseg import resize_bilinear
 from ifseg_hf.processing.post_processing_ifseg import patch_scores, segmentation_maps
 
@@ -126,7 +128,7 @@ def test_patch_features_agree_with_the_weights(kind, size, folder):
 
 def test_clip_is_clip(folder, monkeypatch):
     """Against CLIPModel's own text embeddings, hidden states and scale, with a single template."""
-    monkeypatch.setattr(baselines, "TEMPLATES", ["a photo of a {}."])
+    monkeypatch.setattr(baselines, "PROMPT_TEMPLATES", ["a photo of a {}."])
     model = CLIPModel.from_pretrained(folder).eval()
     texts = CLIPProcessor.from_pretrained(folder)(
         text=[f"a photo of a {word}." for word in WORDS], padding=True, return_tensors="pt"
@@ -158,14 +160,23 @@ def test_words_are_averaged_over_templates(folder):
     loaded = segmenter("clip", folder)
     for word, embedding in zip(WORDS, loaded.word_embeddings, strict=True):
         total = torch.zeros(12)
-        for template in TEMPLATES:
+        for template in PROMPT_TEMPLATES:
             with torch.no_grad():  # one sentence at a time: no padding
                 tokens = processor(text=template.replace("{}", word), return_tensors="pt")
                 features = model.get_text_features(**tokens).pooler_output[0]
             total += features / features.norm()
         torch.testing.assert_close(embedding, total / total.norm(), rtol=0, atol=5e-6)
-    assert len(set(TEMPLATES)) == len(TEMPLATES)
-    assert all(template.count("{}") == 1 for template in TEMPLATES)
+
+
+def test_templates_are_the_85_of_maskclip():
+    assert len(set(PROMPT_TEMPLATES)) == len(PROMPT_TEMPLATES) == 85
+    assert all(template.count("{}") == 1 for template in PROMPT_TEMPLATES)
+    assert sum(template.endswith("{} in the scene.") for template in PROMPT_TEMPLATES) == 5
+    # the published list joined by new lines
+    text = "\n".join(PROMPT_TEMPLATES)
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "f87d863dc7a96d46812438cf13a8a071e340f7be26222d17a0b61d41d28c0984"
+    )
 
 
 def test_a_category_is_the_mean_of_its_fine_names(folder):
