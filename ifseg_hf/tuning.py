@@ -141,10 +141,10 @@ def _tune_into(entry: Path, config: TrainingConfig) -> None:
     try:
         _train(config)
     except ValueError:
+        shutil.rmtree(work, ignore_errors=True)
         if config.resume is None:
             raise
-        shutil.rmtree(work)  # a checkpoint that is damaged, or of another device's precision
-        _train(replace(config, resume=None))
+        _train(replace(config, resume=None))  # the checkpoint was damaged, or of another device's precision
     for checkpoint in checkpoints(work).values():
         shutil.rmtree(checkpoint)
     work.rename(entry)
