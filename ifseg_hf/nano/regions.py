@@ -17,7 +17,7 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 # Relative frequencies of the annotations for which images are drawn.
 DRAWN = {"name": 3, "box": 2, "caption": 2, "filled": 4}
 # Weights of the losses of the kinds of regions, see `region_loss`.
-WEIGHTS = {"named": 1.0, "outside": 1.0, "filled": 1.0, "thin": 1.0, "caption": 0.6, "class": 0.3}
+WEIGHTS = {"named": 1.0, "outside": 1.0, "filled": 1.0, "thin": 0.4, "caption": 0.6, "class": 0.3}
 # The share of a region that its name should cover at least.
 SCENE_SHARE, OBJECT_SHARE, BOX_SHARE, CAPTION_SHARE = 0.8, 0.4, 0.6, 0.15
 FILLED_SHARE = 0.75  # of the patches of a filled box that are sure to show its category
