@@ -49,7 +49,7 @@ def tune(words: Words, model: str | Path = EMBEDDED, **settings: Any) -> IFSegIm
     Raises:
         `ValueError`: a word, the model or a setting is wrong; `TrainingError`: tuning cannot continue.
     """
-    resolve_checkpoint(model)
+    _convert_published(model)
     config = training_config({"output_dir": "", **check_settings(settings), "model": str(model), "categories": words})
     folder = Path(train(config).output_dir) if config.output_dir else tuned_model(config)
     return _pipeline(folder, config.trust_remote_code)
@@ -77,13 +77,21 @@ def segment(image: Any, words: Words, model: str | Path = EMBEDDED, **settings: 
     Raises:
         As [`tune`], and `ValueError` for an image that cannot be read.
     """
-    resolve_checkpoint(model)
+    _convert_published(model)
     categories, trust = read_categories(words), bool(settings.get("trust_remote_code"))
     if settings.keys() <= {"trust_remote_code"} and is_tuned_for(model, categories, trust):
         pipe = _pipeline(checkpoint_folder(model), trust)
     else:
         pipe = tune(categories, model, **settings)
     return pipe(image, categories=categories)
+
+
+def _convert_published(model: str | Path) -> None:
+    """Converts a published OFA, once. Raises `ValueError` for a model that is not there or cannot be converted."""
+    try:
+        resolve_checkpoint(model)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
 
 
 def is_tuned_for(model: str | Path, categories: list[str] | dict[str, list[str]], trust: bool = False) -> bool:

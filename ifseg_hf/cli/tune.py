@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import os
 import signal
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -88,9 +89,7 @@ def parse_settings(words: str | None, config: str | None, flags: dict[str, Any])
             if required and settings.get(field.name) is None:
                 raise ValueError(f"{flag_name(field.name)} is required, as a flag or in the --config file.")
         if settings.get("model", EMBEDDED) != EMBEDDED:
-            from ifseg_hf.hub.published import resolve_checkpoint
-
-            resolve_checkpoint(settings["model"])
+            convert_published(settings["model"])
         checked = training_config(settings)
         checked.check()
     except ValueError as error:
@@ -103,6 +102,18 @@ def parse_settings(words: str | None, config: str | None, flags: dict[str, Any])
         except (ValueError, HubError) as error:
             raise CommandError(error, 2) from error
     return checked
+
+
+def convert_published(model: str) -> None:
+    """Converts a published OFA, once. Raises `CommandError` for one that cannot be converted."""
+    from ifseg_hf.hub.checkpoint_reader import ConversionError  # imports torch
+    from ifseg_hf.hub.published import resolve_checkpoint
+
+    try:
+        with suppress(FileNotFoundError):  # of which the check of the settings says more
+            resolve_checkpoint(model)
+    except ConversionError as error:
+        raise CommandError(error) from error
 
 
 def publish(config: TrainingConfig) -> None:

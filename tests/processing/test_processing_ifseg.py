@@ -12,7 +12,16 @@ from reference_outputs import token_ids
 from ifseg_hf.processing import PROMPT_TEMPLATE, IFSegImageProcessor, IFSegProcessor
 from ifseg_hf.processing.prompt_ifseg import PromptEncoder, complete_template, normalize_text
 
-CODE = ["image_processing", "pipeline", "post_processing", "processing", "prompt", "segmenter", "sliding_window"]
+CODE = [
+    "dense_crf",
+    "image_processing",
+    "pipeline",
+    "post_processing",
+    "processing",
+    "prompt",
+    "segmenter",
+    "sliding_window",
+]
 QUESTION = "what is the segmentation map of the image? object:"
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1, max_size=8)
