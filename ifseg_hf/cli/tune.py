@@ -88,12 +88,12 @@ def parse_settings(words: str | None, config: str | None, flags: dict[str, Any])
             required = field.default is dataclasses.MISSING and type(None) not in setting_types(field)
             if required and settings.get(field.name) is None:
                 raise ValueError(f"{flag_name(field.name)} is required, as a flag or in the --config file.")
-        if settings.get("model", EMBEDDED) != EMBEDDED:
-            convert_published(settings["model"])
         checked = training_config(settings)
         checked.check()
     except ValueError as error:
         raise CommandError(error, 2) from error
+    if checked.model != EMBEDDED:
+        convert_published(checked.model)
     if checked.push_to_hub and os.environ.get("RANK", "0") == "0":  # one request to the Hub, not one per process
         from ifseg_hf.hub.publish import HubError, check_access
 

@@ -26,7 +26,7 @@ from ifseg_hf.modeling.backbone import mean_of_subwords
 from ifseg_hf.modeling.backbone_ofa import OFABackbone
 from ifseg_hf.modeling.configuration_ofa import OFAConfig
 from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
-from ifseg_hf.nano.configuration import LONG_SIDE, NEIGHBORS, SHORT_SIDE, nano_config
+from ifseg_hf.nano.configuration import ITERATIONS, LONG_SIDE, NEIGHBORS, SHORT_SIDE, nano_config
 from ifseg_hf.nano.examples import Example, TrainingImages
 from ifseg_hf.nano.features import FeatureCache, image_processor
 from ifseg_hf.nano.initialization import begin_as_lookup
@@ -390,7 +390,7 @@ class Pretraining:
         self.model.config.dtype = torch.float32
         self.model.config.save_pretrained(self.output_dir)
         size = {"shortest_edge": SHORT_SIDE, "longest_edge": LONG_SIDE}
-        images = image_processor(size=size, smoothing_neighbors=NEIGHBORS)
+        images = image_processor(size=size, smoothing_neighbors=NEIGHBORS, smoothing_iterations=ITERATIONS)
         IFSegProcessor(images, self.tokenizer).save_pretrained(self.output_dir)
 
 

@@ -163,8 +163,8 @@ def test_an_undefined_metric_is_left_out_of_the_table():
         1: {"results": [{"mean_iou": None, "overall_accuracy": None}] * columns},
     }
     row = ablation_table({"tuned": seeds, "cosine": {0: seeds[1]}}).splitlines()[2:]
-    assert row[0] == f"| tuned | 2 |{' 50.0 |' * columns} 25.0 | 25.0 |"
-    assert row[1] == f"| cosine of patches and words | 1 |{' - |' * (columns + 2)}"
+    assert row[0] == f"| tuned | 2 |{' 50.0 |' * columns} 25.0 | 25.0 | 25.0 |"
+    assert row[1] == f"| cosine of patches and words | 1 |{' - |' * (columns + 3)}"
 
 
 @pytest.mark.parametrize("model_class", [IFSegForSemanticSegmentation, OFAForConditionalGeneration])
