@@ -13,7 +13,7 @@ from datasets import IterableDataset, get_dataset_split_names
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-from ifseg_hf.data.segmentation import BENCHMARKS, SegmentationDataset, load_segmentation_dataset, split_folders
+from ifseg_hf.data.segmentation import BENCHMARKS, SegmentationDataset, folder_splits, load_segmentation_dataset
 from ifseg_hf.data.word_maps import WordMapSampler
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, resize_bilinear, resize_nearest
 
@@ -35,7 +35,8 @@ def load_training_dataset(
     Raises:
         `ValueError`: as [`load_segmentation_dataset`], and for a streamed dataset, which has no random access.
     """
-    if split is None and (dataset in BENCHMARKS or not (Path(dataset) / "images").is_dir()):
+    folder = Path(dataset)
+    if split is None and (dataset in BENCHMARKS or not (folder / "images").is_dir() or folder_splits(folder)):
         split = "train"
     data = load_segmentation_dataset(dataset, data_dir, split)
     if isinstance(data.samples, IterableDataset):
@@ -54,8 +55,8 @@ def load_validation_dataset(
     splits: list[str] = ["val"]  # of the benchmarks
     if dataset not in BENCHMARKS:
         folder = Path(dataset)
-        image_folders = folder.is_dir() and ((folder / "dataset.json").exists() or split_folders(folder))
-        splits = split_folders(folder) if image_folders else get_dataset_split_names(dataset)
+        image_folders = folder.is_dir() and ((folder / "dataset.json").exists() or folder_splits(folder))
+        splits = folder_splits(folder) if image_folders else get_dataset_split_names(dataset)
     split = next((name for name in ("val", "validation", "test") if name in splits), None)
     if split is None:
         raise ValueError(f'"{dataset}" has no validation split (val, validation or test): give eval_dataset.')

@@ -217,10 +217,12 @@ class _PredictionFiles:
                 folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, sample: _Sample, labels: torch.Tensor) -> None:
-        name = sample.id.replace("/", "_").replace("\\", "_") + ".png"
+        name = f"{sample.id}.png"  # with the sub-folder of the image
         if self.predictions_dir is not None:
+            (self.predictions_dir / name).parent.mkdir(parents=True, exist_ok=True)
             save_mask(labels, self.predictions_dir / name, self.names)
         if self.overlays_dir is not None and sample.index < self.overlays:
+            (self.overlays_dir / name).parent.mkdir(parents=True, exist_ok=True)
             _comparison(sample, labels, self.names).save(self.overlays_dir / name)
 
 
