@@ -159,7 +159,7 @@ def _segment_images(
     """Writes mask and overlay of each image, and returns 1 if one could not be read."""
     from PIL import Image
 
-    from ifseg_hf.processing.image_processing_ifseg import read_image, to_array
+    from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
     from ifseg_hf.visualization.overlays import overlay, save_mask, shares
 
     names = list(segmenter.model.config.id2label.values())

@@ -20,7 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ifseg_hf.data.image_files import MASK_ENDINGS, SPLIT_FILES, list_images, read_names
 from ifseg_hf.data.vocabularies import read_categories
-from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, to_array
+from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX
+from ifseg_hf.processing.image_reading_ifseg import to_array
 
 UNKNOWN = -1  # label of a mask value that stands for no category
 

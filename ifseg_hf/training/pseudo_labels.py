@@ -21,7 +21,8 @@ from ifseg_hf.data.image_files import list_images
 from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
 from ifseg_hf.evaluation.segmenter import load_segmenter
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, read_image, to_array
+from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX
+from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
 from ifseg_hf.processing.post_processing_ifseg import resize_scores
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.processing.segmenter_ifseg import IFSegSegmenter
@@ -240,10 +241,7 @@ def write_pseudo_labels(
         `SampleError`: an image cannot be used.
     """
     config = config or PseudoLabelConfig()
-    if on_error not in ("skip", "fail"):
-        raise ValueError(f'on_error="{on_error}": choose skip or fail.')
-    if len(data.names) >= NO_LABEL:
-        raise ValueError(f"{len(data.names)} categories do not fit into masks of 8 bits: {NO_LABEL - 1} do.")
+    check_arguments(data, on_error)
     hidden = find_labels(data, unseen)
     if hidden:
         config = replace(config, predicted=[data.names[label] for label in hidden])
@@ -274,10 +272,10 @@ def write_pseudo_labels(
     state.wait_for_everyone()  # no process writes a mask before every process has listed them
     todo = [index for index, name in enumerate(data.samples["id"]) if name not in done]
     mine = tqdm(todo[state.process_index :: state.num_processes], unit="image", disable=not state.is_main_process)
-    skipped: list[str] = []
+    skipped: list[SampleError] = []
 
     def skip(error: SampleError) -> None:
-        skipped.append(str(error))
+        skipped.append(error)
         tqdm.write(f"Skipped: {error}", file=sys.stderr)
 
     counts = label_images(segmenter, data, config, mine, given, write, skip if on_error == "skip" else None)
@@ -285,12 +283,18 @@ def write_pseudo_labels(
     shares, left_out = sums[:3].double(), int(sums[3])
     if state.is_main_process:
         begun.replace(output / "dataset.json")
-    shares = (100 * shares / shares.sum().clamp(min=1)).tolist()
-    given_share, predicted, none = (f"{share:.1f} %" for share in shares)
-    also = f" {left_out} images were skipped." if left_out else ""
-    written = f"{len(todo) - left_out} images in {output}"
-    state.print(f"{written}: labels given {given_share}, predicted {predicted}, none {none}.{also}")
+    given_share, predicted, none = (f"{100 * x:.1f} %" for x in (shares / shares.sum().clamp(min=1)).tolist())
+    written = f"{len(todo) - left_out} images in {output}" + (f", {left_out} were skipped" if left_out else "")
+    state.print(f"{written}: labels given {given_share}, predicted {predicted}, none {none}.")
     return output
+
+
+def check_arguments(data: SegmentationDataset, on_error: str) -> None:
+    """Checks arguments of [`write_pseudo_labels`]. Raises `ValueError`."""
+    if on_error not in ("skip", "fail"):
+        raise ValueError(f'on_error="{on_error}": choose skip or fail.')
+    if len(data.names) >= NO_LABEL:
+        raise ValueError(f"{len(data.names)} categories do not fit into masks of 8 bits: {NO_LABEL - 1} do.")
 
 
 def begin(output: Path, begun: Path, content: dict, state: PartialState) -> bool:

@@ -220,7 +220,7 @@ def test_a_damaged_image_can_be_skipped(model, data, tmp_path, capsys):
     assert list(masks_of(folder)) == ["0", "2"]
     captured = capsys.readouterr()
     assert "2 images in" in captured.out
-    assert "1 images were skipped" in captured.out
+    assert ", 1 were skipped: labels given" in captured.out
     assert "1.png" in captured.err
     with pytest.raises(ValueError, match="choose skip or fail"):
         write(model, data, tmp_path / "other", on_error="maybe")
