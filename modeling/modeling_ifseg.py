@@ -64,6 +64,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         config.check_words()
         self.backbone: IFSegBackbone = AutoBackbone.from_config(config.backbone_config)
         self.post_init()
+        self._freeze_unused()
 
     # Words ------------------------------------------------------------------------------------------------------------
 
@@ -129,6 +130,13 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         trained = {id(parameter) for parameter in self.backbone.image_free_parameters()}
         for parameter in self.parameters():
             if id(parameter) not in trained:
+                parameter.requires_grad_(False)
+
+    def _freeze_unused(self):
+        """Freezes what takes no part in segmentation, for whose gradients distributed training would wait."""
+        used = {id(parameter) for parameter in self.backbone.segmentation_parameters()}
+        for parameter in self.parameters():
+            if id(parameter) not in used:
                 parameter.requires_grad_(False)
 
     def _artificial_image(self, word_map: torch.Tensor, word_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -213,6 +221,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         Loads an IFSeg checkpoint, or the checkpoint of a backbone, such as an OFA.
 
         The weights are loaded in float32 unless `dtype` says otherwise; "auto" is the dtype of the saved weights.
+        Parameters that only other tasks use, such as text generation, are frozen.
         """
         if not isinstance(config, PreTrainedConfig):
             backbone = cls._backbone_class(config or pretrained_model_name_or_path, kwargs)
@@ -222,7 +231,10 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
                 config = cls.config_class.from_backbone_config(config)
         if names := getattr(backbone, "published_names", None):
             kwargs.setdefault("key_mapping", names)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model._freeze_unused()  # again, since loading replaces the parameters
+        return loaded
 
     @classmethod
     def _backbone_class(cls, path, kwargs: dict) -> type[PreTrainedConfig] | None:

@@ -1,5 +1,7 @@
 """The segmentation model: words, word maps, images of any size, and the habits of transformers models."""
 
+import io
+
 import pytest
 import torch
 from checkpoints import SMALL, WORDS, padded_images, small_config, small_model
@@ -262,6 +264,24 @@ def test_every_trained_parameter_gets_a_gradient(model):
     model(**word_maps()).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("positions", ["segmentation", "image"])
+def test_every_parameter_of_a_new_model_takes_part(positions, tmp_path):
+    """Distributed training waits for the gradient of each trainable parameter."""
+    small_model(decoder_positions=positions).save_pretrained(tmp_path)
+    loaded, _ = IFSegForSemanticSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    for model in (small_model(decoder_positions=positions), loaded):
+        model.train()
+        model(pixel_values=torch.randn(1, 3, 48, 80), labels=torch.zeros(1, 48, 80, dtype=torch.long)).loss.backward()
+        assert all(p.requires_grad == (p.grad is not None) for p in model.parameters())
+
+
+def test_torch_saves_a_whole_model(model):
+    """Its default protocol cannot pickle all objects, such as torch's memory formats."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert file.tell() > 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()
