@@ -71,6 +71,7 @@ def crop_dataset(
         seed=config.seed,
         ignored=find_labels(data, config.unseen),
         masks=masks,
+        long_side=size["longest_edge"],
     )
 
 

@@ -75,7 +75,9 @@ def _candidates(size: int, font: str | PathLike | None) -> Iterator[ImageFont.Fr
             yield ImageFont.truetype(font, size)
         except OSError as error:
             raise ValueError(f"The font {os.fspath(font)} can't be read: {error}.") from None
-    yield ImageFont.load_default(size)
+    own = ImageFont.load_default(size)
+    assert isinstance(own, ImageFont.FreeTypeFont)  # since a size is given
+    yield own
     for name in _SYSTEM_FONTS:
         path = _system_font(name)
         if path is not None:

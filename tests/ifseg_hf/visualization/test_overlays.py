@@ -165,7 +165,7 @@ def test_characters_without_a_glyph_are_escaped(monkeypatch):
 def test_a_given_font_is_preferred(tmp_path, monkeypatch):
     own = tmp_path / "own.ttf"
     own.write_bytes(ImageFont.load_default(14).font_bytes)
-    assert fonts.choose_font(["a"], 14, own)[0].path == str(own)
+    assert fonts.choose_font(["a"], 14, own)[0].path == own
     monkeypatch.setenv("IFSEG_FONT", str(own))
     assert fonts.choose_font(["a"], 14)[0].path == str(own)
     with pytest.raises(ValueError, match=r"The font .*none\.ttf can't be read"):
