@@ -202,8 +202,9 @@ def load_segmentation_dataset(
               SceneParsing (`images/validation/*.jpg`, `annotations/validation/*.png`);
             - a folder with `images/` and `masks/`, or `<split>/images/` and `<split>/masks/`, in which a mask has the
               name of its image (see [`list_images`]; sub-folders included), and a `dataset.json` with `"categories"`,
-              the names in order of the mask values, and `"ignore_index"`, the value of unlabelled pixels, if there is
-              one. Splits may also be files beside `images/`, such as `train.txt` and `val.txt`, that list the names;
+              the names in order of the mask values (or `{"value": "name"}`, where values have gaps), and
+              `"ignore_index"`, the value of unlabelled pixels, if there is one. Splits may also be files beside
+              `images/`, such as `train.txt` and `val.txt`, that list the names;
             - a dataset of the Hub, `owner/name`, or a folder that `datasets.load_dataset` can read, with a column of
               images and one of masks. The names come from `id2label.json` beside the data, or from a column that
               lists the categories of each image.
@@ -290,13 +291,29 @@ def _load_folder(
             raise ValueError(f'{file} should hold {{"categories": [names], "ignore_index": an integer, if any}}.')
         categories = _only_one(categories, metadata.get("categories"), "categories", file)
         ignore_index = _only_one(ignore_index, metadata.get("ignore_index"), "ignore_index", file)
-    if not isinstance(categories, Sequence):
+    if not isinstance(categories, (Sequence, Mapping)):
         raise ValueError(f'{file} has no list "categories": write one, or give the names of the mask values.')
-    names = list(read_categories(categories))
+    names = _named_values(categories, ignore_index)
     part, listed = _find_split(folder, split)
-    values = [value for value in range(len(names) + 1) if value != ignore_index]
-    labels = _label_table(values[: len(names)], ignore_index)
-    return SegmentationDataset(_paired_samples(part / "images", part / "masks", listed), names, labels, {})
+    samples = _paired_samples(part / "images", part / "masks", listed)
+    return SegmentationDataset(samples, list(names.values()), _label_table(names, ignore_index), {})
+
+
+def _named_values(categories: Sequence[str] | Mapping[str, str], ignore_index: int | None) -> dict[int, str]:
+    """The names of the mask values: in order from 0 without `ignore_index`, or as a mapping has them by value."""
+    if isinstance(categories, Mapping):
+        try:
+            names = {int(value): name for value, name in categories.items()}
+        except (ValueError, TypeError):
+            raise ValueError('categories should be a list of names, or {"mask value": "name", ...}.') from None
+        if min(names, default=0) < 0:
+            raise ValueError("categories names a negative mask value.")
+        names = {value: names[value] for value in sorted(names) if value != ignore_index}
+    else:
+        listed = list(read_categories(categories))
+        values = [value for value in range(len(listed) + 1) if value != ignore_index]
+        names = dict(zip(values, listed, strict=False))
+    return dict(zip(names, read_categories(list(names.values())), strict=True))
 
 
 def _find_split(folder: Path, split: str | None) -> tuple[Path, list[str] | None]:
@@ -391,8 +408,7 @@ def _hub_categories(
             raise ValueError(
                 f'The dataset "{source}" does not name its categories: give them, in order (--categories).'
             )
-        values = [value for value in range(len(categories) + 1) if value != ignore_index]
-        names = dict(zip(values, categories, strict=False))
+        names = _named_values(categories, ignore_index)
     names = {value: names[value] for value in sorted(names) if value != ignore_index}
     return dict(zip(names, read_categories(list(names.values())), strict=True))
 
