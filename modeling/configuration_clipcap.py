@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import CLIPConfig, GPT2Config, PreTrainedConfig
 
+from .configuration_checks import check_values
 from .templates_clip import PROMPT_TEMPLATES
 
 MAPPING_TYPES = ("mlp", "transformer")
@@ -63,6 +64,7 @@ class ClipCapConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        check_values(self, kwargs)
         if self.clip_config is None:
             vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "patch_size": 32}
             self.clip_config = CLIPConfig(vision_config=vision)

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .configuration_checks import check_values
+
 # The pipeline class of a saved model. Its file, of `processing/`, is saved beside the weights.
 PIPELINES = {
     "image-segmentation": {
@@ -61,7 +63,12 @@ class IFSegConfig(PreTrainedConfig):
                 )
         elif isinstance(self.backbone_config, dict):
             self.backbone_config = _backbone_config(self.backbone_config)
+        elif not isinstance(self.backbone_config, PreTrainedConfig):
+            raise ValueError(f"backbone_config={self.backbone_config!r} should be the configuration of a backbone.")
+        check_values(self, kwargs)
         super().__post_init__(**kwargs)
+        if self.id2label is not None:
+            self.id2label = dict(sorted(self.id2label.items()))  # a file may have them in any order
         if self.category_ids is not None and self.id2label is not None:
             self.label2id = {name: i for i, name in self.id2label.items()}
 
@@ -157,7 +164,7 @@ class IFSegConfig(PreTrainedConfig):
 def _backbone_config(values: dict) -> PreTrainedConfig:
     """The configuration of a backbone from its dictionary. Raises `ValueError` for an unknown `model_type`."""
     model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
             f'The backbone\'s model_type "{model_type}" is unknown: import the module that registers the backbone, or '
             "pass trust_remote_code=True to run the code saved with the model."

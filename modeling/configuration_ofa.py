@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from .configuration_checks import check_values
+
 # The published sizes of OFA: (d_model, encoder layers, decoder layers, heads, FFN width, blocks of the trunk's stages).
 _SIZES = {
     "tiny": (256, 4, 4, 4, 1024, (3, 4, 6)),
@@ -146,6 +148,7 @@ class OFAConfig(PreTrainedConfig):
     tuning: dict | None = None
 
     def __post_init__(self, **kwargs):
+        check_values(self, kwargs)
         if "resnet_type" in kwargs:
             self._read_published(kwargs)
         self.trunk_hidden_sizes = tuple(self.trunk_hidden_sizes)
@@ -156,7 +159,7 @@ class OFAConfig(PreTrainedConfig):
     def _read_published(self, values: dict[str, Any]):
         """Moves the entries that only `config.json` of a published OFA has from `values` to this configuration."""
         resnet = values.pop("resnet_type")
-        if resnet not in _PUBLISHED_TRUNKS:
+        if not isinstance(resnet, str) or resnet not in _PUBLISHED_TRUNKS:
             raise ValueError(f'resnet_type="{resnet}": choose {", ".join(_PUBLISHED_TRUNKS)}.')
         self.trunk_depths = _PUBLISHED_TRUNKS[resnet]
         # The largest images of segmentation, up to 512 pixels, for which there are positions.
@@ -172,12 +175,16 @@ class OFAConfig(PreTrainedConfig):
             heads = getattr(self, f"{stack}_attention_heads")
             if self.d_model % heads:
                 raise ValueError(f"d_model={self.d_model} is not a multiple of {stack}_attention_heads={heads}.")
+        if self.attn_scale_factor <= 0:
+            raise ValueError(f"attn_scale_factor={self.attn_scale_factor}: must be above 0.")
         if self.trunk_type not in TRUNK_TYPES:
             raise ValueError(f'trunk_type="{self.trunk_type}": choose {" or ".join(TRUNK_TYPES)}.')
         if len(self.trunk_hidden_sizes) != len(self.trunk_depths):
             raise ValueError(
                 f"trunk_hidden_sizes={self.trunk_hidden_sizes} and trunk_depths={self.trunk_depths} differ in length."
             )
+        if not 0 < len(self.trunk_depths) <= 16:
+            raise ValueError(f"trunk_depths={self.trunk_depths}: a trunk has a stage, and at most 16.")
         if self.trunk_type == "efficientnet_lite" and len(self.trunk_depths) != 7:
             raise ValueError(f"trunk_depths={self.trunk_depths}: an EfficientNet-Lite has seven stages.")
         if self.trunk_type == "resnet" and any(size % 4 for size in self.trunk_hidden_sizes):

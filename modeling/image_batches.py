@@ -6,6 +6,8 @@ from functools import wraps
 import torch
 from torch import nn
 
+from .loss_ifseg import IGNORED, check_labels
+
 # Inputs with one row for each image; a single row is shared by all images.
 PER_IMAGE_INPUTS = (
     "pixel_values",
@@ -33,7 +35,8 @@ def group_by_image_size(forward):
     with zeros at the right and bottom. A batch without `pixel_mask`, or of one size, is a single pass. The inputs in
     `PER_IMAGE_INPUTS` are split by image; the others are passed on unchanged.
 
-    Raises `ValueError` for a `pixel_mask` of another shape than `pixel_values`.
+    Raises `ValueError` for a `pixel_mask` of another shape than `pixel_values`, and for labels of another number of
+    images.
     """
     names = tuple(inspect.signature(forward).parameters)[1:]
 
@@ -50,6 +53,8 @@ def group_by_image_size(forward):
                 f"pixel_mask has shape {tuple(pixel_mask.shape)} where pixel_values, {tuple(pixel_values.shape)}, "
                 f"needs {expected}."
             )
+        if kwargs.get("labels") is not None:
+            kwargs["labels"] = check_labels(kwargs["labels"], len(pixel_values))
         sizes = image_sizes(pixel_mask)
         if len(set(sizes)) == 1:
             return forward(self, **_select(kwargs, slice(None), sizes[0]))
@@ -63,10 +68,10 @@ def group_by_image_size(forward):
         order = [row for rows in groups.values() for row in rows]
         joined = {name: _join([output[name] for output in outputs], order) for name in outputs[0] if name != "loss"}
         if outputs[0].get("loss") is not None:
-            # the mean over the labelled pixels of all groups
-            counts = [(kwargs["labels"][rows] != -100).sum() for rows in groups.values()]
+            # the mean over the labelled pixels of all groups; 0 without any
+            counts = torch.stack([(kwargs["labels"][rows] != IGNORED).sum() for rows in groups.values()])
             total = sum(output["loss"] * count for output, count in zip(outputs, counts, strict=True))
-            joined["loss"] = total / sum(counts)
+            joined["loss"] = total / counts.sum().clamp(min=1)
         output = type(outputs[0])(**joined)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

@@ -3,17 +3,49 @@
 import torch
 from torch import nn
 
+IGNORED = -100  # label of pixels that do not count, as in torch's cross-entropy
+
+
+def check_labels(labels: torch.Tensor, images: int, categories: int | None = None) -> torch.Tensor:
+    """
+    Labels (images, H, W) as int64, after the checks of torch's cross-entropy.
+
+    Args:
+        labels: integers, the category of each pixel, or -100.
+        images: number of images (or word maps) in the batch.
+        categories: their number; `None` does not check the values of the labels.
+
+    Raises `ValueError` for another shape, a dtype that is not of integers, and a label that is no category.
+    """
+    if labels.ndim != 3 or len(labels) != images:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, but it must be ({images}, height, width): one map for each image."
+        )
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels has the dtype {labels.dtype}: give integers, the category of each pixel.")
+    labels = labels.long()
+    if categories is None or torch.compiler.is_compiling():  # a compiler cannot branch on values
+        return labels
+    wrong = (labels >= categories) | ((labels < 0) & (labels != IGNORED))
+    if wrong.any():
+        raise ValueError(
+            f"labels holds {labels[wrong][0].item()}, but there are {categories} categories: give 0 to "
+            f"{categories - 1}, or {IGNORED} for pixels without a label (ignore_index of the image processor)."
+        )
+    return labels
+
 
 def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     Mean cross-entropy of logits (batch, categories, h, w), resized bilinearly to labels (batch, H, W).
 
-    Pixels labelled -100 do not count. Computed in float32, or in float64 if the logits are.
+    Pixels labelled -100 do not count; where none counts, the loss is 0, and so is its gradient. Computed in float32,
+    or in float64 if the logits are.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = labels.to(logits.device).long()
     with torch.autocast(logits.device.type, enabled=False):
-        return _ResizedCrossEntropy.apply(logits, labels) / (labels != -100).sum()
+        return _ResizedCrossEntropy.apply(logits, labels) / (labels != IGNORED).sum().clamp(min=1)
 
 
 class _ResizedCrossEntropy(torch.autograd.Function):
@@ -44,7 +76,7 @@ class _ResizedCrossEntropy(torch.autograd.Function):
             wide_gradient = torch.zeros_like(wide)
             pixels = labels[i].split([len(rows) for _, rows in blocks])
             for (source, rows), target in zip(blocks, pixels, strict=True):
-                known = (target != -100)[:, None]
+                known = (target != IGNORED)[:, None]
                 target = target[:, None].where(known, 0)
                 scores = (rows @ wide[source]).unflatten(1, (categories, width)).log_softmax(1)
                 loss -= scores.gather(1, target).where(known, 0).sum()
@@ -67,4 +99,4 @@ def _linear_weights(size: int, new_size: int) -> torch.Tensor:
     return nn.functional.interpolate(basis[None], size=new_size, mode="linear", align_corners=False)[0].T
 
 
-__all__ = ["segmentation_loss"]
+__all__ = ["IGNORED", "check_labels", "segmentation_loss"]

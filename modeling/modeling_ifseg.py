@@ -15,14 +15,14 @@ from .backbone import IFSegBackbone
 from .configuration_ifseg import IFSegConfig
 from .image_batches import group_by_image_size
 from .loading import Float32PreTrainedModel
-from .loss_ifseg import segmentation_loss
+from .loss_ifseg import check_labels, segmentation_loss
 
 
 @dataclass
 class IFSegSegmentationOutput(ModelOutput):
     """
     Args:
-        loss: mean cross-entropy over the labelled pixels, with `labels` only.
+        loss: mean cross-entropy over the labelled pixels, 0 where there is none; with `labels` only.
         logits: (batch, categories, h, w), one prediction per patch.
         image_features: (batch, channels, h, w), compared by the smoothing of post-processing; `None` for word maps.
         patch_mask: bool (batch, h, w), the patches of each image; the others are padding, zero in every output.
@@ -64,6 +64,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         config.check_words()
         self.backbone: IFSegBackbone = AutoBackbone.from_config(config.backbone_config)
         self.post_init()
+        self._freeze_unused()
 
     # Words ------------------------------------------------------------------------------------------------------------
 
@@ -131,6 +132,13 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
             if id(parameter) not in trained:
                 parameter.requires_grad_(False)
 
+    def _freeze_unused(self):
+        """Freezes what takes no part in segmentation, for whose gradients distributed training would wait."""
+        used = {id(parameter) for parameter in self.backbone.segmentation_parameters()}
+        for parameter in self.parameters():
+            if id(parameter) not in used:
+                parameter.requires_grad_(False)
+
     def _artificial_image(self, word_map: torch.Tensor, word_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Image tokens (batch, h, w, d) of a word map (batch, h, w): the embeddings of its words (section 2.1)."""
         words = self.backbone.embed_words(word_ids, mask)
@@ -164,9 +172,10 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
             input_ids: (1 or batch, tokens), the prompt; attention_mask: the same shape, 0 where it is padding.
             category_ids: (1 or batch, categories, sub-words) and category_mask of the same shape. Categories without
                 sub-words are never predicted. Without prompt and categories, the configuration's words are used.
-            labels: (batch, H, W), category of each pixel, -100 ignored; their size may differ from the image's.
+            labels: (batch, H, W), integers, the category of each pixel, -100 ignored; of any size.
 
-        Raises `ValueError` where image and word map are both passed or both missing, and where there are no words.
+        Raises `ValueError` where image and word map are both passed or both missing, where there are no words, and for
+        labels that are no integers, no category, or not one map for each image.
         """
         if (pixel_values is None) == (word_map is None):
             raise ValueError("Pass either pixel_values (images) or word_map (artificial images).")
@@ -175,6 +184,9 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         input_ids, category_ids, category_mask = self._prompt_and_categories(
             input_ids, category_ids, category_mask, device
         )
+        if labels is not None:
+            images = len(pixel_values if word_map is None else word_map)
+            labels = check_labels(labels, images, category_ids.shape[1])
         image_tokens = None
         if word_map is not None:
             words = self.pad_words(self.config.word_ids, device) if hierarchical else (category_ids, category_mask)
@@ -209,6 +221,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         Loads an IFSeg checkpoint, or the checkpoint of a backbone, such as an OFA.
 
         The weights are loaded in float32 unless `dtype` says otherwise; "auto" is the dtype of the saved weights.
+        Parameters that only other tasks use, such as text generation, are frozen.
         """
         if not isinstance(config, PreTrainedConfig):
             backbone = cls._backbone_class(config or pretrained_model_name_or_path, kwargs)
@@ -218,7 +231,10 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
                 config = cls.config_class.from_backbone_config(config)
         if names := getattr(backbone, "published_names", None):
             kwargs.setdefault("key_mapping", names)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model._freeze_unused()  # again, since loading replaces the parameters
+        return loaded
 
     @classmethod
     def _backbone_class(cls, path, kwargs: dict) -> type[PreTrainedConfig] | None:

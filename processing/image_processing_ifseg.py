@@ -3,148 +3,21 @@
 import os
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import (
-    ChannelDimension,
-    PILImageResampling,
-    SizeDict,
-    infer_channel_dimension_format,
-    load_image,
-)
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
+from .image_reading_ifseg import read_image, to_array, upright
 from .post_processing_ifseg import SMOOTHING_ITERATIONS, SMOOTHING_NEIGHBORS
 from .post_processing_ifseg import segmentation_maps as maps_from_outputs
 
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100  # label of ignored pixels, as in torch's cross-entropy
-
-
-def read_image(source, timeout: float | None = None) -> Image.Image:
-    """
-    Opens an image without changing its mode, so that the conversion to RGB loses nothing.
-
-    Args:
-        source (`str` or `os.PathLike`): a file, a URL, or base64 text.
-        timeout (`float`, *optional*): seconds to wait for a URL.
-
-    Raises:
-        `ValueError` with the source's name if it is missing, damaged or no image.
-    """
-    name = str(source) if len(str(source)) <= 200 else str(source)[:200] + "..."
-    try:
-        if not os.path.isfile(source):
-            return load_image(str(source), timeout=timeout)
-        image = Image.open(source)
-        image.load()
-        return image
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is no image that Pillow can read.") from error
-    except Exception as error:  # a damaged file, a connection and a decoder raise errors of many kinds
-        raise ValueError(f"Can't read the image {name}: {error}") from error
-
-
-def to_array(image, input_data_format: str | ChannelDimension | None = None) -> np.ndarray:
-    """
-    Returns an image of any kind as an RGB array.
-
-    Args:
-        image: a PIL image of any mode (turned upright by its EXIF orientation; of an animation the current frame, which
-            is the first one unless `seek` was called), or an array or tensor of shape `(H, W)`, `(H, W, C)` or
-            `(C, H, W)` with C = 1, 3 or 4. 16-bit values become 8-bit values; transparent pixels are blended with
-            white.
-        input_data_format (`str`, *optional*): "channels_first" or "channels_last", for shapes that fit both.
-
-    Returns:
-        `np.ndarray` of shape `(H, W, 3)`, uint8, or float32 if the values were floating-point.
-    """
-    if isinstance(image, Image.Image):
-        try:
-            image = ImageOps.exif_transpose(image)
-            if not image.mode.startswith("I"):
-                return _pil_to_rgb(image)
-            image = np.asarray(image)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"Can't read the image: {error}") from error
-        if image.dtype.itemsize == 2 or image.max(initial=0) > 255:  # mode "I" may hold 16 bits in 32
-            image = image.clip(0, 65535).astype(np.uint16)
-    elif isinstance(image, Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    elif not isinstance(image, np.ndarray):
-        raise TypeError(f"An image is a PIL image, a path, an array or a tensor, not {type(image).__name__}.")
-    image = _to_channels_last(image, input_data_format)
-    if 0 in image.shape:
-        raise ValueError(f"An image of shape {image.shape} has no pixels.")
-    return np.ascontiguousarray(_array_to_rgb(_to_uint8_or_float(image)))
-
-
-# Not transformers' `convert_to_rgb`: in 5.17 and earlier it drops transparency and leaves arrays as they are.
-
-
-def _pil_to_rgb(image: Image.Image) -> np.ndarray:
-    """Returns a PIL image of any mode as a uint8 array (H, W, 3), blended with white where it is transparent."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.array(image.convert("RGB"))
-
-
-def _array_to_rgb(image: np.ndarray) -> np.ndarray:
-    """Returns (H, W, C), uint8 or float with values in [0, 1], as (H, W, 3): grey repeated, RGBA blended with white."""
-    if image.shape[-1] == 1:
-        return image.repeat(3, axis=-1)
-    if image.shape[-1] == 3:
-        return image
-    if image.dtype != np.uint8 and (image.min() < 0 or image.max() > 1):
-        raise ValueError(
-            f"A transparent image of floats has values from 0 to 1, not from {image.min()} to {image.max()}."
-        )
-    white = 255 if image.dtype == np.uint8 else 1.0
-    alpha = image[..., 3:] / white
-    blended = alpha * image[..., :3] + (1 - alpha) * white
-    return (blended.round() if white == 255 else blended).astype(image.dtype)
-
-
-def _to_channels_last(image: np.ndarray, input_data_format) -> np.ndarray:
-    if image.ndim == 2:
-        return image[..., None]
-    if image.ndim != 3:
-        raise ValueError(f"An image has 2 or 3 dimensions, not {image.ndim} (shape {image.shape}).")
-    if input_data_format is None:
-        try:
-            input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
-        except ValueError:
-            input_data_format = "none"
-    if input_data_format != "none" and ChannelDimension(input_data_format) == ChannelDimension.FIRST:
-        image = np.moveaxis(image, 0, -1)
-    if image.shape[-1] not in (1, 3, 4):
-        raise ValueError(
-            f"Wrong number of channels in an image of shape {image.shape}: it should be (H, W, C) or (C, H, W) with "
-            "C = 1 (greyscale), 3 (RGB) or 4 (RGBA)."
-        )
-    return image
-
-
-def _to_uint8_or_float(image: np.ndarray) -> np.ndarray:
-    if image.dtype == np.uint8:
-        return image
-    if image.dtype == np.bool_:
-        return image.astype(np.uint8) * 255
-    if image.dtype == np.uint16:
-        return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if np.issubdtype(image.dtype, np.floating):
-        if not np.isfinite(image).all():
-            raise ValueError("The image holds values that are not finite.")
-        return image.astype(np.float32)
-    if np.issubdtype(image.dtype, np.integer) and image.min() >= 0 and image.max() <= 255:
-        return image.astype(np.uint8)
-    raise ValueError(f"An image of {image.dtype} should hold values from 0 to 255.")
 
 
 def output_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
@@ -498,7 +371,7 @@ def _flatten(images, dimensions: int = 3) -> list:
 
 def _to_labels(values) -> np.ndarray:
     if isinstance(values, Image.Image):
-        values = ImageOps.exif_transpose(values)
+        values = upright(values)
     elif isinstance(values, Tensor):
         values = values.cpu()
     values = np.asarray(values)

@@ -1,6 +1,7 @@
 """`pipeline("image-segmentation", ...)` for IFSeg, with other words at call time, smoothing, and mask scores."""
 
 import copy
+import difflib
 import os
 
 import torch
@@ -9,10 +10,14 @@ from torch.nn.functional import pad
 from transformers import ImageSegmentationPipeline
 from transformers.utils import ModelOutput
 
-from .image_processing_ifseg import read_image
+from .image_reading_ifseg import read_image
 from .post_processing_ifseg import resize_scores, resized_argmax
 from .prompt_ifseg import PROMPT_TEMPLATE
 from .segmenter_ifseg import IFSegSegmenter
+
+PREPROCESS = ("do_rescale", "timeout")
+POSTPROCESS = ("smoothing_neighbors", "smoothing_iterations")
+ARGUMENTS = (*PREPROCESS, *POSTPROCESS, "categories", "prompt", "inference", "untuned", "subtask")
 
 
 class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
@@ -51,6 +56,7 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
                 [`IFSegImageProcessor.post_process_semantic_segmentation`]. 0 iterations do not smooth.
             inference (`str`, *optional*): "whole" images or "slide" for overlapping square crops; see
                 [`IFSegSegmenter`].
+            do_rescale (`bool`, *optional*): `False` for an image whose values are floats from 0 to 1.
             untuned (`bool`, *optional*): also segment with a model that was never tuned, which is refused otherwise.
             subtask (`str`, *optional*): only "semantic" is supported.
             timeout (`float`, *optional*): seconds to wait for a URL.
@@ -61,7 +67,13 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
             - **label** (`str`): the category.
             - **score** (`float`): mean probability of the category over its mask.
             - **mask** (`PIL.Image.Image` of the image's size, mode "L"): 255 where the category wins.
+
+        Raises:
+            `TypeError`: an argument is unknown.
         """
+        inputs = kwargs.pop("images", inputs)
+        if isinstance(inputs, list) and not inputs:  # of which transformers reads the first
+            return []
         return super().__call__(inputs, **kwargs)
 
     @property
@@ -74,9 +86,13 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         return IFSegSegmenter(self.model, self, inference, self.device, untuned)
 
     def _sanitize_parameters(self, **kwargs):
-        preprocess = {"timeout": kwargs["timeout"]} if "timeout" in kwargs else {}
+        for name in kwargs.keys() - set(ARGUMENTS):
+            close = difflib.get_close_matches(name, ARGUMENTS, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"The arguments are {', '.join(ARGUMENTS)}."
+            raise TypeError(f"The IFSeg pipeline got an unexpected keyword argument '{name}'. {hint}")
+        preprocess = {name: kwargs[name] for name in PREPROCESS if name in kwargs}
         forward = {}
-        postprocess = {key: kwargs[key] for key in ("smoothing_neighbors", "smoothing_iterations") if key in kwargs}
+        postprocess = {name: kwargs[name] for name in POSTPROCESS if name in kwargs}
         if kwargs.get("subtask") not in (None, "semantic"):
             raise ValueError(f'subtask="{kwargs["subtask"]}": IFSeg predicts semantic masks only.')
         if kwargs.get("inference") is not None:
@@ -92,11 +108,13 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
             forward["words"], postprocess["labels"] = segmenter.word_inputs(words), words["id2label"]
         return preprocess, forward, postprocess
 
-    def preprocess(self, image, timeout: float | None = None) -> dict:
+    def preprocess(self, image, timeout: float | None = None, do_rescale: bool | None = None) -> dict:
         if isinstance(image, (str, os.PathLike)):
             image = read_image(image, timeout)
         image = self.image_processor.process_image(image)
-        inputs = self.image_processor(image, input_data_format="channels_first", return_tensors="pt").to(self.dtype)
+        rescale = {} if do_rescale is None else {"do_rescale": do_rescale}
+        inputs = self.image_processor(image, input_data_format="channels_first", return_tensors="pt", **rescale)
+        inputs = inputs.to(self.dtype)
         # In a list, because transformers cannot collate images of several sizes; _forward pads them.
         return {"images": [inputs], "target_size": [image.shape[1:]]}
 

@@ -5,6 +5,7 @@ predictions for the patches whose image features are most similar (section 2.4 o
 """
 
 from collections.abc import Iterator, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -198,10 +199,8 @@ def segmentation_maps(
         `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories; or of pairs of such a map and
         a `Tensor` of shape `(categories, height, width)`: the resized scores.
     """
-    if target_sizes is not None and len(target_sizes) != len(outputs.logits):
-        raise ValueError(
-            f"{len(target_sizes)} target_sizes for {len(outputs.logits)} images: give one (height, width) per image."
-        )
+    if target_sizes is not None:
+        _check_sizes(target_sizes, len(outputs.logits))
     maps = []
     for index, scores in enumerate(patch_scores(outputs, neighbors, iterations)):
         height, width = scores.shape[1:] if target_sizes is None else map(int, target_sizes[index])
@@ -213,6 +212,17 @@ def segmentation_maps(
         labels = resized_argmax(scores, (height, width))
         maps.append((labels, resize_scores(scores, (height, width))) if with_scores else labels)
     return maps
+
+
+def _check_sizes(target_sizes, images: int) -> None:
+    """Raises `ValueError` unless there is a pair of positive integers for each image."""
+    if len(target_sizes) != images:
+        raise ValueError(f"{len(target_sizes)} target_sizes for {images} images: give one (height, width) per image.")
+    for size in target_sizes:
+        sides = size.tolist() if hasattr(size, "tolist") else size  # a tensor or an array
+        pair = isinstance(sides, Sequence) and not isinstance(sides, str) and len(sides) == 2
+        if not pair or any(not isinstance(side, Real) or side % 1 or side < 1 for side in sides):
+            raise ValueError(f"target_sizes holds {sides}: give one (height, width) in pixels per image.")
 
 
 def _fit_to_image(probabilities: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:

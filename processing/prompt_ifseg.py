@@ -19,6 +19,8 @@ def complete_template(prompt: str | None, template: str = PROMPT_TEMPLATE) -> st
     Raises:
         `ValueError` if `{categories}` occurs more than once in `prompt`, or not exactly once in `template`.
     """
+    _check_text(template, "The prompt template")
+    _check_text(prompt or "", "The prompt")
     if template.count(CATEGORIES) != 1:
         raise ValueError(f'The prompt template "{template}" must contain {CATEGORIES} exactly once.')
     if prompt is None:
@@ -100,6 +102,7 @@ class PromptEncoder:
         """Returns `<s>`, the tokens of a question or another text, normalised, and `</s>`."""
         if not isinstance(text, str):
             raise ValueError(f"The text must be a string, not {text!r}.")
+        _check_text(text, "The text")
         special, limit = self._special_tokens(), self._limit()
         ids = [special["bos"], *self.tokenize(normalize_text(text)), special["eos"]]
         if len(ids) > limit:
@@ -150,6 +153,12 @@ class PromptEncoder:
         return start + [token for ids in category_ids for token in ids] + end
 
 
+def _check_text(text: str, what: str):
+    """Raises `ValueError` for halves of characters, which a name has that was read with a wrong encoding."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{what} is {text!r}, with halves of characters (surrogates): read it as UTF-8.")
+
+
 def _clean_names(names, what: str) -> list[str]:
     """Returns the names with white space collapsed. Raises `ValueError` for an empty list or a wrong name."""
     if isinstance(names, str) or not isinstance(names, (list, tuple)):
@@ -164,6 +173,7 @@ def _clean_names(names, what: str) -> list[str]:
         name = " ".join(name.split())
         if not name:
             raise ValueError(f"Number {index + 1} of the {what} is empty.")
+        _check_text(name, f"Number {index + 1} of the {what}")
         if name in cleaned:
             raise ValueError(f'"{name}" is twice among the {what}: numbers {cleaned.index(name) + 1} and {index + 1}.')
         other = same_as.setdefault(normalize_text(name), name)

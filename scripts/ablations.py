@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+from ifseg_hf.cli.output import escape_unprintable
+
 CONFIG = Path(__file__).resolve().parent / "configs" / "nano.yaml"
 NAMES = (
     "cosine",
@@ -65,6 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    escape_unprintable()
     options = parse_arguments(arguments)
 
     # Imports that take seconds come after the arguments, so that wrong arguments are reported at once.

@@ -8,6 +8,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from ifseg_hf.cli.output import escape_unprintable
+
 if TYPE_CHECKING:
     from ifseg_hf.hub.conversion import ConversionReport
 
@@ -59,6 +61,7 @@ def summary(report: "ConversionReport") -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    escape_unprintable()
     options = parse_arguments(arguments)
 
     # Imported after the arguments are parsed, so that mistakes in them are reported at once.

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from ifseg_hf.cli.output import escape_unprintable
+
 # Settings of the tuning, with words for the bundled images.
 SETTINGS = Path(__file__).resolve().parent / "configs" / "nano.yaml"
 
@@ -47,6 +49,7 @@ def bundled_images() -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    escape_unprintable()
     options = parse_arguments(arguments)
 
     # Imports that take seconds come after the arguments, so that wrong arguments are reported at once.
@@ -57,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     import ifseg_hf
     from ifseg_hf.data.vocabularies import read_categories
     from ifseg_hf.evaluation.segmenter import load_segmenter
-    from ifseg_hf.processing.image_processing_ifseg import read_image, to_array
+    from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
     from ifseg_hf.training.config import read_settings
     from ifseg_hf.training.loop import SettingError, TrainingError, train
     from ifseg_hf.training.recipes import training_config

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ifseg_hf.cli.output import escape_unprintable
+
 SCRIPTS = Path(__file__).resolve().parent
 NAMES = ("image-free", "self-training", "supervised", "from-scratch", "seen-only", "seen-and-unseen")
 
@@ -46,6 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] | None = None) -> int:
     """Runs the experiments. `run`: runs a script, given its name and arguments; by default in a new process."""
+    escape_unprintable()
     options = parse_arguments(arguments)
     from ifseg_hf.experiments.image_experiments import ImageExperiments, draw_experiments, read_results, seeds_table
     from ifseg_hf.experiments.plan import run_plan, run_script, write_text

@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ifseg_hf.cli.output import escape_unprintable
+
 
 def level(text: str) -> tuple[str, float]:
     """Name and mean IoU of `name: per cent`."""
@@ -37,6 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    escape_unprintable()
     options = parse_arguments(arguments)
     from ifseg_hf.training.log import read_log
     from ifseg_hf.visualization.curves import draw_curves

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ifseg_hf.cli.output import escape_unprintable
+
 SCRIPTS = Path(__file__).resolve().parent
 
 
@@ -35,6 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] | None = None) -> int:
     """Reproduces a table. `run`: runs a script, given its name and arguments; by default with `accelerate launch`."""
+    escape_unprintable()
     options = parse_arguments(arguments)
     from ifseg_hf.experiments.paper_tables import TableSettings, comparison_table, table_results, table_steps
     from ifseg_hf.experiments.plan import ACCELERATE, run_plan, run_script

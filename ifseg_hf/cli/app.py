@@ -8,6 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ifseg_hf.cli.output import escape_unprintable
+
 __all__ = ["Command", "CommandError", "Program", "new_app", "one_line"]
 
 
@@ -34,6 +36,7 @@ class _OneLineErrors:
         standalone_mode: bool = True,
         **extra: Any,
     ) -> int:
+        escape_unprintable()
         try:
             # The result of a command is its exit status.
             status = super().main(args, prog_name, standalone_mode=False, **extra) or 0  # type: ignore[misc]

@@ -6,6 +6,7 @@ import typer
 
 from ifseg_hf.cli.app import CommandError
 from ifseg_hf.cli.options import option
+from ifseg_hf.data.vocabularies import split_names
 
 if TYPE_CHECKING:
     from ifseg_hf.hub.conversion import ConversionReport
@@ -43,7 +44,10 @@ def convert(
     """
     if prompt is not None and categories is None:
         raise typer.BadParameter("--prompt needs --categories")
-    words = None if categories is None else [word.strip() for word in categories.split(",")]
+    try:
+        words = None if categories is None else [word.strip() for word in split_names(categories)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
     # Imports that take seconds come after the arguments, so that wrong arguments are reported at once.
     from ifseg_hf.hub.conversion import ConversionError, convert_ofa_checkpoint

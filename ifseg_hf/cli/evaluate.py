@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ifseg_hf.cli.app import CommandError
-from ifseg_hf.cli.options import Cpu, DataDir, ImageModel, TrustRemoteCode, Untuned, at_least, flag, option
+from ifseg_hf.cli.options import Cpu, DataDir, ImageModel, OnError, TrustRemoteCode, Untuned, at_least, flag, option
 from ifseg_hf.pretrained import EMBEDDED
 
 __all__ = ["evaluate"]
@@ -103,7 +103,7 @@ def evaluate(
     inference: Inference = None,
     batch_size: Annotated[int, option("images of one size per batch (default: 8)", callback=at_least(1))] = 8,
     limit: Limit = None,
-    on_error: Annotated[Literal["fail", "skip"], option("for images that can't be read (default: fail)")] = "fail",
+    on_error: OnError = "fail",
     output_dir: OutputDir = None,
     save_predictions: Annotated[Path | None, option("folder for a PNG of labels per image", metavar="DIR")] = None,
     save_overlays: Annotated[int, option("save overlays of the first N images", metavar="N")] = 0,

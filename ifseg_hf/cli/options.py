@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +11,7 @@ __all__ = [
     "DataDir",
     "ImageModel",
     "NewFolder",
+    "OnError",
     "SmoothingIterations",
     "SmoothingNeighbors",
     "TrustRemoteCode",
@@ -63,4 +64,5 @@ SmoothingIterations = Annotated[
 ]
 TrustRemoteCode = Annotated[bool, flag("run the code saved with a model of another backbone", "--trust-remote-code")]
 Untuned = Annotated[bool, flag("also use a model that was never tuned, such as the paper's baseline OFA", "--untuned")]
+OnError = Annotated[Literal["fail", "skip"], option("for images that can't be read (default: fail; of segment: skip)")]
 Cpu = Annotated[bool, flag("compute on the CPU even where there is a GPU", "--cpu")]

@@ -8,6 +8,7 @@ from ifseg_hf.cli.app import CommandError
 from ifseg_hf.cli.options import (
     Cpu,
     DataDir,
+    OnError,
     SmoothingIterations,
     SmoothingNeighbors,
     TrustRemoteCode,
@@ -50,6 +51,7 @@ def pseudo_label(
     min_confidence: Annotated[
         float, option("probability below which a pixel gets no label (default: 0)", metavar="P")
     ] = 0.0,
+    on_error: OnError = "fail",
     untuned: Untuned = False,
     trust_remote_code: TrustRemoteCode = False,
     cpu: Cpu = False,
@@ -89,7 +91,9 @@ def pseudo_label(
             data = load_images(images, list(names or ()))
         else:
             data = load_training_dataset(dataset, data_dir, split, names)
-        write_pseudo_labels(model, data, output_dir, config, keep_labels, unseen, cpu, trust_remote_code, untuned)
+        write_pseudo_labels(
+            model, data, output_dir, config, keep_labels, unseen, cpu, trust_remote_code, untuned, on_error
+        )
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
     finally:

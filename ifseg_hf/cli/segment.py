@@ -10,6 +10,7 @@ import typer
 from ifseg_hf.cli.app import CommandError, one_line
 from ifseg_hf.cli.options import (
     ImageModel,
+    OnError,
     SmoothingIterations,
     SmoothingNeighbors,
     TrustRemoteCode,
@@ -17,13 +18,13 @@ from ifseg_hf.cli.options import (
     flag,
     option,
 )
+from ifseg_hf.data.image_files import IMAGE_ENDINGS
 from ifseg_hf.data.vocabularies import VOCABULARIES, read_categories
 from ifseg_hf.pretrained import EMBEDDED
 
 __all__ = ["segment", "split_arguments", "unique_stems"]
 
 WORD_FILES = (".txt", ".yaml", ".yml", ".json")
-IMAGE_FILES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def segment(
@@ -48,6 +49,7 @@ def segment(
     untuned: Untuned = False,
     smoothing_neighbors: SmoothingNeighbors = None,
     smoothing_iterations: SmoothingIterations = None,
+    on_error: OnError = "skip",
     crf: Annotated[bool, flag("fit the masks to the colours of the images (DenseCRF)", "--crf")] = False,
     trust_remote_code: TrustRemoteCode = False,
     output_dir: Annotated[Path, option("folder for the results (default: outputs)")] = Path("outputs"),
@@ -62,7 +64,8 @@ def segment(
     kept in a cache, which `ifseg cache` lists and clears.
 
     Writes IMAGE_mask.png (pixel value = index of the word) and IMAGE_overlay.png (with a legend), and prints the share
-    of the image that each word covers. An image that cannot be read does not stop the others; the status is then 1.
+    of the image that each word covers. An image that cannot be read is named and skipped, unless --on-error is fail;
+    the status is then 1.
     """
     images, words = split_arguments(arguments, categories)
     from ifseg_hf.hub.published import resolve_checkpoint  # takes seconds
@@ -78,7 +81,7 @@ def segment(
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
     smoothing = (smoothing_neighbors, smoothing_iterations)
-    return _segment_images(segmenter, images, smoothing, crf, output_dir, ctx.command_path)
+    return _segment_images(segmenter, images, smoothing, crf, output_dir, ctx.command_path, on_error)
 
 
 def split_arguments(arguments: list[str], categories: str | None) -> tuple[list[str], str | None]:
@@ -92,7 +95,7 @@ def split_arguments(arguments: list[str], categories: str | None) -> tuple[list[
     last = arguments[-1]
     ending = os.path.splitext(last)[1].lower()
     is_file = os.path.isfile(last) and ending not in WORD_FILES and last not in VOCABULARIES
-    if is_file or "://" in last or ending in IMAGE_FILES:
+    if is_file or "://" in last or ending in IMAGE_ENDINGS:
         return arguments, None
     return arguments[:-1], last
 
@@ -151,11 +154,12 @@ def _segment_images(
     crf: bool,
     output_dir: Path,
     program: str,
+    on_error: str,
 ) -> int:
     """Writes mask and overlay of each image, and returns 1 if one could not be read."""
     from PIL import Image
 
-    from ifseg_hf.processing.image_processing_ifseg import read_image, to_array
+    from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
     from ifseg_hf.visualization.overlays import overlay, save_mask, shares
 
     names = list(segmenter.model.config.id2label.values())
@@ -169,6 +173,8 @@ def _segment_images(
             message = one_line(error)
             print(f"{program}: {message if source in message else f'{source}: {message}'}", file=sys.stderr)
             failed = 1
+            if on_error == "fail":
+                break
             continue
         (mask,) = segmenter.segment([pixels], *smoothing, crf=crf)
         image, mask = Image.fromarray(pixels), mask.cpu()

@@ -13,7 +13,8 @@ from datasets import IterableDataset, get_dataset_split_names
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-from ifseg_hf.data.segmentation import BENCHMARKS, SegmentationDataset, load_segmentation_dataset, split_folders
+from ifseg_hf.data.segmentation import BENCHMARKS, SegmentationDataset, folder_splits, load_segmentation_dataset
+from ifseg_hf.data.vocabularies import split_names
 from ifseg_hf.data.word_maps import WordMapSampler
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, resize_bilinear, resize_nearest
 
@@ -35,7 +36,8 @@ def load_training_dataset(
     Raises:
         `ValueError`: as [`load_segmentation_dataset`], and for a streamed dataset, which has no random access.
     """
-    if split is None and (dataset in BENCHMARKS or not (Path(dataset) / "images").is_dir()):
+    folder = Path(dataset)
+    if split is None and (dataset in BENCHMARKS or not (folder / "images").is_dir() or folder_splits(folder)):
         split = "train"
     data = load_segmentation_dataset(dataset, data_dir, split)
     if isinstance(data.samples, IterableDataset):
@@ -54,8 +56,8 @@ def load_validation_dataset(
     splits: list[str] = ["val"]  # of the benchmarks
     if dataset not in BENCHMARKS:
         folder = Path(dataset)
-        image_folders = folder.is_dir() and ((folder / "dataset.json").exists() or split_folders(folder))
-        splits = split_folders(folder) if image_folders else get_dataset_split_names(dataset)
+        image_folders = folder.is_dir() and ((folder / "dataset.json").exists() or folder_splits(folder))
+        splits = folder_splits(folder) if image_folders else get_dataset_split_names(dataset)
     split = next((name for name in ("val", "validation", "test") if name in splits), None)
     if split is None:
         raise ValueError(f'"{dataset}" has no validation split (val, validation or test): give eval_dataset.')
@@ -68,7 +70,8 @@ def find_labels(data: SegmentationDataset, names: str | None) -> list[int]:
 
     Args:
         data: the dataset whose labels to look up.
-        names: name of one of `data.subsets`, or names of categories separated by commas; None for no label.
+        names: name of one of `data.subsets`, or names of categories separated by commas (see [`split_names`]); None
+            for no label.
 
     Raises:
         `ValueError`: a name is not in the dataset, or `names` lists no category or all of them.
@@ -77,7 +80,7 @@ def find_labels(data: SegmentationDataset, names: str | None) -> list[int]:
         return []
     if names in data.subsets:
         return list(data.subsets[names])
-    wanted = [" ".join(name.split()) for name in names.split(",") if name.strip()]
+    wanted = [" ".join(name.split()) for name in split_names(names) if name.strip()]
     for name in wanted:
         if name not in data.names:
             raise ValueError(f'unseen: the dataset has no category "{name}"; it has {", ".join(data.names[:20])}.')
@@ -145,8 +148,8 @@ class CropDataset(Dataset):
     """An endless map-style dataset of augmented crops.
 
     A sample is `{"pixel_values": float32 (3, c, c), "labels": int64 (c, c)}`. Each epoch shows every image once, in a
-    new random order. An image is resized so that its short side is `short_side` times a random scale from 0.5 to 2,
-    then cropped, flipped and distorted; see [`Augmentation`].
+    new random order. An image is resized so that its short side is `short_side` (or its long side `long_side`, if that
+    is smaller) times a random scale from 0.5 to 2, then cropped, flipped and distorted; see [`Augmentation`].
 
     Args:
         data: images with masks. An image or mask that cannot be used raises `SampleError`.
@@ -155,6 +158,7 @@ class CropDataset(Dataset):
         mean, std: mean and standard deviation of the three colours, as in the image processor.
         seed: from 0.
         ignored: labels to replace by -100, such as those of unseen categories.
+        long_side: largest long side of an image at scale 1, as in inference; without it there is no limit.
         masks: folder of PNGs named by the images' ids, whose labels (see [`read_labels`]) replace those of `data`.
     """
 
@@ -168,9 +172,10 @@ class CropDataset(Dataset):
         seed: int = 0,
         ignored: Sequence[int] = (),
         masks: Path | None = None,
+        long_side: int | None = None,
     ):
         self.data = data
-        self.short_side = short_side
+        self.short_side, self.long_side = short_side, long_side
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         self.seed = seed
         self.ignored = list(ignored)
@@ -192,7 +197,10 @@ class CropDataset(Dataset):
             labels = read_labels(self.masks / f"{sample['id']}.png")
         labels[np.isin(labels, self.ignored)] = IGNORE_INDEX
         random = np.random.default_rng([self.seed, index, 1])  # [seed, epoch] is the generator of an epoch's order
-        scale = random.uniform(*SCALES) * self.short_side / min(labels.shape)
+        drawn = random.uniform(*SCALES)
+        scale = drawn * self.short_side / min(labels.shape)
+        if self.long_side is not None:
+            scale = min(scale, drawn * self.long_side / max(labels.shape))
         height, width = (max(1, round(side * scale)) for side in labels.shape)
         image, labels = resize_bilinear(image, height, width), resize_nearest(labels, height, width)
         pixels, labels = self.augment(image, labels, int(random.integers(2**63)))

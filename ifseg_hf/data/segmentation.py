@@ -18,13 +18,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, UnidentifiedImageError
 
+from ifseg_hf.data.image_files import MASK_ENDINGS, SPLIT_FILES, list_images, read_names
 from ifseg_hf.data.vocabularies import read_categories
-from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, to_array
+from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX
+from ifseg_hf.processing.image_reading_ifseg import to_array
 
 UNKNOWN = -1  # label of a mask value that stands for no category
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-_MASKS = (".png", ".bmp", ".tif", ".tiff")
 _FILE = datasets.Image(decode=False)
 _MASK_COLUMNS = ("mask", "label", "annotation", "segment", "target", "ground_truth")
 
@@ -201,8 +201,10 @@ def load_segmentation_dataset(
               `stuffthingmaps_trainval2017/val2017/*.png`), all 171 categories or a subset, or ADE20K's
               SceneParsing (`images/validation/*.jpg`, `annotations/validation/*.png`);
             - a folder with `images/` and `masks/`, or `<split>/images/` and `<split>/masks/`, in which a mask has the
-              name of its image, and a `dataset.json` with `"categories"`, the names in order of the mask values, and
-              `"ignore_index"`, the value of unlabelled pixels, if there is one;
+              name of its image (see [`list_images`]; sub-folders included), and a `dataset.json` with `"categories"`,
+              the names in order of the mask values (or `{"value": "name"}`, where values have gaps), and
+              `"ignore_index"`, the value of unlabelled pixels, if there is one. Splits may also be files beside
+              `images/`, such as `train.txt` and `val.txt`, that list the names;
             - a dataset of the Hub, `owner/name`, or a folder that `datasets.load_dataset` can read, with a column of
               images and one of masks. The names come from `id2label.json` beside the data, or from a column that
               lists the categories of each image.
@@ -224,7 +226,7 @@ def load_segmentation_dataset(
     if data_dir is not None:
         raise ValueError(f'data_dir is for {", ".join(BENCHMARKS)}: leave it out for "{source}".')
     folder = Path(source)
-    image_folders = (folder / "dataset.json").exists() or (folder / "images").is_dir() or split_folders(folder)
+    image_folders = (folder / "dataset.json").exists() or (folder / "images").is_dir() or folder_splits(folder)
     if folder.is_dir() and image_folders:
         return _load_folder(folder, split, categories, ignore_index)
     close = difflib.get_close_matches(source, BENCHMARKS, n=1, cutoff=0.8)
@@ -289,27 +291,43 @@ def _load_folder(
             raise ValueError(f'{file} should hold {{"categories": [names], "ignore_index": an integer, if any}}.')
         categories = _only_one(categories, metadata.get("categories"), "categories", file)
         ignore_index = _only_one(ignore_index, metadata.get("ignore_index"), "ignore_index", file)
-    if not isinstance(categories, Sequence):
+    if not isinstance(categories, (Sequence, Mapping)):
         raise ValueError(f'{file} has no list "categories": write one, or give the names of the mask values.')
-    names = list(read_categories(categories))
-    part = _split_folder(folder, split)
-    values = [value for value in range(len(names) + 1) if value != ignore_index]
-    labels = _label_table(values[: len(names)], ignore_index)
-    return SegmentationDataset(_paired_samples(part / "images", part / "masks"), names, labels, {})
+    names = _named_values(categories, ignore_index)
+    part, listed = _find_split(folder, split)
+    samples = _paired_samples(part / "images", part / "masks", listed)
+    return SegmentationDataset(samples, list(names.values()), _label_table(names, ignore_index), {})
 
 
-def _split_folder(folder: Path, split: str | None) -> Path:
-    """The folder with `images/` and `masks/` of a split. Raises `ValueError`."""
-    if (folder / "images").is_dir():
+def _named_values(categories: Sequence[str] | Mapping[str, str], ignore_index: int | None) -> dict[int, str]:
+    """The names of the mask values: in order from 0 without `ignore_index`, or as a mapping has them by value."""
+    if isinstance(categories, Mapping):
+        try:
+            names = {int(value): name for value, name in categories.items()}
+        except (ValueError, TypeError):
+            raise ValueError('categories should be a list of names, or {"mask value": "name", ...}.') from None
+        if min(names, default=0) < 0:
+            raise ValueError("categories names a negative mask value.")
+        names = {value: names[value] for value in sorted(names) if value != ignore_index}
+    else:
+        listed = list(read_categories(categories))
+        values = [value for value in range(len(listed) + 1) if value != ignore_index]
+        names = dict(zip(values, listed, strict=False))
+    return dict(zip(names, read_categories(list(names.values())), strict=True))
+
+
+def _find_split(folder: Path, split: str | None) -> tuple[Path, list[str] | None]:
+    """The folder with `images/` and `masks/` of a split, and the names that its file lists. Raises `ValueError`."""
+    splits, whole = folder_splits(folder), (folder / "images").is_dir()
+    if whole and not splits:
         if split is not None:
-            raise ValueError(f'{folder} has no splits: leave out "{split}".')
-        return folder
-    splits = split_folders(folder)
+            raise ValueError(f'{folder} has no splits: leave out "{split}", or list its images in {split}.txt.')
+        return folder, None
     split = split or _default_split(splits)
     if split not in splits:
         problem = f'There is no split "{split}" in {folder}' if split else f"{folder} needs a split"
         raise ValueError(f"{problem}: choose from {', '.join(splits) or 'none, as there is no images/'}.")
-    return folder / split
+    return (folder, read_names(folder / f"{split}.txt")) if whole else (folder / split, None)
 
 
 def _default_split(splits: Sequence[str]) -> str | None:
@@ -390,8 +408,7 @@ def _hub_categories(
             raise ValueError(
                 f'The dataset "{source}" does not name its categories: give them, in order (--categories).'
             )
-        values = [value for value in range(len(categories) + 1) if value != ignore_index]
-        names = dict(zip(values, categories, strict=False))
+        names = _named_values(categories, ignore_index)
     names = {value: names[value] for value in sorted(names) if value != ignore_index}
     return dict(zip(names, read_categories(list(names.values())), strict=True))
 
@@ -421,8 +438,10 @@ def _choose_split(split: str | None, splits: Mapping[str, Sequence[str]], defaul
     raise ValueError(f'There is no split "{split}": choose from {", ".join(splits)}.')
 
 
-def split_folders(folder: Path) -> list[str]:
-    """Names of the splits of a folder: its subfolders that have a folder `images`."""
+def folder_splits(folder: Path) -> list[str]:
+    """Names of the splits of a folder: its subfolders that have a folder `images`, or files that list its images."""
+    if (folder / "images").is_dir():
+        return sorted(name for name in SPLIT_FILES if (folder / f"{name}.txt").is_file())
     return sorted(path.parent.name for path in folder.glob("*/images") if path.is_dir())
 
 
@@ -434,10 +453,14 @@ def _first_folder(what: str, *folders: Path) -> Path:
     raise ValueError(f"The {what} are missing: there is no folder {' or '.join(map(str, folders))}.")
 
 
-def _paired_samples(images: Path, masks: Path) -> datasets.Dataset:
-    """The samples of two folders, paired by file name. A missing file raises an error when its sample is read."""
-    image_files, mask_files = _list_files(images, _IMAGES), _list_files(masks, _MASKS)
-    ids = sorted(image_files | mask_files)
+def _paired_samples(images: Path, masks: Path, listed: Sequence[str] | None = None) -> datasets.Dataset:
+    """
+    The samples of two folders with their sub-folders, paired by file name.
+
+    `listed` has the names to select; the default is all. A missing file raises an error when its sample is read.
+    """
+    image_files, mask_files = list_images(images), list_images(masks, MASK_ENDINGS)
+    ids = sorted(image_files | mask_files) if listed is None else listed
     if not image_files.keys() & mask_files.keys():
         raise ValueError(f"No image in {images} has a mask of the same name in {masks}.")
     columns = {
@@ -447,23 +470,6 @@ def _paired_samples(images: Path, masks: Path) -> datasets.Dataset:
     }
     features = datasets.Features(id=datasets.Value("string"), image=_FILE, mask=_FILE)
     return datasets.Dataset.from_dict(columns, features=features)
-
-
-def _list_files(folder: Path, extensions: Sequence[str]) -> dict[str, str]:
-    """Paths of the images in a folder by their names without extension. Raises `ValueError`."""
-    files: dict[str, str] = {}
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise ValueError(f"The folder {folder} can't be read: {error.strerror}.") from None
-    for file in names:
-        name, extension = os.path.splitext(file)
-        if extension.lower() not in extensions or file.startswith("."):
-            continue
-        if name in files:
-            raise ValueError(f"{folder} has two images called {name}: {Path(files[name]).name} and {file}.")
-        files[name] = os.path.join(folder, file)
-    return files
 
 
 def _file_name(sample: Mapping, column: str) -> str:

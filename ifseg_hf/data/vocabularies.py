@@ -3,6 +3,7 @@
 This module imports neither torch nor transformers, so that scripts report wrong categories at once.
 """
 
+import csv
 import difflib
 import os
 from collections.abc import Iterable, Mapping
@@ -17,9 +18,9 @@ def read_categories(text: str | Iterable[str] | Mapping[str, Iterable[str]]) -> 
     """Reads categories: a list of names or, for a hierarchical vocabulary, a mapping from categories to fine names.
 
     Args:
-        text (`str`): names separated by commas, the name of one of [`VOCABULARIES`], or the path of a file: one name
-            per line (.txt or no known extension), or a list of names or a mapping `category: [fine name, ...]` (.yaml,
-            .yml, .json). A list or a mapping in place of a string is only checked.
+        text (`str`): names separated by commas (see [`split_names`]), the name of one of [`VOCABULARIES`], or the path
+            of a file: one name per line (.txt or no known extension), or a list of names or a mapping `category: [fine
+            name, ...]` (.yaml, .yml, .json). A list or a mapping in place of a string is only checked.
 
     Raises:
         `ValueError`: a file is missing or unreadable, or there is no name, an empty name, or a duplicate. A fine name
@@ -32,7 +33,7 @@ def read_categories(text: str | Iterable[str] | Mapping[str, Iterable[str]]) -> 
         close = difflib.get_close_matches(text, VOCABULARIES, n=1, cutoff=0.8)
         if close:
             raise ValueError(f'There is no vocabulary "{text}". Did you mean {close[0]}?')
-        return _check_categories(text.split(",") if text.strip() else [])
+        return _check_categories(split_names(text))
     try:
         with open(text, encoding="utf-8-sig") as file:
             content = file.read()
@@ -46,6 +47,25 @@ def read_categories(text: str | Iterable[str] | Mapping[str, Iterable[str]]) -> 
         return _check_categories(line for line in content.splitlines() if line.strip())
     except ValueError as error:
         raise ValueError(f'In "{text}": {error}') from None
+
+
+def split_names(text: str) -> list[str]:
+    """
+    Returns the names in a text with commas between them; a name with a comma stands in double quotes.
+
+    Raises `ValueError` for a quotation mark without its other half.
+    """
+    text = " ".join(text.split()).replace('" ,', '",')
+    try:
+        return [name for line in csv.reader([text], skipinitialspace=True, strict=True) for name in line]
+    except csv.Error as error:
+        raise ValueError(f"{text}: a name with a comma stands in two quotation marks ({error}).") from None
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Returns the text that [`split_names`] splits into the names."""
+    quoted = {name: '"' + name.replace('"', '""') + '"' for name in names}
+    return ", ".join(text if "," in name or name.startswith('"') else name for name, text in quoted.items())
 
 
 def _check_categories(categories: Iterable[str] | Mapping[str, Iterable[str]]) -> list[str] | dict[str, list[str]]:
@@ -69,6 +89,8 @@ def _check_names(names: Iterable[str], what: str) -> list[str]:
         if not isinstance(name, str):
             raise ValueError(f"{name!r} is not a name: write it in quotes.")
         name = " ".join(name.split())
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise ValueError(f"The {what} {name!r} has bytes that are no text: save its file as UTF-8.")
         if not name:
             raise ValueError(f"The {what} at position {position} is empty.")
         if name in seen:

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 SAVE_EVERY = 30.0  # seconds between two saves of the counts
-_BUFFERED = 64  # images in memory that wait for others of their size
+_BUFFERED = 256 * 2**20  # bytes of images and masks in memory that wait for others of their size
 
 
 def fingerprint(segmenter: Segmenter) -> str:
@@ -131,6 +131,10 @@ class _Sample:
     image: np.ndarray
     truth: np.ndarray
 
+    @property
+    def bytes(self) -> int:
+        return self.image.nbytes + self.truth.nbytes
+
 
 def _checked_smoothing(smoothing: Sequence[Smoothing]) -> list[Smoothing]:
     """Returns the distinct settings, each without smoothing as (1, 0). Raises `ValueError` if one is out of range."""
@@ -170,24 +174,33 @@ def _samples(
             counts.skipped[index] = str(error)
             yield None
             continue
-        yield _Sample(index, str(row["id"]), image, truth)
+        small = np.int16 if len(data.names) < 2**15 else np.int64  # a sample may wait in memory for others of its size
+        yield _Sample(index, str(row["id"]), image, truth.astype(small, copy=False))
 
 
 def _equal_sizes(
     samples: Iterator[_Sample | None], batch_size: int, update: Callable[[int], Any]
 ) -> Iterator[list[_Sample]]:
-    """Yields batches of images of equal size, and calls `update` with the number of images after each batch."""
+    """
+    Yields batches of images of equal size, and calls `update` with the number of images after each batch.
+
+    A batch is smaller than `batch_size` at the end, and where more than `_BUFFERED` bytes would wait: then the size
+    with most bytes is next.
+    """
     waiting: dict[tuple[int, ...], list[_Sample]] = {}
+    size = 0
     for sample in samples:
         if sample is None:
             update(1)
             continue
         group = waiting.setdefault(sample.image.shape, [])
         group.append(sample)
-        if sum(map(len, waiting.values())) >= _BUFFERED:
-            group = max(waiting.values(), key=len)
+        size += sample.bytes
+        if size > _BUFFERED:
+            group = max(waiting.values(), key=lambda samples: sum(sample.bytes for sample in samples))
         elif len(group) < batch_size:
             continue
+        size -= sum(sample.bytes for sample in group)
         yield waiting.pop(group[0].image.shape)
         update(len(group))
     for group in waiting.values():
@@ -199,11 +212,13 @@ def _count_batch(segmenter: Segmenter, batch: list[_Sample], counts: Counts, fil
     """Segments the images of a batch and counts their pixels under every smoothing setting."""
     outputs = segmenter(segmenter.preprocess([sample.image for sample in batch]))
     for sample, swept in zip(batch, smoothing_sweep(outputs, counts.smoothing), strict=True):
-        maps = [resized_argmax(patches, sample.truth.shape).cpu() for patches in swept]
-        for setting, labels in zip(counts.smoothing, maps, strict=True):
+        first = None
+        for setting, patches in zip(counts.smoothing, swept, strict=True):  # a map at a time, which may be large
+            labels = resized_argmax(patches, sample.truth.shape).cpu()
             counts.metrics[setting].add(prediction=labels, reference=sample.truth)
+            first = labels if first is None else first
         counts.images.append(sample.index)
-        files.save(sample, maps[0])
+        files.save(sample, first)
 
 
 class _PredictionFiles:
@@ -217,10 +232,12 @@ class _PredictionFiles:
                 folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, sample: _Sample, labels: torch.Tensor) -> None:
-        name = sample.id.replace("/", "_").replace("\\", "_") + ".png"
+        name = f"{sample.id}.png"  # with the sub-folder of the image
         if self.predictions_dir is not None:
+            (self.predictions_dir / name).parent.mkdir(parents=True, exist_ok=True)
             save_mask(labels, self.predictions_dir / name, self.names)
         if self.overlays_dir is not None and sample.index < self.overlays:
+            (self.overlays_dir / name).parent.mkdir(parents=True, exist_ok=True)
             _comparison(sample, labels, self.names).save(self.overlays_dir / name)
 
 

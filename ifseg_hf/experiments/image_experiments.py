@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
+from ifseg_hf.data.vocabularies import join_names
 from ifseg_hf.experiments.plan import Plan, Step, in_order, save_settings
 from ifseg_hf.experiments.results import markdown_table, mean_and_deviation
 from ifseg_hf.training.log import read_log
@@ -90,7 +91,7 @@ class ImageExperiments:
         dataset = json.loads((Path(self.dataset) / "dataset.json").read_text(encoding="utf-8"))
         values = {
             **{name: str(x) for name, x in asdict(self).items()},
-            "words": ", ".join(dataset["categories"]),
+            "words": join_names(dataset["categories"]),
             "warmup_steps": str(self.steps // 4),
             "eval_steps": str(max(1, self.steps // 3)),
             "seed": str(seed),

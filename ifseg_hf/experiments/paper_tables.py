@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ifseg_hf.data.vocabularies import read_categories
+from ifseg_hf.data.vocabularies import join_names, read_categories
 from ifseg_hf.experiments.plan import Plan, Step, in_order, with_flag
 from ifseg_hf.experiments.results import markdown_table
 
@@ -169,7 +169,7 @@ class TableSettings:
         """The values of the placeholders in [`COMMANDS`] that are not names of steps."""
         coco = next((x for x in (self.data / "coco-stuff", self.data / "coco") if x.is_dir()), self.data)
         ade20k = next((x for x in (self.data / "ade20k",) if x.is_dir()), self.data)
-        words = ", ".join(read_categories("coco-stuff-coarse"))
+        words = join_names(read_categories("coco-stuff-coarse"))
         return {"ofa": self.ofa, "coco_dir": str(coco), "ade20k_dir": str(ade20k), "coarse_words": words}
 
     def plan(self) -> Plan:

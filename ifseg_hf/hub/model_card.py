@@ -30,7 +30,8 @@ def model_card(
     settings = read_settings(folder)
     results = read_results(folder)
     segments = config.get("architectures") == [_SEGMENTATION]
-    categories = list(config["id2label"].values()) if config.get("category_ids") else []
+    names = {int(label): name for label, name in config["id2label"].items()} if config.get("category_ids") else {}
+    categories = [names[label] for label in sorted(names)]
     stage = settings.get("stage", "word-maps") if settings else None
     image_free = stage in (None, "word-maps")
     name = repo_id.split("/")[-1]

@@ -71,6 +71,7 @@ def crop_dataset(
         seed=config.seed,
         ignored=find_labels(data, config.unseen),
         masks=masks,
+        long_side=size["longest_edge"],
     )
 
 
@@ -101,6 +102,5 @@ def batch_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], model_con
     if pixel_values is not None:
         labels = batch["labels"]
         share = (labels != -100).float().mean()
-        labels = labels.where(share > 0, 0)  # the mean over no pixel is NaN; over any pixels, times 0, it is 0
         loss = loss + model(pixel_values=pixel_values, labels=labels).loss * share * (1 - words / samples)
     return loss

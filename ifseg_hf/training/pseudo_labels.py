@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ifseg_hf.data.crops import NO_LABEL, find_labels
+from ifseg_hf.data.image_files import list_images
 from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
 from ifseg_hf.evaluation.segmenter import load_segmenter
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, read_image, to_array
+from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX
+from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
 from ifseg_hf.processing.post_processing_ifseg import resize_scores
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.processing.segmenter_ifseg import IFSegSegmenter
@@ -101,12 +104,14 @@ def label_images(
     indices: Iterable[int],
     given: Callable[[dict, np.ndarray], np.ndarray],
     write: Callable[[dict, np.ndarray, np.ndarray], None],
+    skip: Callable[[SampleError], None] | None = None,
 ) -> np.ndarray:
     """Labels the samples `indices` of `data`: given labels are kept, the model predicts the others.
 
     Args:
         given: function of a sample and its labels; returns bool (H, W), true for labels that are kept.
         write: function of a sample, its new labels int64 (H, W) and the result of `given`.
+        skip: function of the error of an image that cannot be used, which is then left out. Default: it is raised.
 
     Returns:
         int64 (3,): numbers of pixels with a given label, a predicted label, and no label.
@@ -114,7 +119,13 @@ def label_images(
     counts = np.zeros(3, np.int64)
     for index in indices:
         sample = data.samples[index]
-        image, labels = data.read(sample)
+        try:
+            image, labels = data.read(sample)
+        except SampleError as error:
+            if skip is None:
+                raise
+            skip(error)
+            continue
         kept = given(sample, labels)
         if not kept.all():
             labels = np.where(kept, labels, predict_labels(segmenter, image, config, data.names))
@@ -126,6 +137,7 @@ def label_images(
 
 def save_labels(labels: np.ndarray, file: Path) -> None:
     """Writes labels int64 (H, W) as an 8-bit PNG, -100 as 255. The file is complete or does not exist."""
+    file.parent.mkdir(parents=True, exist_ok=True)  # the name of an image in a sub-folder has that folder
     incomplete = file.with_name(file.name + INCOMPLETE)
     Image.fromarray(np.where(labels == IGNORE_INDEX, NO_LABEL, labels).astype(np.uint8)).save(incomplete, format="png")
     incomplete.replace(file)
@@ -183,9 +195,11 @@ class UnlabelledImages(SegmentationDataset):
 
 
 def load_images(folder: str | Path, names: list[str]) -> UnlabelledImages:
-    """Returns all images in a folder as a dataset of the categories `names`. Raises `ValueError` if there is none."""
-    endings = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-    files = {file.stem: str(file) for file in sorted(Path(folder).glob("*")) if file.suffix.lower() in endings}
+    """Returns the images in a folder and its sub-folders as a dataset of the categories `names`.
+
+    Raises `ValueError` if there is no image, or if two of them have one name; see [`list_images`].
+    """
+    files = list_images(folder)
     if not files:
         raise ValueError(f'There is no image in "{folder}".')
     column = datasets.Image(decode=False)
@@ -205,6 +219,7 @@ def write_pseudo_labels(
     cpu: bool = False,
     trust_remote_code: bool = False,
     untuned: bool = False,
+    on_error: str = "fail",
 ) -> Path:
     """Writes a dataset of images and labels: `images/`, `masks/`, `dataset.json`, and `given/` with `keep_labels`.
 
@@ -219,14 +234,14 @@ def write_pseudo_labels(
         keep_labels: keep the labels of `data`, and predict labels for the other pixels.
         unseen: categories to predict, whose given labels are not kept; see [`find_labels`].
         untuned: also label with a model that was never tuned, which is refused otherwise.
+        on_error: "skip" leaves out images that cannot be used, and names each; "fail" raises [`SampleError`].
 
     Raises:
         `ValueError`: an argument is wrong, the folder has other files, or the model cannot be loaded.
         `SampleError`: an image cannot be used.
     """
     config = config or PseudoLabelConfig()
-    if len(data.names) >= NO_LABEL:
-        raise ValueError(f"{len(data.names)} categories do not fit into masks of 8 bits: {NO_LABEL - 1} do.")
+    check_arguments(data, on_error)
     hidden = find_labels(data, unseen)
     if hidden:
         config = replace(config, predicted=[data.names[label] for label in hidden])
@@ -253,18 +268,33 @@ def write_pseudo_labels(
             save_labels(kept * 255, output / GIVEN / f"{sample['id']}.png")
         save_labels(labels, output / "masks" / f"{sample['id']}.png")  # the last file: it marks the sample as done
 
-    done = {file.stem for file in (output / "masks").glob("*.png")}
+    done = set(list_images(output / "masks"))
     state.wait_for_everyone()  # no process writes a mask before every process has listed them
     todo = [index for index, name in enumerate(data.samples["id"]) if name not in done]
     mine = tqdm(todo[state.process_index :: state.num_processes], unit="image", disable=not state.is_main_process)
-    counts = label_images(segmenter, data, config, mine, given, write)
-    shares = reduce(torch.from_numpy(counts).to(state.device), "sum").double()
+    skipped: list[SampleError] = []
+
+    def skip(error: SampleError) -> None:
+        skipped.append(error)
+        tqdm.write(f"Skipped: {error}", file=sys.stderr)
+
+    counts = label_images(segmenter, data, config, mine, given, write, skip if on_error == "skip" else None)
+    sums = reduce(torch.from_numpy(np.append(counts, len(skipped))).to(state.device), "sum")
+    shares, left_out = sums[:3].double(), int(sums[3])
     if state.is_main_process:
         begun.replace(output / "dataset.json")
-    shares = (100 * shares / shares.sum().clamp(min=1)).tolist()
-    given_share, predicted, none = (f"{share:.1f} %" for share in shares)
-    state.print(f"{len(todo)} images in {output}: labels given {given_share}, predicted {predicted}, none {none}.")
+    given_share, predicted, none = (f"{100 * x:.1f} %" for x in (shares / shares.sum().clamp(min=1)).tolist())
+    written = f"{len(todo) - left_out} images in {output}" + (f", {left_out} were skipped" if left_out else "")
+    state.print(f"{written}: labels given {given_share}, predicted {predicted}, none {none}.")
     return output
+
+
+def check_arguments(data: SegmentationDataset, on_error: str) -> None:
+    """Checks arguments of [`write_pseudo_labels`]. Raises `ValueError`."""
+    if on_error not in ("skip", "fail"):
+        raise ValueError(f'on_error="{on_error}": choose skip or fail.')
+    if len(data.names) >= NO_LABEL:
+        raise ValueError(f"{len(data.names)} categories do not fit into masks of 8 bits: {NO_LABEL - 1} do.")
 
 
 def begin(output: Path, begun: Path, content: dict, state: PartialState) -> bool:
@@ -292,6 +322,7 @@ def copy_image(sample: dict, folder: Path) -> None:
     """Copies the image's file to a folder, named after the sample's id; as a hard link where the disk allows it."""
     image = sample["image"]
     file = folder / (sample["id"] + (Path(image["path"] or "").suffix or ".jpg"))
+    file.parent.mkdir(parents=True, exist_ok=True)
     if image.get("bytes") is not None:
         file.write_bytes(image["bytes"])
     elif not file.exists():

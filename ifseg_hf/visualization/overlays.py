@@ -7,8 +7,11 @@ from functools import lru_cache
 from os import PathLike
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
+
+from ifseg_hf.processing.image_reading_ifseg import to_array
+from ifseg_hf.visualization.fonts import choose_font
 
 Color = tuple[int, ...]  # red, green, blue, 0 to 255
 
@@ -89,26 +92,36 @@ def save_mask(mask, path: str | PathLike, names: Sequence[str]) -> None:
     image.save(path, format="PNG", pnginfo=text)
 
 
-def overlay(image: Image.Image, mask, names: Sequence[str], alpha: float = 0.55, legend: bool = True) -> Image.Image:
+def overlay(
+    image: Image.Image,
+    mask,
+    names: Sequence[str],
+    alpha: float = 0.55,
+    legend: bool = True,
+    font: str | PathLike | None = None,
+) -> Image.Image:
     """Returns the image with each category in its colour, and a legend beside or below it.
 
     Args:
-        image: of any mode.
+        image: of any mode; it is turned upright by its EXIF orientation, as the model sees it.
         mask: (H, W) of the image's size, indices into `names`. Pixels without a category keep their colours.
         names: the categories, whose order determines the colours; the legend shows the categories in the mask.
         alpha: opacity of the colours, from 0 to 1.
         legend: whether to add a legend. Without it the result has the image's size.
+        font: file of a font for the legend; see [`choose_font`].
 
     Raises:
-        `ValueError`: the sizes of image and mask differ.
+        `ValueError`: the sizes of image and mask differ, or the font cannot be read.
     """
     categories = _category_map(mask, names)
-    if categories.shape != (image.height, image.width):
+    pixels = to_array(image)
+    height, width = pixels.shape[:2]
+    if categories.shape != (height, width):
         raise ValueError(
-            f"The mask is {categories.shape[1]}x{categories.shape[0]} pixels and the image {image.width}x"
-            f"{image.height}: make the mask in the image's size (target_sizes)."
+            f"The mask is {categories.shape[1]}x{categories.shape[0]} pixels and the image {width}x{height}: make the "
+            "mask in the image's size (target_sizes)."
         )
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    pixels = pixels.astype(np.float32)
     # Less saturation and no dark tones, so that the categories' colours stand out.
     muted = 40 + 0.8 * (pixels + pixels.mean(axis=-1, keepdims=True)) / 2
     colors = np.asarray([*palette(len(names)), (0, 0, 0)], dtype=np.float32)  # the last row is category -1
@@ -116,7 +129,7 @@ def overlay(image: Image.Image, mask, names: Sequence[str], alpha: float = 0.55,
     painted = np.where((categories < 0)[..., None], pixels, painted)
     painted[_boundaries(categories, max(1, round(_font_size(image) / 14)))] = 255
     result = Image.fromarray(painted.round().astype(np.uint8))
-    return _with_legend(result, shares(categories, names), names) if legend else result
+    return _with_legend(result, shares(categories, names), names, font) if legend else result
 
 
 def _boundaries(categories: np.ndarray, width: int) -> np.ndarray:
@@ -133,12 +146,16 @@ def _font_size(image: Image.Image) -> int:
     return max(14, round(math.sqrt(image.width * image.height) / 32))
 
 
-def _with_legend(image: Image.Image, present: dict[str, float], names: Sequence[str]) -> Image.Image:
+def _with_legend(
+    image: Image.Image, present: dict[str, float], names: Sequence[str], font_file: str | PathLike | None
+) -> Image.Image:
     """Adds swatch, name and share of each of the `present` categories, below a wide image or right of a tall one."""
     size = _font_size(image)
-    font = ImageFont.load_default(size)
+    shown = _shortened(list(present))
+    shares = {name: _percent(share) for name, share in present.items()}
+    font, drawable = choose_font([*shown.values(), *shares.values()], size, font_file)
     line, swatch, gap = round(1.6 * size), round(1.1 * size), round(0.6 * size)
-    texts = {name: (_shortened(name), _percent(share)) for name, share in present.items()}
+    texts = {name: (drawable[shown[name]], drawable[shares[name]]) for name in present}
     # Columns of equal width: swatch, name, share aligned at the right.
     name_width = max((math.ceil(font.getlength(name)) for name, _ in texts.values()), default=0)
     share_width = max((math.ceil(font.getlength(share)) for _, share in texts.values()), default=0)
@@ -173,9 +190,16 @@ def _with_legend(image: Image.Image, present: dict[str, float], names: Sequence[
     return canvas
 
 
-def _shortened(name: str, limit: int = 40) -> str:
-    """The name, cut to `limit` characters with an ellipsis."""
-    return name if len(name) <= limit else name[: limit - 1] + "…"
+def _shortened(names: Sequence[str], limit: int = 40) -> dict[str, str]:
+    """The names, cut to `limit` characters with an ellipsis; where two would be equal, with a number, too."""
+    shown: dict[str, str] = {}
+    for name in names:
+        text, number = name if len(name) <= limit else name[: limit - 1] + "…", 2
+        while text in shown.values():
+            end = f"… ({number})"
+            text, number = name[: limit - len(end)] + end, number + 1
+        shown[name] = text
+    return shown
 
 
 def _percent(share: float) -> str:
@@ -183,26 +207,37 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %"
 
 
-def side_by_side(images: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+def side_by_side(
+    images: Sequence[Image.Image], titles: Sequence[str], font: str | PathLike | None = None
+) -> Image.Image:
     """Returns the images in a row with their tops aligned, each below its title.
 
+    Args:
+        images: of any mode.
+        titles: one for each image.
+        font: file of a font for the titles; see [`choose_font`].
+
     Raises:
-        `ValueError`: there is no image, or not one title for each.
+        `ValueError`: there is no image, or not one title for each; or the font cannot be read.
     """
     if not images or len(images) != len(titles):
         raise ValueError(
             f"side_by_side needs one title for each image: got {len(images)} images and {len(titles)} titles."
         )
+    images = [Image.fromarray(to_array(image)) for image in images]
     size = round(1.2 * max(_font_size(image) for image in images))
-    font = ImageFont.load_default(size)
+    typeface, drawable = choose_font(titles, size, font)
+    titles = [drawable[title] for title in titles]
     head, gap = 2 * size, size
-    widths = [max(image.width, math.ceil(font.getlength(title))) for image, title in zip(images, titles, strict=True)]
+    widths = [
+        max(image.width, math.ceil(typeface.getlength(title))) for image, title in zip(images, titles, strict=True)
+    ]
     sheet_size = (sum(widths) + gap * (len(images) + 1), head + max(image.height for image in images) + gap)
     sheet = Image.new("RGB", sheet_size, _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     left = gap
     for image, title, width in zip(images, titles, widths, strict=True):
-        draw.text((left, head / 2), title, fill=_TEXT, font=font, anchor="lm")
+        draw.text((left, head / 2), title, fill=_TEXT, font=typeface, anchor="lm")
         sheet.paste(image, (left, head))
         left += width + gap
     return sheet

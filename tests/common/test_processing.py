@@ -26,7 +26,7 @@ from ifseg_hf import (
     IFSegProcessor,
 )
 from ifseg_hf.modeling import IFSegSegmentationOutput
-from ifseg_hf.processing.image_processing_ifseg import to_array
+from ifseg_hf.processing.image_reading_ifseg import to_array
 
 
 class IFSegImageProcessingTester(ImageProcessingTester):

@@ -1,5 +1,7 @@
 """The segmentation model: words, word maps, images of any size, and the habits of transformers models."""
 
+import io
+
 import pytest
 import torch
 from checkpoints import SMALL, WORDS, padded_images, small_config, small_model
@@ -177,6 +179,53 @@ def test_loss_is_the_plain_formula(shape, seed):
     torch.testing.assert_close(torch.autograd.grad(3 * loss, logits), torch.autograd.grad(3 * plain, logits))
 
 
+def test_images_without_labels_change_nothing():
+    model = small_model(dropout=0.0, drop_path_rate=0.0)
+    images, pixel_values, pixel_mask = padded_images()
+    labels = torch.full(pixel_mask.shape, -100)
+    gradients = []
+    for labelled in (False, True):
+        height, width = images[0].shape[1:]
+        labels[0, :height, :width] = 1 if labelled else -100
+        model.zero_grad()
+        loss = model(pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels).loss
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert all(gradient.isfinite().all() for gradient in gradients[-1])
+        assert (loss.item() > 0) is labelled
+    assert all((gradient == 0).all() for gradient in gradients[0])
+    alone = model(pixel_values=images[0][None], labels=labels[:1, :height, :width]).loss
+    torch.testing.assert_close(loss, alone, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_batch_of_one_unlabelled_image_has_loss_zero(model):
+    labels = torch.full((1, 48, 48), -100)
+    assert model(pixel_values=torch.zeros(1, 3, 48, 48), labels=labels).loss == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_labels_are_checked_as_by_cross_entropy(model, padded):
+    image, right = torch.zeros(1, 3, 48, 48), torch.zeros(1, 48, 48, dtype=torch.long)
+    inputs = {"pixel_values": image} | ({"pixel_mask": torch.ones(1, 48, 48)} if padded else {})
+    right[0, 0, 0] = 2  # the last of three categories
+    expected = model(**inputs, labels=right).loss
+    for dtype in (torch.int32, torch.uint8):
+        torch.testing.assert_close(model(**inputs, labels=right.to(dtype)).loss, expected)
+    for wrong in (255, 3, -1):
+        with pytest.raises(ValueError, match=f"labels holds {wrong}, but there are 3 categories"):
+            model(**inputs, labels=right.index_fill(1, torch.tensor([5]), wrong))
+    with pytest.raises(ValueError, match="labels holds 156"):  # which is -100 modulo 256
+        model(**inputs, labels=torch.full((1, 48, 48), 156, dtype=torch.uint8))
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(ValueError, match=f"labels has the dtype {dtype}"):
+            model(**inputs, labels=right.to(dtype))
+    for shape in [(3, 48, 48), (1, 1, 48, 48), (48, 48)]:
+        with pytest.raises(ValueError, match=r"it must be \(1, height, width\)"):
+            model(**inputs, labels=right.new_zeros(shape))
+
+
 def test_paper_positions_add_no_parameters():
     published, paper = small_model(), small_model(decoder_positions="image")
     assert {n for n, _ in published.named_parameters()} - {n for n, _ in paper.named_parameters()} == {
@@ -215,6 +264,24 @@ def test_every_trained_parameter_gets_a_gradient(model):
     model(**word_maps()).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("positions", ["segmentation", "image"])
+def test_every_parameter_of_a_new_model_takes_part(positions, tmp_path):
+    """Distributed training waits for the gradient of each trainable parameter."""
+    small_model(decoder_positions=positions).save_pretrained(tmp_path)
+    loaded, _ = IFSegForSemanticSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    for model in (small_model(decoder_positions=positions), loaded):
+        model.train()
+        model(pixel_values=torch.randn(1, 3, 48, 80), labels=torch.zeros(1, 48, 80, dtype=torch.long)).loss.backward()
+        assert all(p.requires_grad == (p.grad is not None) for p in model.parameters())
+
+
+def test_torch_saves_a_whole_model(model):
+    """Its default protocol cannot pickle all objects, such as torch's memory formats."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert file.tell() > 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()

@@ -20,6 +20,15 @@ from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation
 from ifseg_hf.processing import IFSegProcessor
 
 WORDS = ["cat", "cup", "sky"]
+FILES = (
+    "backbone",
+    "configuration_checks",
+    "configuration_ifseg",
+    "modeling_ifseg",
+    "image_batches",
+    "loading",
+    "loss_ifseg",
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +36,7 @@ def backbone(tmp_path_factory):
     """The module of the second backbone, beside copies of the files that it imports, as in a fork of `modeling/`."""
     folder = tmp_path_factory.mktemp("fork") / "tiny_models"
     folder.mkdir()
-    for name in ("backbone", "configuration_ifseg", "modeling_ifseg", "image_batches", "loss_ifseg"):
+    for name in FILES:
         shutil.copy(ROOT / "modeling" / f"{name}.py", folder)
     shutil.copy(ROOT / "tests" / "helpers" / "backbone_tiny.py", folder)
     (folder / "__init__.py").touch()

@@ -7,7 +7,8 @@ from PIL import Image
 from reference_outputs import SHARED, golden
 
 from ifseg_hf.processing import IFSegImageProcessor
-from ifseg_hf.processing.image_processing_ifseg import output_size, resize_bilinear, resize_nearest, to_array
+from ifseg_hf.processing.image_processing_ifseg import output_size, resize_bilinear, resize_nearest
+from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
 
 
 def random_image(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -190,6 +191,30 @@ def test_modes_of_pil():
     np.testing.assert_array_equal(to_array(rgb.convert("CMYK")), np.asarray(rgb.convert("CMYK").convert("RGB")))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(np.uint16, 257), (np.int32, 1), (np.int32, 257), (np.float32, 1 / 255), (np.float32, 257)]
+)
+def test_grey_of_more_than_8_bits_is_scaled_from_its_range(dtype, factor, tmp_path):
+    grey = random_image(20, 30, 0)
+    grey[0, 0] = 255
+    Image.fromarray((grey.astype(np.float64) * factor).astype(dtype)).save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(to_array(read_image(tmp_path / "a.tif"))[..., 0], grey)
+
+
+def test_16_bits_of_either_byte_order_are_scaled():
+    grey = random_image(20, 30, 0)
+    for order in ("<u2", ">u2"):
+        np.testing.assert_array_equal(to_array((grey.astype(np.uint16) * 257).astype(order))[..., 0], grey)
+
+
+@pytest.mark.parametrize("wrong", [-1, 65536, np.inf, np.nan])
+def test_grey_of_an_unknown_range_is_refused(wrong):
+    values = np.zeros((4, 4), np.float32)
+    values[1, 2] = wrong
+    with pytest.raises(ValueError, match=r"whose range is unknown|not finite"):
+        to_array(Image.fromarray(values))
+
+
 def test_transparency_is_white():
     rgba = random_image(8, 8, 4)
     rgba[..., 3] = 255
@@ -247,6 +272,11 @@ def test_bad_files_are_named(tmp_path):
         IFSegImageProcessor()(Image.open(tmp_path / "cut.jpg"))
     with pytest.raises(TypeError, match="NoneType"):
         IFSegImageProcessor()([None])
+    with Image.open(tmp_path / "whole.jpg") as closed:
+        pass
+    for images, maps in ((closed, None), (random_image(64, 64), closed)):
+        with pytest.raises(ValueError, match="its file was closed before it was read"):
+            IFSegImageProcessor()(images, maps)
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import subprocess
 import sys
 
@@ -140,6 +141,33 @@ def test_kinds_of_images(pipe, tmp_path):
         assert same(pipe(kind), expected)
     assert all(same(segments, expected) for segments in pipe(kinds))
     assert same(pipe(images=make_image()), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("smoothing_neighbours", "Did you mean smoothing_neighbors?"), ("candidates", "The arguments are")],
+)
+def test_unknown_arguments_are_refused_by_name(pipe, model, small_processor, name, hint):
+    message = re.escape(f"unexpected keyword argument '{name}'. {hint}")
+    with pytest.raises(TypeError, match=message):
+        pipe(make_image(), **{name: 1})
+    with pytest.raises(TypeError, match=message):
+        small_processor.pipeline(model, **{name: 1})
+    with pytest.raises(TypeError, match=name):
+        small_processor(images=make_image(), **{name: 1})
+
+
+def test_floats_from_0_to_1_are_not_rescaled_on_request(pipe):
+    expected = pipe(make_image(), smoothing_iterations=0)
+    floats = pipe(np.asarray(make_image()) / 255, do_rescale=False, smoothing_iterations=0)
+    assert labels_of(floats) == labels_of(expected)
+    for one, other in zip(floats, expected, strict=True):  # images of 8 bits are resized in integers
+        assert abs(one["score"] - other["score"]) < 0.002
+        assert np.mean(np.asarray(one["mask"]) != np.asarray(other["mask"])) < 0.01
+
+
+def test_an_empty_list_gives_an_empty_list(pipe):
+    assert pipe([]) == pipe(images=[]) == []
 
 
 def test_errors(pipe, model, small_processor, tmp_path):

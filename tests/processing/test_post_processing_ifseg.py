@@ -209,6 +209,9 @@ def test_errors():
     outputs = outputs_of((4, 4), (4, 4))
     with pytest.raises(ValueError, match="1 target_sizes for 2 images"):
         segmentation_maps(outputs, [(8, 8)])
+    for wrong in ((8, 8), [(8, 8), (8, 8, 3)], [(8, 8), (0, 8)], [(8, 8), "88"], [(8, 8), (8, None)]):
+        with pytest.raises(ValueError, match=r"give one \(height, width\) in pixels per image"):
+            segmentation_maps(outputs, wrong)
     with pytest.raises(ValueError, match="smoothing_iterations=-1"):
         segmentation_maps(outputs, iterations=-1)
     with pytest.raises(ValueError, match="smoothing_neighbors=0"):

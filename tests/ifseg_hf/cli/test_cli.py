@@ -86,6 +86,15 @@ def test_help_imports_neither_torch_nor_transformers():
     assert not imported & {"torch", "transformers", "numpy", "PIL", "accelerate", "huggingface_hub"}
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_names_in_any_script_are_printed_in_any_encoding(encoding, tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "IFSEG_CACHE": str(tmp_path / "猫 łąka")}
+    command = [sys.executable, "-m", "ifseg_hf", "cache"]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "猫 łąka".encode(encoding, "backslashreplace") in done.stdout
+
+
 def test_the_program_lists_its_commands():
     done = ifseg("--help")
     assert done.exit_code == 0

@@ -85,6 +85,23 @@ def test_padding_is_grey_and_unlabelled(data):
     assert torch.equal(samples[0]["pixel_values"][:, 0, 0], torch.zeros(3))
 
 
+def test_the_long_side_is_limited_as_in_inference(monkeypatch):
+    """Labels of a panorama of 8 x 80 pixels, resized to a short side of 32 or a long one of 64."""
+    sizes = []
+    image, labels = np.zeros((8, 80, 3), np.uint8), np.zeros((8, 80), np.int64)
+    data = SegmentationDataset([{"id": "0"}], NAMES, np.arange(4), {})
+    monkeypatch.setattr(data, "read", lambda sample: (image, labels.copy()))
+    for long_side in (None, 64):
+        crops = CropDataset(data, crop_size=8, short_side=32, long_side=long_side)
+        crops.augment = lambda image, labels, seed: (sizes.append(labels.shape), (torch.zeros(3, 8, 8), labels))[1]
+        for index in range(20):
+            crops[index]
+    assert max(width for _, width in sizes[:20]) > 320
+    assert all(32 <= width <= 128 for _, width in sizes[20:])
+    assert max(width for _, width in sizes[20:]) > 64
+    assert [round(width / 10) for _, width in sizes[20:]] == [height for height, _ in sizes[20:]]
+
+
 def test_scales_range_from_half_to_twice_the_short_side(data, samples, monkeypatch):
     sides = []
 

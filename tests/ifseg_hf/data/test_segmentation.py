@@ -180,6 +180,21 @@ def test_errors_name_a_wrong_dataset_json(content, message, folder):
         load_segmentation_dataset(str(folder))
 
 
+def test_mask_values_may_have_gaps(folder):
+    """In any order; labels are in that of the values."""
+    metadata = {"categories": {"2": "road", "1": "tree", "0": "sky", "9": "none"}, "ignore_index": 9}
+    (folder / "dataset.json").write_text(json.dumps(metadata))
+    data = load_segmentation_dataset(str(folder))
+    assert data.names == ["sky", "tree", "road"]
+    assert read_one(data).tolist() == [0, 1, 2, -100, 2, 2, 2, 2]
+    (folder / "dataset.json").write_text(json.dumps({"categories": {"1": "tree", "9": "road", "0": "sky", "2": "car"}}))
+    assert read_one(load_segmentation_dataset(str(folder))).tolist() == [0, 1, 2, 3, 2, 2, 2, 2]
+    for categories, message in [({"sky": "x"}, '"mask value": "name"'), ({"-1": "x"}, "negative mask value")]:
+        (folder / "dataset.json").write_text(json.dumps({"categories": categories}))
+        with pytest.raises(ValueError, match=message):
+            load_segmentation_dataset(str(folder))
+
+
 def test_a_folder_can_have_splits(folder):
     shutil.copytree(folder / "images", folder / "val" / "images")
     (folder / "masks").rename(folder / "val" / "masks")

@@ -6,7 +6,7 @@ import pytest
 from reference_outputs import PARITY
 from tiny_model import save_tiny_model
 
-from ifseg_hf.data.vocabularies import VOCABULARIES, read_categories
+from ifseg_hf.data.vocabularies import VOCABULARIES, join_names, read_categories
 from ifseg_hf.processing import IFSegProcessor
 
 
@@ -78,6 +78,25 @@ def test_a_misspelt_vocabulary_is_refused(text):
 def test_errors_name_wrong_categories(categories, message):
     with pytest.raises(ValueError, match=message):
         read_categories(categories)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ('"mug, cup", cat', ["mug, cup", "cat"]),
+        ('cat , "a ""b"", c" , dog', ["cat", 'a "b", c', "dog"]),
+        ('19" rack, cat', ['19" rack', "cat"]),
+    ],
+)
+def test_a_name_with_a_comma_stands_in_quotes(text, names):
+    assert read_categories(text) == names
+    assert read_categories(join_names(names)) == names
+
+
+@pytest.mark.parametrize(("text", "message"), [('"mug, cup', "two quotation marks"), ("cat, a\udc80", "save its file")])
+def test_text_that_is_no_list_of_names_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        read_categories(text)
 
 
 def test_names_of_the_vocabularies():

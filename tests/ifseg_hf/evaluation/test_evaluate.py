@@ -90,6 +90,31 @@ def test_counts_equal_those_of_single_images(segmenter, streets):
     assert "| none |" in results_table(result.results())
 
 
+@pytest.mark.parametrize(("limit", "most"), [(0, 1), (8 * 60, 3), (2**20, 4)])
+def test_the_images_that_wait_are_limited_by_their_bytes(limit, most, monkeypatch):
+    """Images of six sizes, 60 bytes each with their masks; never more than the limit and one image are in memory."""
+    monkeypatch.setattr(evaluation, "_BUFFERED", limit)
+    alive = 0
+
+    def samples():
+        nonlocal alive
+        for index in range(24):
+            height, width = ((1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1))[index % 6]
+            image, truth = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.int16)
+            alive += image.nbytes + truth.nbytes
+            assert alive <= max(limit, 0) + 60
+            yield evaluation._Sample(index, str(index), image, truth)
+
+    seen, sizes = [], []
+    for batch in evaluation._equal_sizes(samples(), 4, lambda count: None):
+        assert len({sample.image.shape for sample in batch}) == 1
+        seen += [sample.index for sample in batch]
+        sizes.append(len(batch))
+        alive -= sum(sample.bytes for sample in batch)
+    assert sorted(seen) == list(range(24))
+    assert max(sizes) == most
+
+
 class Interrupted:
     """A segmenter that is interrupted before it has segmented more than `limit` images."""
 

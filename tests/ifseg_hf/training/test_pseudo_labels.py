@@ -156,8 +156,9 @@ def test_images_without_masks(model, data, tmp_path):
     images = load_images(tmp_path / "images" / "train" / "images", NAMES)
     one, two = write(model, images, tmp_path / "one"), write(model, data, tmp_path / "two")
     assert all(np.array_equal(mask, masks_of(two)[name]) for name, mask in masks_of(one).items())
+    (tmp_path / "one" / "given").mkdir()
     with pytest.raises(ValueError, match="There is no image in"):
-        load_images(tmp_path / "images", NAMES)
+        load_images(tmp_path / "one" / "given", NAMES)
 
 
 def test_a_stopped_run_resumes_and_a_complete_one_stays(model, data, tmp_path, monkeypatch, capsys):
@@ -211,6 +212,32 @@ def test_a_damaged_image_is_named(model, data, tmp_path):
     with pytest.raises(SampleError, match=r"1\.png"):
         write(model, data, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "dataset.json.incomplete").read_text())["categories"] == NAMES
+
+
+def test_a_damaged_image_can_be_skipped(model, data, tmp_path, capsys):
+    (tmp_path / "images" / "train" / "images" / "1.png").write_bytes(b"no image")
+    folder = write(model, data, tmp_path / "out", on_error="skip")
+    assert list(masks_of(folder)) == ["0", "2"]
+    captured = capsys.readouterr()
+    assert "2 images in" in captured.out
+    assert ", 1 were skipped: labels given" in captured.out
+    assert "1.png" in captured.err
+    with pytest.raises(ValueError, match="choose skip or fail"):
+        write(model, data, tmp_path / "other", on_error="maybe")
+
+
+def test_images_of_sub_folders_are_labelled_and_doubles_refused(model, tmp_path):
+    photos = tmp_path / "photos"
+    for name in ("a.jpg", "town/a.png"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 48)).save(photos / name)
+    (photos / "._a.jpg").write_bytes(b"resource fork")
+    folder = write(model, load_images(photos, NAMES), tmp_path / "out")
+    assert load_segmentation_dataset(str(folder)).samples["id"] == ["a", "town/a"]
+    assert (folder / "masks" / "town" / "a.png").is_file()
+    Image.new("RGB", (48, 48)).save(photos / "a.png")
+    with pytest.raises(ValueError, match=r"two images called a: a\.jpg and a\.png"):
+        load_images(photos, NAMES)
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
+from ifseg_hf.visualization import fonts, overlays
 from ifseg_hf.visualization.overlays import overlay, palette, save_mask, shares, side_by_side
 
 NAMES = ["sky", "tree", "road"]
@@ -130,6 +131,47 @@ def test_legend_shows_only_categories_in_the_mask(image, mask):
     assert palette(3)[1] not in colors
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("tree", "free"),
+        ("Straße", "Straüe"),
+        ("łąka", "łęka"),
+        ("мяч", "дом"),
+        ("قط", "كل"),
+        ("猫犬", "木山"),
+        ("🐱", "🐶"),
+    ],
+)
+def test_different_names_look_different_in_any_script(names, image, mask):
+    assert not np.array_equal(*(np.asarray(overlay(image, mask * 0, [name])) for name in names))
+    assert not np.array_equal(*(np.asarray(side_by_side([image], [name])) for name in names))
+
+
+def test_names_of_one_beginning_stay_different(image, mask):
+    names = [f"{'a very long name ' * 4}{end}" for end in "ab"]
+    shown = overlays._shortened(names)
+    assert len(set(shown.values())) == 2
+    assert all(len(text) <= 40 for text in shown.values())
+
+
+def test_characters_without_a_glyph_are_escaped(monkeypatch):
+    monkeypatch.setattr(fonts, "_SYSTEM_FONTS", ())
+    font, drawable = fonts.choose_font(["a b", "猫犬", "\udc80"], 14)
+    assert drawable == {"a b": "a b", "猫犬": r"\u732b\u72ac", "\udc80": r"\udc80"}
+    assert fonts.missing_characters(font, ["a", "猫", " "]) == ["猫"]
+
+
+def test_a_given_font_is_preferred(tmp_path, monkeypatch):
+    own = tmp_path / "own.ttf"
+    own.write_bytes(ImageFont.load_default(14).font_bytes)
+    assert fonts.choose_font(["a"], 14, own)[0].path == own
+    monkeypatch.setenv("IFSEG_FONT", str(own))
+    assert fonts.choose_font(["a"], 14)[0].path == str(own)
+    with pytest.raises(ValueError, match=r"The font .*none\.ttf can't be read"):
+        fonts.choose_font(["a"], 14, tmp_path / "none.ttf")
+
+
 def test_overlay_of_an_unlabelled_mask_is_the_image(image):
     result = overlay(image, np.full((60, 80), -100), NAMES)
     np.testing.assert_array_equal(np.asarray(result)[:60, :80], np.asarray(image))
@@ -143,6 +185,20 @@ def test_overlay_refuses_a_mask_of_another_size(image):
 def test_overlay_takes_grey_and_transparent_images(image, mask):
     assert overlay(image.convert("L"), mask, NAMES).mode == "RGB"
     assert overlay(image.convert("RGBA"), mask, NAMES).mode == "RGB"
+
+
+def test_drawings_scale_16_bits(image, mask):
+    grey = np.asarray(image.convert("L"))
+    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
+    expected = overlay(Image.fromarray(grey), mask * 0 - 1, NAMES, legend=False)
+    assert np.array_equal(overlay(sixteen, mask * 0 - 1, NAMES, legend=False), expected)
+    assert np.array_equal(side_by_side([sixteen], ["a"]), side_by_side([Image.fromarray(grey)], ["a"]))
+
+
+def test_overlay_turns_the_image_upright(image, mask):
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6
+    assert np.array_equal(overlay(turned, mask, NAMES), overlay(image, mask, NAMES))
 
 
 def test_side_by_side_shows_every_image(image):
