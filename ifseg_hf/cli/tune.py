@@ -92,8 +92,6 @@ def parse_settings(words: str | None, config: str | None, flags: dict[str, Any])
         checked.check()
     except ValueError as error:
         raise CommandError(error, 2) from error
-    if checked.model != EMBEDDED:
-        convert_published(checked.model)
     if checked.push_to_hub and os.environ.get("RANK", "0") == "0":  # one request to the Hub, not one per process
         from ifseg_hf.hub.publish import HubError, check_access
 
@@ -101,6 +99,8 @@ def parse_settings(words: str | None, config: str | None, flags: dict[str, Any])
             check_access(checked.push_to_hub)
         except (ValueError, HubError) as error:
             raise CommandError(error, 2) from error
+    if checked.model != EMBEDDED:
+        convert_published(checked.model)
     return checked
 
 
