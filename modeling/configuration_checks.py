@@ -42,14 +42,14 @@ def check_values(config: PreTrainedConfig, extra: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r}: sizes are at least 1.")
         if name.endswith(_RATES) and any(not 0 <= number <= 1 for number in numbers):
             raise ValueError(f"{name}={value!r}: a rate is from 0 to 1.")
-    _check_labels(config.id2label, config.label2id, extra.get("num_labels"))
+    _check_labels(config.id2label, config.label2id, extra.get("num_labels", 0))
     for name, value in {"dtype": config.dtype, "torch_dtype": extra.get("torch_dtype")}.items():
-        if isinstance(value, str) and not _is_dtype(value):
-            raise ValueError(f'{name}="{value}" is no dtype of torch, such as "float32".')
+        if value is not None and not _is_dtype(value):
+            raise ValueError(f'{name}={value!r} is no dtype of torch, such as "float32".')
 
 
 def _check_labels(id2label: Any, label2id: Any, num_labels: Any) -> None:
-    if num_labels is not None and (not _matches(num_labels, int) or not 0 <= num_labels <= _MOST_LABELS):
+    if not _matches(num_labels, int) or not 0 <= num_labels <= _MOST_LABELS:
         raise ValueError(f"num_labels={num_labels!r} should be the number of categories, at most {_MOST_LABELS}.")
     if label2id is not None and not _matches(label2id, dict):
         raise ValueError(f"label2id={label2id!r} should be a dict of numbers by names.")
@@ -66,10 +66,10 @@ def _check_labels(id2label: Any, label2id: Any, num_labels: Any) -> None:
         raise ValueError(f"id2label has a number twice among {list(id2label)}.")
 
 
-def _is_dtype(name: str) -> bool:
+def _is_dtype(value: Any) -> bool:
     import torch  # only where a dtype is given
 
-    return isinstance(getattr(torch, name, None), torch.dtype)
+    return isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype)
 
 
 def _matches(value: Any, hint: Any) -> bool:

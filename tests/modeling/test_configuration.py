@@ -100,7 +100,8 @@ def test_wrong_values_are_refused_by_name():
         except ValueError as error:
             refused.append((changed, str(error)))
     for changed, message in refused:
-        related = [*changed, "category_ids", "model_type"]
+        inner = [name for value in changed.values() if isinstance(value, dict) for name in value]
+        related = [*changed, *map(str, inner), "category_ids", "model_type"]
         assert any(name in message for name in related), (changed, message)
     assert 400 < len(refused) < 1000
 
@@ -113,7 +114,7 @@ def test_wrong_values_are_refused_by_name():
         ({"image_size": "x"}, "image_size='x' should be an integer"),
         ({"encoder_attention_heads": 0}, "encoder_attention_heads=0: sizes are at least 1"),
         ({"id2label": {0: "\udc80"}}, "name of category 0, which is no text"),
-        ({"dtype": "float31"}, 'dtype="float31" is no dtype'),
+        ({"dtype": "float31"}, "dtype='float31' is no dtype"),
         ({"dropout": 1.5}, "dropout=1.5: a rate"),
     ],
 )
