@@ -263,8 +263,8 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> OFAConfig:
     grid_size = min(32, image_bucket_size)  # patches along a side of the images that the model segments
     if "segmentation_positions.embed_positions.weight" in shapes:
         grid_size = side(size("segmentation_positions.embed_positions.weight") - 1)
+    patch_size = 2 ** (len(depths) + 1)  # the ResNet's stem divides by 4, every stage but the first by 2
     try:
-        patch_size = OFAConfig(**sizes, image_size=0).patch_size
         return OFAConfig(**sizes, image_size=grid_size * patch_size)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ConversionError(f"No OFA model has the shapes of this checkpoint: {first_sentence(error)}") from error

@@ -15,6 +15,7 @@ from ifseg_hf.processing.prompt_ifseg import PromptEncoder, complete_template, n
 CODE = [
     "dense_crf",
     "image_processing",
+    "image_reading",
     "pipeline",
     "post_processing",
     "processing",
