@@ -83,7 +83,6 @@ def pseudo_label(
 
     state = PartialState(cpu=cpu)
     try:
-        resolve_checkpoint(model)
         config = PseudoLabelConfig(smoothing_neighbors, smoothing_iterations, min_confidence)
         names = None if categories is None else read_categories(categories)
         data: SegmentationDataset
@@ -91,6 +90,7 @@ def pseudo_label(
             data = load_images(images, list(names or ()))
         else:
             data = load_training_dataset(dataset, data_dir, split, names)
+        resolve_checkpoint(model)
         write_pseudo_labels(
             model, data, output_dir, config, keep_labels, unseen, cpu, trust_remote_code, untuned, on_error
         )

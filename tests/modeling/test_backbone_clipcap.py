@@ -278,7 +278,7 @@ def test_tied_weights_and_added_tokens_survive_saving(converted, tmp_path):
         ({"mapping_type": "conv"}, 'mapping_type="conv": choose mlp or transformer'),
         ({"patch_features": "dino"}, 'patch_features="dino": choose clip or maskclip'),
         ({"image_size": 500}, "image_size=500 is not a multiple of CLIP's patch size 32"),
-        ({"prefix_length": 0}, "prefix_length=0: GPT-2 has 1024 positions"),
+        ({"prefix_length": 0}, "prefix_length=0: sizes are at least 1"),
         ({"mapping_type": "transformer", "mapping_heads": 7}, "mapping_heads=7: GPT-2's width 768"),
         ({"templates": []}, "templates is empty"),
         ({"templates": ["a photo"]}, '"a photo" has not: give sentences with exactly one {}'),

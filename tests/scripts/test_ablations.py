@@ -41,7 +41,7 @@ def test_categories_and_the_rest_are_the_words(arguments, tmp_path, capsys):
         "| tuned",
     ]
     assert script.main([*command, "--model", "ifseg-ofa-nano"]) == 1
-    assert "other settings (model, weights in ablations.json)" in capsys.readouterr().err
+    assert "other settings (model, weights, training in ablations.json)" in capsys.readouterr().err
 
 
 def test_errors_are_printed_in_one_line(arguments, tmp_path, capsys):

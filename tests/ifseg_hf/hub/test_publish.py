@@ -29,9 +29,17 @@ from ifseg_hf.hub.publish import check_repo_id, files_to_publish
 from ifseg_hf.training.config import SETTINGS_FILE
 
 MODELING = "configuration loss modeling"
-PROCESSING = "dense_crf image_processing pipeline post_processing processing prompt segmenter sliding_window"
+PROCESSING = (
+    "dense_crf image_processing image_reading pipeline post_processing processing prompt segmenter sliding_window"
+)
 OFA = "attention backbone bias_cache configuration modeling positions trunk"
-CODE = {"backbone.py", "image_batches.py", "loading.py", *(f"{name}_ofa.py" for name in OFA.split())}
+CODE = {
+    "backbone.py",
+    "configuration_checks.py",
+    "image_batches.py",
+    "loading.py",
+    *(f"{name}_ofa.py" for name in OFA.split()),
+}
 CODE |= {f"{name}_ifseg.py" for name in f"{MODELING} {PROCESSING}".split()}
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 RESULT = {
