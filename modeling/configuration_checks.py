@@ -37,7 +37,7 @@ def check_values(config: PreTrainedConfig, extra: Mapping[str, Any]) -> None:
         if not _matches(value, hint):
             raise ValueError(f"{name}={value!r} should be {_described(hint)}.")
         numbers = value if isinstance(value, (list, tuple)) else [value]
-        numbers = [number for number in numbers if isinstance(number, Real)]
+        numbers = [number for number in numbers if isinstance(number, Real) and not isinstance(number, bool)]
         if name.endswith(_SIZES) and any(number < 1 for number in numbers):
             raise ValueError(f"{name}={value!r}: sizes are at least 1.")
         if name.endswith(_RATES) and any(not 0 <= number <= 1 for number in numbers):

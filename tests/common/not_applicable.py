@@ -75,7 +75,7 @@ NOT_APPLICABLE = {
     "test_pil_can_run_without_torchvision": "its subprocess loads classes of transformers only, without remote code",
     # processor
     "test_model_input_names": CATEGORIES,
-    "test_processor_with_multiple_inputs": CATEGORIES,
+    "IFSegProcessorTest.test_subprocessor_defaults_0_text": "the processor normalises text, the tokenizer does not",
     "test_flat_kwarg_applied_when_modality_dict_lacks_it": CATEGORIES,
     "test_kwargs_overrides_default_subprocessor_kwargs_0_images": CATEGORIES,
     "test_overlapping_text_image_kwargs_handling_0_images": CATEGORIES,

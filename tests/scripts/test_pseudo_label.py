@@ -49,7 +49,7 @@ def test_flags_that_contradict_each_other(main, arguments, message, capsys):
     [
         (["--dataset", "nowhere"], "no folder"),
         (["--dataset", "coco-stuff"], "data_dir"),
-        (["--images", "nowhere", "--categories", "cat, cup"], "nowhere can.t be read"),
+        (["--images", "nowhere", "--categories", "cat, cup"], "nowhere can't be read"),
         (["--images", ".", "--categories", "cat, cat"], "given twice"),
         (["--dataset", ".", "--min-confidence", "2"], "min_confidence=2.0"),
     ],
