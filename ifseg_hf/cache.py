@@ -74,7 +74,7 @@ def entry_folder(model: Path, config: TrainingConfig) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder in the cache, which ends with the process; says so if another process has it."""
+    """Locks a folder in the cache until the block or the process ends; prints a message while it waits for the lock."""
     from huggingface_hub.utils import WeakFileLock  # takes long to import, and few need it
 
     folder.parent.mkdir(parents=True, exist_ok=True)

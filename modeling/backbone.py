@@ -40,10 +40,11 @@ class IFSegBackbone(PreTrainedModel, ABC):
         """Side of a patch in pixels."""
         return self.config.patch_size
 
-    @abstractmethod
     def embed_words(self, word_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """
         Image tokens that stand for words (section 2.1); an artificial image is made of them.
+
+        Default: the mean token embedding of each word's sub-words.
 
         Args:
             word_ids, mask: (batch, N, sub-words), token ids, and 1 for a sub-word or 0 for padding.
@@ -51,6 +52,7 @@ class IFSegBackbone(PreTrainedModel, ABC):
         Returns:
             (batch, N, d_in); zero for a word without sub-words.
         """
+        return mean_of_subwords(self.get_input_embeddings()(word_ids), mask)
 
     def embed_categories(self, category_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """

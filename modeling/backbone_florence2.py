@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoBackbone, AutoConfig, Florence2Config, Florence2Model
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
-from .backbone import IFSegBackbone, mean_of_subwords
+from .backbone import IFSegBackbone
 from .configuration_ifseg import IFSegConfig
 from .modeling_ifseg import IFSegForSemanticSegmentation
 
@@ -110,10 +110,6 @@ class Florence2Backbone(IFSegBackbone):
         self._check_grid(grid, grid)
         self.model = Florence2Model(config)
         self.post_init()
-
-    def embed_words(self, word_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean token embedding of each word, (batch, N, d), used as image token and as category vector."""
-        return mean_of_subwords(self.get_input_embeddings()(word_ids), mask)
 
     def encode(
         self,

@@ -8,7 +8,7 @@ from transformers import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING, AutoBackbone, 
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .backbone import IFSegBackbone, mean_of_subwords
+from .backbone import IFSegBackbone
 from .configuration_ifseg import IFSegConfig
 from .configuration_ofa import OFAConfig
 from .modeling_ifseg import IFSegForSemanticSegmentation
@@ -63,10 +63,6 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
         if config.decoder_positions == "segmentation":
             self.segmentation_positions = OFASegmentationPositions(config)
         self.post_init()
-
-    def embed_words(self, word_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean token embedding of each word, (batch, N, d_model), used as image token and as category vector."""
-        return mean_of_subwords(self.get_input_embeddings()(word_ids), mask)
 
     def encode(
         self,

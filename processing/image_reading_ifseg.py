@@ -97,7 +97,7 @@ def _scale_to_16_bits(image: np.ndarray) -> np.ndarray:
     return image.round().astype(np.uint16)
 
 
-# Not transformers' `convert_to_rgb`: in 5.17 and earlier it drops transparency and leaves arrays as they are.
+# transformers' `convert_to_rgb` is not used here: up to version 5.17 it drops transparency and does not convert arrays.
 
 
 def _pil_to_rgb(image: Image.Image) -> np.ndarray:

@@ -68,9 +68,9 @@ class IFSegSegmenter:
         # An adapter's configuration is that of the model before tuning.
         if not (self.untuned or self.model.config.is_tuned or getattr(self.model, "peft_config", None)):
             raise ValueError(
-                "This model was never tuned on words, so its masks would mean nothing: tune it first, as in "
-                '`ifseg tune "cat, grass" --model MODEL --output-dir tuned`, or pass untuned=True (--untuned) if a '
-                "model without tuning is meant."
+                "This model was never tuned on words, so its masks would mean nothing. Tune it first, for example "
+                'with `ifseg tune "cat, grass" --model MODEL --output-dir tuned`, or pass untuned=True (--untuned) to '
+                "segment without tuning."
             )
 
     def check_words(self) -> None:

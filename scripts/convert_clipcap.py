@@ -6,12 +6,9 @@ python scripts/convert_clipcap.py coco_weights.pt clipcap --clip clip-vit-base-p
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
+from ifseg_hf.cli.convert import summary
 from ifseg_hf.cli.output import escape_unprintable
-
-if TYPE_CHECKING:
-    from ifseg_hf.hub.conversion import ConversionReport
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,22 +41,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def summary(report: "ConversionReport") -> str:
-    """The report as text: tensors that were used, tensors that were left out and why, and the next command."""
-    names: dict[str, list[str]] = {}
-    for name, reason in report.accounted.items():
-        names.setdefault(reason, []).append(name)
-    lines = [
-        f"{report.size}, {report.parameters:,} parameters with CLIP's",
-        f"{len(report.used)} tensors used, {len(report.accounted)} accounted for, none missing, none left over",
-        *(f"  {len(group)} x {reason}" for reason, group in names.items()),
-    ]
-    if report.ignored:
-        lines.append(f"  other entries, not used: {', '.join(report.ignored)}")
-    command = f'accelerate launch scripts/train.py --model {report.output_dir} --categories "..." --output-dir OUT'
-    return "\n".join([*lines, f"Written to {report.output_dir}. Next:", f"  {command}"])
-
-
 def main(arguments: list[str] | None = None) -> int:
     escape_unprintable()
     options = parse_arguments(arguments)
@@ -73,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(summary(report))
+    tune = f'accelerate launch scripts/train.py --model {report.output_dir} --categories "..." --output-dir OUT'
+    print(summary(report, [tune]))
     return 0
 
 

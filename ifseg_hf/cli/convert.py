@@ -1,5 +1,6 @@
 """`ifseg convert`: a published OFA or IFSeg checkpoint in this project's format."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -62,8 +63,13 @@ def convert(
     return 0
 
 
-def summary(report: "ConversionReport") -> str:
-    """The report as text: tensors that were used, tensors that were left out and why, and the next command."""
+def summary(report: "ConversionReport", next_steps: Sequence[str] | None = None) -> str:
+    """
+    Returns the report as text: tensors that were used, tensors that were left out and why, and the next commands.
+
+    Args:
+        next_steps: commands that use the converted model. Default: those for an OFA or a released IFSeg.
+    """
     names: dict[str, list[str]] = {}
     for name, reason in report.accounted.items():
         names.setdefault(reason, []).append(name)
@@ -77,13 +83,13 @@ def summary(report: "ConversionReport") -> str:
     if report.ignored:
         lines.append(f"  other entries, not used: {', '.join(report.ignored)}")
     lines += [f"Note: {note}." for note in report.notes]
-    lines += [f"Written to {report.output_dir}. Next:", *_next_steps(report)]
+    lines += [f"Written to {report.output_dir}. Next:", *(f"  {step}" for step in next_steps or _next_steps(report))]
     return "\n".join(lines)
 
 
 def _next_steps(report: "ConversionReport") -> list[str]:
     """The commands that use the converted model."""
     if report.architecture == "OFAForConditionalGeneration":
-        return [f'  ifseg segment IMAGE "cat, grass, sky" --model {report.output_dir}']
+        return [f'ifseg segment IMAGE "cat, grass, sky" --model {report.output_dir}']
     words = "" if report.has_words else ' --no-tune --categories "cat, grass, sky"'
-    return [f"  ifseg segment IMAGE --model {report.output_dir}{words}"]
+    return [f"ifseg segment IMAGE --model {report.output_dir}{words}"]

@@ -64,7 +64,7 @@ DatasetCategories = Annotated[str | None, option("names of the mask values, for 
 SmoothingNeighbors = Annotated[
     Any,
     option(
-        "numbers of patches to average, comma-separated; each is evaluated (default: the model's, 3)",
+        "numbers of patches to average, comma-separated; each is evaluated (default: the model's)",
         metavar="K",
         parser=integers,
         callback=at_least(1),
@@ -73,7 +73,7 @@ SmoothingNeighbors = Annotated[
 SmoothingIterations = Annotated[
     Any,
     option(
-        "how often to average, comma-separated; 0: no smoothing (default: the model's, 25, or 0 if trained on images)",
+        "how often to average, comma-separated; 0: no smoothing (default: the model's)",
         metavar="N",
         parser=integers,
         callback=at_least(0),

@@ -49,7 +49,7 @@ NewFolder = Annotated[Path, option("folder for the results")]
 SmoothingNeighbors = Annotated[
     int | None,
     option(
-        "number of patches to average, the patch itself included (default: the model's, 3)",
+        "number of patches to average, the patch itself included (default: the model's)",
         metavar="K",
         callback=at_least(1),
     ),
@@ -57,7 +57,7 @@ SmoothingNeighbors = Annotated[
 SmoothingIterations = Annotated[
     int | None,
     option(
-        "how often to average; 0: no smoothing (default: the model's, 25, or 0 if trained on images)",
+        "how often to average; 0: no smoothing (default: the model's)",
         metavar="N",
         callback=at_least(0),
     ),

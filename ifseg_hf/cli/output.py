@@ -1,4 +1,4 @@
-"""Output of programs that survives any encoding of the terminal or file that it goes to."""
+"""Standard output and standard error with escapes for characters that their encoding lacks."""
 
 import sys
 

@@ -45,7 +45,7 @@ def segment(
     config: Annotated[
         str | None, option("YAML or JSON file with settings of tuning (default: the model's recipe)", metavar="FILE")
     ] = None,
-    no_tune: Annotated[bool, flag("never tune: use the model as it is for any words", "--no-tune")] = False,
+    no_tune: Annotated[bool, flag("skip tuning, also if the model was tuned on other words", "--no-tune")] = False,
     untuned: Untuned = False,
     smoothing_neighbors: SmoothingNeighbors = None,
     smoothing_iterations: SmoothingIterations = None,

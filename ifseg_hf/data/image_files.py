@@ -12,8 +12,8 @@ SPLIT_FILES = ("train", "training", "val", "validation", "test")
 """Names of the splits that may be files of names beside the images, such as `val.txt`."""
 MASK_ENDINGS = (".bmp", ".png", ".tif", ".tiff")
 
-# Ends of names by which Cityscapes tells an image from its masks; its other files show the same labels as colours or
-# the instances of things.
+# Suffixes of Cityscapes file names: of images, and of masks with one integer label per pixel. `_OTHER_MASKS` are files
+# with the same labels as colours, and with instances.
 _PAIRED = ("_leftImg8bit", "_gtFine_labelIds", "_gtCoarse_labelIds", "_gtFine_labelTrainIds", "_gtCoarse_labelTrainIds")
 _OTHER_MASKS = ("_color", "_instanceIds", "_instanceTrainIds")
 _CITYSCAPES = ("_gtFine", "_gtCoarse")

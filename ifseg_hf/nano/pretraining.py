@@ -44,7 +44,8 @@ ALIGNMENT_TEMPERATURE = 0.07
 # Weights of the losses beside naming patches by the decoder, and sizes of their batches.
 ALIGNMENT_WEIGHT, CAPTION_WEIGHT, INFILLING_WEIGHT = 0.5, 0.3, 0.2
 CAPTIONED_IMAGES, SENTENCES = 3, 6
-CLASSES_WEIGHT, CLASSIFIED_IMAGES, CLASSIFIED_PATCHES = 1.0, 32, 24  # of the classifier's answers in the alignment
+# Of the distillation of ImageNet's classifier, in both stages: weight, images of a step, and patches of an image.
+CLASSES_WEIGHT, CLASSIFIED_IMAGES, CLASSIFIED_PATCHES = 1.0, 32, 24
 # Predictions after smoothing with 8 neighbours are targets in the later steps, where their probability is above 0.5.
 SMOOTHING_WEIGHT, SMOOTHING_START, SMOOTHING_NEIGHBORS, SURE = 0.5, 0.4, 8, 0.5
 BACKGROUND_SHARE = 0.35  # of the steps in which surfaces are called "background"
@@ -229,15 +230,16 @@ class Pretraining:
         self, sampler: RegionSampler, embedding: torch.Tensor, temperature: torch.Tensor | float
     ) -> torch.Tensor:
         """
-        Cross-entropy of projected patches and the answers of ImageNet's classifier, by its classes or everyday names.
+        Distillation loss: cross-entropy with the predictions of ImageNet's classifier, by class or everyday name.
 
-        So words are learnt that hardly any image is named by.
+        It teaches words that are the name of few or no training images.
         """
         classes = self.classes if sampler.rng.random() < 0.5 else self.everyday_classes
         features, found, probabilities = sampler.class_patches(CLASSIFIED_IMAGES, CLASSIFIED_PATCHES)
         names, columns, counts = classes.unique(return_inverse=True, return_counts=True)
         scores = cosine(self.projection(features), self._names(embedding)[names]) / temperature
-        # Without the counts, whatever is sure of nothing would be a dog, of which there are 121 classes.
+        # Divided by the square root of the number of classes with the same name: 121 of the 1000 classes are dogs, so
+        # that uncertain predictions would add up to "dog".
         rare = counts[columns].float().rsqrt() * ~self.held_out[classes]
         probabilities = probabilities * rare[found]
         probabilities = probabilities / probabilities.sum(1, keepdim=True).clamp(min=1e-6)

@@ -1,6 +1,6 @@
 """Recipes: the settings with which a model is best tuned on words, carried by its configuration as `tuning`.
 
-A configuration without `tuning` stands for the published recipe, the defaults of [`TrainingConfig`].
+Without `tuning`, the published recipe is used: the defaults of [`TrainingConfig`].
 """
 
 import dataclasses

@@ -23,7 +23,7 @@ _SYSTEM_FONTS = (
     "arialuni.ttf",
     "Arial Unicode.ttf",
 )
-_NO_CHARACTER = "\U0010ffff"  # for which a font draws what it draws for any character that it lacks
+_NO_CHARACTER = "\U0010ffff"  # not a character: every font draws its placeholder for missing glyphs
 
 
 def choose_font(

@@ -4,7 +4,7 @@
     python tests/benchmarks/gpu.py --output-dir OUT --device cpu --tiny      # the same code on small models
 
 Results are printed as they come, and written to `report.md` and `report.json` in the output folder after every row. A
-section that fails is reported and the next one runs; one whose turn comes after the time limit is skipped.
+section that fails is reported, and the next one runs. Sections after the time limit are skipped.
 
 The package must be importable. Speed is measured with random weights, which do not change the costs.
 """
@@ -156,7 +156,7 @@ def start_training(bench: Bench) -> None:
         model = save_tiny_model(bench.folder / "tiny")
     train = str(SCRIPTS / "train.py")
     threads = {"OMP_NUM_THREADS": "1" if bench.tiny else "2"}
-    # accelerate takes the index of a process for the index of its GPU, unless told not to.
+    # By default, accelerate puts process i on GPU i. The last variable disables this, so that both use GPU 0.
     local = {**threads, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "ACCELERATE_BYPASS_DEVICE_MAP": "true"}
     cpu = bench.device.type == "cpu"
     for precision in ("no", "bf16") if cpu else ("no", "bf16", "fp16"):

@@ -117,7 +117,7 @@ def trained_step(bench: Bench, model, words: int) -> Callable:
 
 
 def in_workers(bench: Bench, section: str, cases: list[str]) -> None:
-    """Runs each case in a process of its own that is stopped at the limit, and reports the rows that it prints."""
+    """Runs each case in a subprocess with a time limit, and reports the rows that it prints."""
     for case in cases:
         limit = min(LIMIT, bench.left())
         if limit < 10:

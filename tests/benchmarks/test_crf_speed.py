@@ -12,7 +12,7 @@ from ifseg_hf.processing.dense_crf_ifseg import dense_crf
 @pytest.mark.benchmark(group="DenseCRF", timer=time.process_time, min_rounds=3)
 @pytest.mark.parametrize("categories", [4, 16])
 def test_labels_are_fitted_to_an_image(benchmark, categories):
-    """Smooth colours with the noise of a camera, on which nearly every pixel has lattice points of its own."""
+    """Smooth colours with camera noise, so that few pixels share a lattice point: the slowest case."""
     generator = torch.Generator().manual_seed(0)
     image = interpolate(255 * torch.rand(1, 3, 9, 12, generator=generator), size=(512, 683), mode="bilinear")[0]
     image = (image + 2 * torch.randn(image.shape, generator=generator)).clamp(0, 255).permute(1, 2, 0)

@@ -1,4 +1,4 @@
-"""The script for a GPU runs on a CPU with small models, and writes a report of what it found, of failures too."""
+"""The GPU benchmark with small models on a CPU: the report, and failures of sections."""
 
 import argparse
 import json

@@ -29,6 +29,17 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
+def run_without_package(code: str, *arguments, home: Path) -> str:
+    """Runs Python code in a process that cannot import this package, and returns what it prints."""
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "sitecustomize.py").write_text(BLOCKED)
+    environment = {**os.environ, "PYTHONPATH": str(home), "HF_HOME": str(home / "hf")}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def save_small_processor(folder: Path) -> IFSegProcessor:
     """Changes the processor in a folder to images of 64 pixels, and returns it."""
     processor = IFSegProcessor.from_pretrained(folder)

@@ -1,5 +1,6 @@
 """A folder with a small random model and its processor, for training in tests."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from checkpoints import SMALL
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConfig
+from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConfig, OFAForConditionalGeneration
 from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
 
 
@@ -31,6 +32,14 @@ def save_tiny_model(folder: Path, model_class=IFSegForSemanticSegmentation, tune
     if model_class is IFSegForSemanticSegmentation:
         config = IFSegConfig(backbone_config=config, tuned=tuned)
     model_class(config).save_pretrained(folder)
+    return str(folder)
+
+
+def save_untuned_backbone(folder: Path, recipe: dict) -> str:
+    """Saves the backbone of [`save_tiny_model`], whose configuration carries a recipe of tuning. Returns the folder."""
+    save_tiny_model(folder, OFAForConditionalGeneration)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tuning": recipe}))
     return str(folder)
 
 

@@ -1,6 +1,5 @@
 """From words to a mask in one call, and the cache of tuned models."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,12 +11,11 @@ import pytest
 from checkpoints import SMALL
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_model import save_tiny_model
+from tiny_model import save_tiny_model, save_untuned_backbone
 
 import ifseg_hf
 from ifseg_hf import tuning
 from ifseg_hf.cache import cache_entries, cache_folder, clear_cache
-from ifseg_hf.modeling import OFAForConditionalGeneration
 from ifseg_hf.training.config import CHECKPOINT_FILE
 from ifseg_hf.training.loop import TrainingRun
 from ifseg_hf.tuning import is_tuned_for
@@ -31,11 +29,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "C
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The folder of a backbone that was never tuned, with a short recipe."""
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny_model(folder, OFAForConditionalGeneration)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "tuning": RECIPE}))
-    return str(folder)
+    return save_untuned_backbone(tmp_path_factory.mktemp("model"), RECIPE)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""ClipCap with small random weights, against a computation from these weights that knows nothing of the backbone."""
+"""ClipCap with small random weights, compared with an independent computation from the same weights."""
 
 import copy
 import itertools

@@ -1,13 +1,9 @@
 """Florence-2 with small random weights, against transformers' own model; training, evaluation, publishing."""
 
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from hub_client import BLOCKED, ROOT
+from hub_client import run_without_package
 from image_folders import save_masked_images
 from PIL import Image
 from tiny_model import save_tiny_model
@@ -18,6 +14,7 @@ from ifseg_hf.modeling import Florence2SegmentationConfig, IFSegForSemanticSegme
 from ifseg_hf.processing import IFSegProcessor
 from ifseg_hf.training.config import TrainingConfig
 from ifseg_hf.training.loop import train
+from scripts import evaluate
 
 WORDS = ["cat", "cup", "sky", "sea"]
 IMAGE_TOKEN, PATCH, WIDTH = 259, 32, 16
@@ -46,7 +43,7 @@ TEXT = {
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The folder of a Florence-2 as it is published."""
+    """The folder of a Florence-2 in the published layout."""
     torch.manual_seed(0)
     model = Florence2ForConditionalGeneration(
         Florence2Config(vision_config=VISION, text_config=TEXT, image_token_id=IMAGE_TOKEN)
@@ -204,11 +201,7 @@ def test_smoothing_and_cosine_baseline(tuned):
 def test_evaluation_and_publishing(tuned, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     data = save_masked_images(tmp_path / "data", split="val")
-    command = [sys.executable, ROOT / "scripts" / "eval.py", "--model", tuned, "--dataset", data, "--cpu"]
-    command += ["--output-dir", tmp_path / "results"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "results" / "results.json").read_text())["images"] == 6
+    assert evaluate(tuned, data, tmp_path / "results")["images"] == 6
     names = {file.name for file in files_to_publish(tuned)}
     assert {"backbone_florence2.py", "backbone.py", "modeling_ifseg.py", "processing_ifseg.py"} <= names
     assert not [name for name in names if "ofa" in name or "clip" in name]
@@ -228,16 +221,10 @@ assert "ifseg_hf" not in sys.modules
 """
 
 
-def test_loads_with_remote_code_alone(tuned, tmp_path, monkeypatch):
+def test_loads_with_remote_code_alone(tuned, tmp_path):
     image = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)).save(image)
     model, processor = load(tuned)
     with torch.no_grad():
         expected = model(**processor(images=Image.open(image), return_tensors="pt")).logits.sum().item()
-    (tmp_path / "sitecustomize.py").write_text(BLOCKED)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    command = [sys.executable, "-c", REMOTE, tuned, image]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(expected, rel=1e-4)
+    assert float(run_without_package(REMOTE, tuned, image, home=tmp_path / "home")) == pytest.approx(expected, rel=1e-4)

@@ -1,16 +1,13 @@
 """A second backbone in a single file (tests/helpers/backbone_tiny.py) that no other file knows."""
 
 import importlib
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hub_client import BLOCKED, ROOT
+from hub_client import ROOT, run_without_package
 from image_folders import save_masked_images
 from PIL import Image
 from tiny_model import save_tiny_model
@@ -18,6 +15,7 @@ from tiny_model import save_tiny_model
 from ifseg_hf.data.word_maps import WordMapCollator, word_map_stream
 from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation
 from ifseg_hf.processing import IFSegProcessor
+from scripts import evaluate, run_script
 
 WORDS = ["cat", "cup", "sky"]
 FILES = (
@@ -117,7 +115,7 @@ assert "ifseg_hf" not in sys.modules
 """
 
 
-def test_loads_with_remote_code_alone(checkpoint, processor, tmp_path, monkeypatch):
+def test_loads_with_remote_code_alone(checkpoint, processor, tmp_path):
     files = {path.name for path in checkpoint.glob("*.py")}
     assert {"backbone_tiny.py", "modeling_ifseg.py"} <= files
     assert not [name for name in files if "ofa" in name]
@@ -126,20 +124,9 @@ def test_loads_with_remote_code_alone(checkpoint, processor, tmp_path, monkeypat
     with torch.no_grad():
         model = IFSegForSemanticSegmentation.from_pretrained(checkpoint)
         expected = model(**processor(images=Image.open(image), return_tensors="pt")).logits.sum().item()
-    (tmp_path / "sitecustomize.py").write_text(BLOCKED)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    command = [sys.executable, "-c", REMOTE, checkpoint, image]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    total, known = done.stdout.split()
+    total, known = run_without_package(REMOTE, checkpoint, image, home=tmp_path / "home").split()
     assert float(total) == pytest.approx(expected, rel=1e-4)
     assert known == "True"
-
-
-def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / name, *arguments, "--cpu"]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
 def test_scripts_train_and_evaluate(checkpoint, tmp_path, monkeypatch):
@@ -153,8 +140,5 @@ def test_scripts_train_and_evaluate(checkpoint, tmp_path, monkeypatch):
     done = run_script("train.py", *recipe, *words, "--trust-remote-code")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tuned" / "backbone_tiny.py").is_file()
-    evaluation = ["--model", tmp_path / "tuned", "--dataset", data, "--output-dir", tmp_path / "results"]
-    done = run_script("eval.py", *evaluation, "--trust-remote-code")
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    results = evaluate(tmp_path / "tuned", data, tmp_path / "results", "--trust-remote-code")
     assert results["images"] == 6

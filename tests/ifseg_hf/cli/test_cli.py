@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import SMALL
 from PIL import Image
-from tiny_model import save_tiny_model
+from tiny_model import save_untuned_backbone
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -21,7 +21,6 @@ from ifseg_hf.cli import tune as tune_module
 from ifseg_hf.cli.main import app
 from ifseg_hf.cli.segment import split_arguments
 from ifseg_hf.cli.tune import flag_name
-from ifseg_hf.modeling import OFAForConditionalGeneration
 from ifseg_hf.training.config import TrainingConfig
 
 ROOT = Path(__file__).parents[3]
@@ -33,11 +32,7 @@ RECIPE = {"steps": 4, "warmup_steps": 1, "batch_size": 2, "max_cells": 2, "learn
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The folder of a backbone that was never tuned, with a short recipe."""
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny_model(folder, OFAForConditionalGeneration)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "tuning": RECIPE}))
-    return str(folder)
+    return save_untuned_backbone(tmp_path_factory.mktemp("model"), RECIPE)
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ def test_images_and_masks_pair_as_in_cityscapes(tmp_path):
     (sample,) = data.samples
     assert sample["id"] == stem
     assert data.read(sample)[1].tolist() == [[0, 1]]
-    touch(tmp_path / "masks", f"{stem}_gtFine_labelTrainIds.png")  # of other values: which of the two is meant?
+    touch(tmp_path / "masks", f"{stem}_gtFine_labelTrainIds.png")  # a second mask
     with pytest.raises(ValueError, match=r"labelIds.*labelTrainIds"):
         load_segmentation_dataset(str(tmp_path))
 

@@ -1,16 +1,13 @@
 """Conversion of ClipCap checkpoints, and what a converted one does: training, evaluation, publishing, remote code."""
 
-import json
 import pickle
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from clipcap_sources import WORDS, ClipCapSources, save_sources
-from hub_client import BLOCKED, ROOT
+from hub_client import run_without_package
 from image_folders import save_masked_images
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation, pipeline
@@ -24,7 +21,7 @@ from ifseg_hf.modeling import IFSegForSemanticSegmentation
 from ifseg_hf.processing import IFSegProcessor
 from ifseg_hf.training.config import TrainingConfig
 from ifseg_hf.training.loop import train
-from scripts import load_script
+from scripts import evaluate, load_script
 
 
 @pytest.fixture(scope="module")
@@ -206,11 +203,8 @@ def test_smoothing_and_segmentation_of_images(tuned):
 def test_evaluation_and_publishing(tuned, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     data = save_masked_images(tmp_path / "data", split="val")
-    command = [sys.executable, ROOT / "scripts" / "eval.py", "--model", tuned, "--dataset", data, "--cpu"]
-    command += ["--output-dir", tmp_path / "results", "--categories", "cat, cup, sky, sea"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "results" / "results.json").read_text())["images"] == 6
+    results = evaluate(tuned, data, tmp_path / "results", "--categories", "cat, cup, sky, sea")
+    assert results["images"] == 6
     names = {file.name for file in files_to_publish(tuned)}
     code = {"backbone_clipcap.py", "configuration_clipcap.py", "subwords_clip.py", "templates_clip.py"}
     assert code | {"modeling_ifseg.py", "processing_ifseg.py", "tokenizer.json", "model.safetensors"} <= names
@@ -233,7 +227,7 @@ assert "ifseg_hf" not in sys.modules
 """
 
 
-def test_loads_with_remote_code_alone(tuned, tmp_path, monkeypatch):
+def test_loads_with_remote_code_alone(tuned, tmp_path):
     image = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)).save(image)
     processor = IFSegProcessor.from_pretrained(tuned)
@@ -241,10 +235,6 @@ def test_loads_with_remote_code_alone(tuned, tmp_path, monkeypatch):
     with torch.no_grad():
         logits = model(**processor(images=Image.open(image), return_tensors="pt")).logits
         of_words = model(word_map=torch.tensor([[[0, 1], [2, 3]]])).logits
-    (tmp_path / "sitecustomize.py").write_text(BLOCKED)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    done = subprocess.run([sys.executable, "-c", REMOTE, tuned, image], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed = run_without_package(REMOTE, tuned, image, home=tmp_path / "home")
     expected = [logits.sum().item(), of_words.sum().item()]
-    assert [float(number) for number in done.stdout.split()] == pytest.approx(expected, rel=1e-4)
+    assert [float(number) for number in printed.split()] == pytest.approx(expected, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Published OFA checkpoints: read as they are, converted once on the way, captions of any picture."""
+"""Published OFA checkpoints: loading without conversion, conversion into the cache, captions."""
 
 import argparse
 import json
@@ -75,7 +75,7 @@ def images() -> dict[str, Image.Image]:
     return {**pictures, "palette": pictures["wide"].quantize(16)}
 
 
-# The published layout as it is ----------------------------------------------------------------------------------------
+# Loading without conversion ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_published_variants_without_implementation_are_refused(published, tmp_pa
 
 
 def train(hub: HubServer, home: Path, output: Path, model=REPO, **variables) -> subprocess.CompletedProcess:
-    """Trains for one step in a process of its own, with its home folder, and so its caches, in `home`."""
+    """Trains for one step in a subprocess whose home folder, which holds the caches, is `home`."""
     settings = ["--steps", "1", "--batch-size", "2", "--cpu", "--output-dir", output]
     script = ROOT / "scripts" / "train.py"
     env = environment(hub, home / "hf", HOME=str(home), **variables)
