@@ -135,7 +135,7 @@ class PermutohedralLattice:
         self.blur = torch.tensor([1.0, 0.5, 0.5], device=self.device)
 
     def _neighbors(self, points: Tensor, radices: list[int], axis: int) -> Tensor:
-        """Each lattice point and its two neighbours in a direction, (count + 1, 3); row `count` is for missing points."""
+        """Each lattice point and its two neighbours in a direction, (count + 1, 3); row `count` is a missing point."""
         step = -sum(radices) + (len(radices) + 1) * (radices[axis] if axis < len(radices) else 0)
         own = torch.arange(self.count + 1, device=self.device)
         found = torch.searchsorted(points, points + step).clamp(max=self.count - 1)
