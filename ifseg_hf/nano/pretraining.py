@@ -398,7 +398,7 @@ class Pretraining:
 
 def smoothing_loss(logits: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """
-    Cross-entropy with the model's own predictions after smoothing (section 2.4 of the paper), where they are sure.
+    Cross-entropy with the model's smoothed predictions (section 2.4 of the paper) as labels, where P > [`SURE`].
 
     Args:
         logits: (batch, h * w, names); features: (batch, h, w, channels), of the trunk.
