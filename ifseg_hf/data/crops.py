@@ -108,9 +108,7 @@ class Augmentation:
         import kornia.augmentation as kornia  # an optional dependency
 
         # Crop and flip do not change values, so the labels are transformed with the image, as its fourth channel.
-        # Padding of an image smaller than the crop is grey, which normalises to 0, and unlabelled.
-        margin = (0.5, 0.5, 0.5, float(IGNORE_INDEX))
-        self.crop = kornia.RandomCrop((crop_size, crop_size), pad_if_needed=True, fill=margin)
+        self.crop = kornia.RandomCrop((crop_size, crop_size))
         self.flip = kornia.RandomHorizontalFlip(p=0.5)
         self.distort = torch.nn.Sequential(
             kornia.RandomBrightness((0.875, 1.125), p=0.5),
@@ -120,7 +118,7 @@ class Augmentation:
         )
 
     def __call__(self, image: np.ndarray, labels: np.ndarray, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A crop of `image`, uint8 (H, W, 3), and of its `labels`, int64 (H, W).
+        """A crop of `image`, uint8 (H, W, 3), and of its `labels`, int64 (H, W), both at least as large as the crop.
 
         Returns:
             Float32 (3, c, c) from 0 to 1, and int64 (c, c).
@@ -149,7 +147,8 @@ class CropDataset(Dataset):
 
     A sample is `{"pixel_values": float32 (3, c, c), "labels": int64 (c, c)}`. Each epoch shows every image once, in a
     new random order. An image is resized so that its short side is `short_side` (or its long side `long_side`, if that
-    is smaller) times a random scale from 0.5 to 2, then cropped, flipped and distorted; see [`Augmentation`].
+    is smaller) times a random scale from 0.5 to 2, but no side less than `crop_size`, as published: a crop lies within
+    its image and has no padding. It is then flipped and distorted; see [`Augmentation`].
 
     Args:
         data: images with masks. An image or mask that cannot be used raises `SampleError`.
@@ -175,7 +174,7 @@ class CropDataset(Dataset):
         long_side: int | None = None,
     ):
         self.data = data
-        self.short_side, self.long_side = short_side, long_side
+        self.crop_size, self.short_side, self.long_side = crop_size, short_side, long_side
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         self.seed = seed
         self.ignored = list(ignored)
@@ -201,6 +200,7 @@ class CropDataset(Dataset):
         scale = drawn * self.short_side / min(labels.shape)
         if self.long_side is not None:
             scale = min(scale, drawn * self.long_side / max(labels.shape))
+        scale = max(scale, self.crop_size / min(labels.shape))
         height, width = (max(1, round(side * scale)) for side in labels.shape)
         image, labels = resize_bilinear(image, height, width), resize_nearest(labels, height, width)
         pixels, labels = self.augment(image, labels, int(random.integers(2**63)))

@@ -75,14 +75,30 @@ def test_labels_stay_on_their_pixels(samples):
     assert right / total > 0.97
 
 
-def test_padding_is_grey_and_unlabelled(data):
-    samples = CropDataset(data, crop_size=160, short_side=40)
+@pytest.mark.parametrize("long_side", [None, 50])
+def test_no_crop_is_padded(long_side, data):
+    """Every pixel of an image has a label here, and padding would have none."""
+    whole = SegmentationDataset(data.samples, data.names, np.where(data.labels < 0, 0, data.labels), {})
+    samples = CropDataset(whole, crop_size=160, short_side=40, long_side=long_side)
     for index in range(5):
         sample = samples[index]
-        corners = sample["labels"][[0, 0, -1, -1], [0, -1, 0, -1]]
-        assert (corners == -100).all()
-    samples.augment.distort = torch.nn.Identity()
-    assert torch.equal(samples[0]["pixel_values"][:, 0, 0], torch.zeros(3))
+        assert sample["pixel_values"].shape[1:] == sample["labels"].shape == (160, 160)
+        assert (sample["labels"] >= 0).all()
+
+
+def test_the_short_side_is_at_least_the_crop(monkeypatch):
+    """Images with sides from 7 to 4000, at the scale where rounding errors could lose a pixel."""
+    sizes = []
+    data = SegmentationDataset([{"id": "0"}], NAMES, np.arange(4), {})
+    crops = CropDataset(data, crop_size=512, short_side=512, long_side=2048)
+    crops.augment = lambda image, labels, seed: (sizes.append(labels.shape), (torch.zeros(3, 1, 1), labels))[1]
+    for height, width in [(7, 7), (375, 500), (683, 512), (333, 4000), (4000, 331)]:
+        blank = np.zeros((height, width), np.int64)
+        monkeypatch.setattr(data, "read", lambda sample, blank=blank: (np.zeros((*blank.shape, 3), np.uint8), blank))
+        for index in range(12):
+            crops[index]
+    assert min(map(min, sizes)) == 512
+    assert max(map(min, sizes[:12])) > 800
 
 
 def test_the_long_side_is_limited_as_in_inference(monkeypatch):
@@ -92,8 +108,8 @@ def test_the_long_side_is_limited_as_in_inference(monkeypatch):
     data = SegmentationDataset([{"id": "0"}], NAMES, np.arange(4), {})
     monkeypatch.setattr(data, "read", lambda sample: (image, labels.copy()))
     for long_side in (None, 64):
-        crops = CropDataset(data, crop_size=8, short_side=32, long_side=long_side)
-        crops.augment = lambda image, labels, seed: (sizes.append(labels.shape), (torch.zeros(3, 8, 8), labels))[1]
+        crops = CropDataset(data, crop_size=2, short_side=32, long_side=long_side)
+        crops.augment = lambda image, labels, seed: (sizes.append(labels.shape), (torch.zeros(3, 2, 2), labels))[1]
         for index in range(20):
             crops[index]
     assert max(width for _, width in sizes[:20]) > 320
@@ -102,7 +118,7 @@ def test_the_long_side_is_limited_as_in_inference(monkeypatch):
     assert all(abs(width / 10 - height) <= 1 for height, width in sizes[20:])
 
 
-def test_scales_range_from_half_to_twice_the_short_side(data, samples, monkeypatch):
+def test_scales_range_from_half_to_twice_the_short_side(data, monkeypatch):
     sides = []
 
     def record(image, labels, seed):
@@ -110,6 +126,7 @@ def test_scales_range_from_half_to_twice_the_short_side(data, samples, monkeypat
         sides.append(min(labels.shape))
         return torch.zeros(3, 1, 1), torch.zeros(1, 1)
 
+    samples = CropDataset(data, crop_size=16, short_side=48)
     monkeypatch.setattr(samples, "augment", record)
     for index in range(200):
         samples[index]
