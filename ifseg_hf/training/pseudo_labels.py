@@ -38,7 +38,8 @@ class PseudoLabelConfig:
     Args:
         smoothing_neighbors, smoothing_iterations: of the model's predictions; 0 iterations do not smooth. `None`: the
             setting that the model needs, as its image processor says.
-        min_confidence: from 0 to 1; a pixel whose best category has a lower probability gets no label.
+        min_confidence: from 0 to 1; a pixel whose best category to predict has a lower probability, among all words of
+            the prompt, gets no label.
         predicted: names of the categories to predict, such as the unseen categories; `None` for all.
     """
 
@@ -227,8 +228,8 @@ def write_pseudo_labels(
     started again.
 
     Args:
-        model: folder or Hub id. The prompt has the words that the model was tuned on if they include the categories to
-            predict, otherwise only the categories to predict.
+        model: folder or Hub id. It is asked all words that it was tuned on if they include the categories to predict,
+            otherwise all categories of `data`: probabilities, which `min_confidence` limits, are over all of these.
         data: images to label, and labels that are kept with `keep_labels`.
         config: see [`PseudoLabelConfig`]; `unseen` replaces its `predicted`.
         keep_labels: keep the labels of `data`, and predict labels for the other pixels.
@@ -249,7 +250,7 @@ def write_pseudo_labels(
     segmenter = load_segmenter(model, device=state.device, trust_remote_code=trust_remote_code, untuned=untuned)
     words = config.predicted or data.names
     if segmenter.model.config.category_ids is None or not set(words) <= segmenter.model.config.label2id.keys():
-        segmenter.set_words(words)
+        segmenter.set_words(data.names)
     neighbors, iterations = segmenter.image_processor.smoothing(config.smoothing_neighbors, config.smoothing_iterations)
     config = replace(config, smoothing_neighbors=neighbors, smoothing_iterations=iterations)
     settings = {"model": str(model), "keep_labels": keep_labels, **asdict(config)}

@@ -103,6 +103,10 @@ def test_other_words_replace_the_models_own(model, data, tmp_path):
     masks = masks_of(write(str(tmp_path / "tuned"), data, tmp_path / "one", unseen="sky, cup"))
     expected = masks_of(write(model, data, tmp_path / "two", unseen="sky, cup"))
     assert all(np.array_equal(mask, expected[name]) for name, mask in masks.items())
+    # The probabilities are over all categories of the dataset: of sky and cup alone, one would always reach 0.5.
+    config = PseudoLabelConfig(min_confidence=0.5)
+    unsure = write_pseudo_labels(str(tmp_path / "tuned"), data, tmp_path / "half", config, unseen="sky, cup", cpu=True)
+    assert any((mask == 255).any() for mask in masks_of(unsure).values())
 
 
 def test_smoothing_is_the_models_unless_given(model, data, tmp_path):
