@@ -90,7 +90,7 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
         decoded = self.model.decoder(
             inputs_embeds=cat_sequences([self.get_input_embeddings()(start), patches]),
             patch_positions=self.patch_positions(height, width),
-            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.last_hidden_state if self.config.decoder_cross_attention else None,
             encoder_attention_mask=encoded.attention_mask,
             encoder_position_embeddings=encoded.position_embeddings,
             use_cache=False,
@@ -124,7 +124,7 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
         return (parameter for parameter in self.segmentation_parameters() if id(parameter) not in excluded)
 
     def segmentation_parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters except the decoder's positions of text and image codes, which only generation uses."""
+        """All parameters except those that only generation uses, such as the decoder's positions of text."""
         decoder = self.model.decoder
         unused = [
             decoder.embed_positions,
@@ -136,6 +136,10 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
         ]
         if self.config.decoder_positions == "segmentation":
             unused.append(decoder.image_rel_pos_table_list)
+        if not self.config.decoder_cross_attention:
+            unused += [decoder.cross_pos_q_linear, decoder.cross_pos_k_linear]
+            for layer in decoder.layers:
+                unused += [layer.cross_attn, layer.cross_attn_layer_norm, layer.cross_attn_mid_layer_norm]
         excluded = {id(parameter) for module in unused for parameter in module.parameters()}
         return (parameter for parameter in self.parameters() if id(parameter) not in excluded)
 

@@ -98,6 +98,8 @@ class OFAConfig(PreTrainedConfig):
             segmentation decoder. `"segmentation"`: separate embeddings and relative biases, as in the published
             implementation; `"image"`: the encoder's image positions, as in the paper (section 2.2, footnote 4), without
             parameters beyond OFA's.
+        decoder_cross_attention (`bool`, defaults to `True`): whether the segmentation decoder attends to the encoder's
+            output. Without, it reads `<s>` and the encoded patches before each patch only (Appendix B).
         tuning (`dict`, *optional*): settings with which the model is best tuned on words, such as `{"steps": 2000}`.
             The published ones if there are none.
     """
@@ -145,6 +147,7 @@ class OFAConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = 0
     tie_word_embeddings: bool = True
     decoder_positions: str = "segmentation"
+    decoder_cross_attention: bool = True
     tuning: dict | None = None
 
     def __post_init__(self, **kwargs):

@@ -124,8 +124,8 @@ class OFADecoderLayer(OFALayer):
         self,
         hidden_states: torch.Tensor,
         attention_bias: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        cross_attention_bias: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        cross_attention_bias: torch.Tensor | None,
         past_key_values: Cache | None = None,
         causal: bool = False,
         **kwargs,
@@ -138,14 +138,15 @@ class OFADecoderLayer(OFALayer):
             **kwargs,
         )
         hidden_states = self._add(hidden_states, self.self_attn_mid_layer_norm(branch))
-        branch, _ = self.cross_attn(
-            self.cross_attn_layer_norm(hidden_states),
-            cross_attention_bias,
-            key_value_states=encoder_hidden_states,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        hidden_states = self._add(hidden_states, self.cross_attn_mid_layer_norm(branch))
+        if encoder_hidden_states is not None:
+            branch, _ = self.cross_attn(
+                self.cross_attn_layer_norm(hidden_states),
+                cross_attention_bias,
+                key_value_states=encoder_hidden_states,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            hidden_states = self._add(hidden_states, self.cross_attn_mid_layer_norm(branch))
         return self._feed_forward(hidden_states)
 
 
@@ -468,8 +469,8 @@ class OFADecoder(_OFAStack):
         Args:
             input_ids: (batch, S) tokens, or `inputs_embeds` (batch, S, d_model).
             attention_mask: (batch, past + S), 0 where the decoder's input is padding.
-            encoder_hidden_states: (batch, K, d_model); encoder_attention_mask: bool (1 or batch, K);
-                encoder_position_embeddings: (1 or batch, K, d_model).
+            encoder_hidden_states: (batch, K, d_model), or `None` for no cross-attention; encoder_attention_mask: bool
+                (1 or batch, K); encoder_position_embeddings: (1 or batch, K, d_model).
             patch_positions: positions of the input where it is `<s>` and the patches of an image, instead of text.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -487,7 +488,7 @@ class OFADecoder(_OFAStack):
         )
         hidden_states = self.layernorm_embedding(inputs_embeds)
         hidden_states = nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
-        cross_bias = layer_bias("cross")
+        cross_bias = None if encoder_hidden_states is None else layer_bias("cross")
         for i, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,

@@ -6,15 +6,13 @@ pass over the images. The result of each row and seed is a file, so an interrupt
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
 
 from ifseg_hf.data.segmentation import SegmentationDataset
 from ifseg_hf.evaluation.evaluate import COSINE, evaluate_segmenter, load_segmenter
@@ -25,6 +23,7 @@ from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.pretrained import resolve_model
 from ifseg_hf.training.config import TrainingConfig
 from ifseg_hf.training.loop import train
+from ifseg_hf.training.setup import DECODER_CHOICES
 
 SMOOTHING: tuple[Smoothing, ...] = (  # Table 10
     (1, 0),
@@ -51,20 +50,12 @@ class Row:
         title: name in the table.
         tuned: whether the checkpoint is tuned. baseline: see [`load_segmenter`], of a model that is not tuned.
         settings: settings of [`TrainingConfig`] that differ from those of the row `tuned`.
-        decoder_positions, cross_attention: changes of the checkpoint before tuning. `None`, `True`: no change.
     """
 
     title: str
     tuned: bool = True
     baseline: str | None = None
     settings: dict = field(default_factory=dict)
-    decoder_positions: str | None = None
-    cross_attention: bool = True
-
-    @property
-    def changes_checkpoint(self) -> bool:
-        """Whether tuning starts from a changed copy of the checkpoint."""
-        return self.decoder_positions is not None or not self.cross_attention
 
 
 ROWS = {
@@ -78,9 +69,9 @@ ROWS = {
     "fixed-grid": Row("always the full grid", settings={"max_cells": None, "random_cells": False}),
     "appendix-prompt": Row("the appendix's prompt", settings={"prompt": APPENDIX_PROMPT}),
     "no-unknown": Row('prompt without "unknown"', settings={"append_unknown": False}),
-    "image-positions": Row("decoder positions of the image", decoder_positions="image"),
-    "segmentation-positions": Row("separate decoder positions", decoder_positions="segmentation"),
-    "no-cross-attention": Row("no cross-attention", cross_attention=False),
+    "image-positions": Row("decoder positions of the image", settings={"decoder_positions": "image"}),
+    "segmentation-positions": Row("separate decoder positions", settings={"decoder_positions": "segmentation"}),
+    "no-cross-attention": Row("no cross-attention", settings={"decoder_cross_attention": False}),
 }
 
 
@@ -140,21 +131,20 @@ class Ablations:
         side = self.config.grid_size
         if (row.settings.get("max_cells") or 0) > side:
             return f"a word map of this model has {side} cells a side at most"
-        positions = getattr(self.config.backbone_config, "decoder_positions", None)
-        if row.changes_checkpoint and positions is None:
+        given = {name: getattr(self.config.backbone_config, name, None) for name in DECODER_CHOICES}
+        if any(given[name] is None for name in row.settings.keys() & given.keys()):
             return "it needs OFA as the backbone"
-        configs = [self.training(x, self.out, 0) for x in (row, ROWS["tuned"])]
-        same = len({str(replace(x, max_cells=x.max_cells or side)) for x in configs}) == 1
-        if same and row.cross_attention and row.decoder_positions in (None, positions):
-            return "it equals the row tuned"
-        return None
+        given["max_cells"] = side
+        configs = [self.training(x, self.out, 0).to_dict() for x in (row, ROWS["tuned"])]
+        row_settings, tuned = ({**x, **{name: given[name] for name in given if x[name] is None}} for x in configs)
+        return "it equals the row tuned" if row_settings == tuned else None
 
-    def training(self, row: Row, output_dir: Path, seed: int, model: str | None = None) -> TrainingConfig:
-        """Settings of a row's tuning, from `model` or the checkpoint; an interrupted run is resumed."""
+    def training(self, row: Row, output_dir: Path, seed: int) -> TrainingConfig:
+        """Settings of a row's tuning; an interrupted run is resumed."""
         given = {
             "categories": self.data.names,
             "output_dir": str(output_dir),
-            "model": model or self.model,
+            "model": self.model,
             "seed": seed,
             "resume": "latest",
         }
@@ -201,12 +191,12 @@ class Ablations:
         save_settings(self.out / SETTINGS_FILE, settings)
 
     def measure(self, row: Row, seed: int, work: Path) -> dict:
-        """Tunes and evaluates a row. `work`: folder of the changed checkpoint, the tuned model and the counts."""
+        """Tunes and evaluates a row. `work`: folder of the tuned model and the counts."""
         model, seconds = self.model, None
         if row.tuned:
             model = str(work / "tuned")
             if not (work / "tuned" / MARKERS["train.py"]).is_file():
-                seconds = train(self.training(row, work / "tuned", seed, self.start(row, work))).seconds
+                seconds = train(self.training(row, work / "tuned", seed)).seconds
         device = PartialState(cpu=bool(self.settings.get("cpu"))).device
         segmenter = load_segmenter(model, row.baseline, device, seed=seed, untuned=not row.tuned)
         if not row.tuned:
@@ -220,22 +210,6 @@ class Ablations:
             "evaluation_seconds": evaluation.seconds,
             "results": evaluation.results(),
         }
-
-    def start(self, row: Row, work: Path) -> str:
-        """Folder or Hub id of the model that a row's tuning starts from, a changed copy if the row needs one."""
-        if not row.changes_checkpoint:
-            return self.model
-        path = Path(resolve_model(self.model))
-        if not path.is_dir():
-            raise ValueError(f'"{self.model}" has to be changed for this row: download it and give its folder.')
-        copy = work / "checkpoint"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(path, copy)
-        if row.decoder_positions:
-            set_decoder_positions(copy, row.decoder_positions)
-        if not row.cross_attention:
-            remove_cross_attention(copy)
-        return str(copy)
 
     def report(self) -> str:
         """The table of all complete rows with a description of its columns, as Markdown."""
@@ -260,30 +234,6 @@ def weights_digest(model: str) -> str | None:
     for file in sorted(path.glob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def set_decoder_positions(folder: Path, positions: str) -> None:
-    """Sets `decoder_positions` of the model in a folder: "image" (section 2.2) or "segmentation" (published code)."""
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config.get("backbone_config", config)["decoder_positions"] = positions
-    file.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-
-
-def remove_cross_attention(folder: Path) -> None:
-    """Sets the output of the decoder's cross-attention to zero, so that tuning cannot use it (Appendix B).
-
-    All parameters after the attention weights become zero. Their gradients are then zero, too, except for the last
-    bias: tuning can only learn one constant vector per layer, the same for every patch and image.
-    """
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise ValueError(f'"{folder}" has no model.safetensors: save the model as one file.')
-    weights = load_file(file)
-    last = re.compile(r"decoder\.layers\.\d+\.(cross_attn\.(c_attn|out_proj)|cross_attn_mid_layer_norm)\b")
-    for name in filter(last.search, weights):
-        weights[name].zero_()
-    save_file(weights, file, metadata={"format": "pt"})
 
 
 # Results --------------------------------------------------------------------------------------------------------------

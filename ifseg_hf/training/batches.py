@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import reduce
 from torch.utils.data import DataLoader, Dataset
 
 from ifseg_hf.data.crops import CropDataset, MixedDataset, collate_samples, find_labels
 from ifseg_hf.data.segmentation import SegmentationDataset
 from ifseg_hf.data.word_maps import WordMapDataset, WordMapSampler, word_map_labels
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
+from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.training.config import TrainingConfig
 from ifseg_hf.training.errors import sample_errors
@@ -84,11 +86,18 @@ def mixed_dataset(config: TrainingConfig, model_config: IFSegConfig, crops: Crop
     return MixedDataset(crops, word_maps, config.word_map_ratio)
 
 
-def batch_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], model_config: IFSegConfig) -> torch.Tensor:
-    """Mean cross-entropy over the samples of a batch, word maps and images with equal weights.
+def batch_loss(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], model_config: IFSegConfig, loss_mean: str = "labelled"
+) -> torch.Tensor:
+    """Mean cross-entropy over a batch: over the word maps, and over the images, in proportion to their numbers.
 
-    The loss of an image is the mean over all its pixels, with 0 for pixels without a label. A mean over the labelled
-    pixels of the batch would depend on which images share a batch, and so on the number of processes.
+    Args:
+        loss_mean: "labelled", as published: the mean over the labelled pixels of all images in the batches of all
+            processes, so that their number does not change it (accumulated batches have means of their own). "all": the
+            mean over all pixels, with 0 for pixels without a label, where images count as much as they have labels.
+
+    Returns:
+        A scalar, whose mean over the processes is the loss of the step.
     """
     word_map, pixel_values = batch.get("word_map"), batch.get("pixel_values")
     words = 0 if word_map is None else len(word_map)
@@ -101,6 +110,12 @@ def batch_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], model_con
     # needs the trunk's buffers unchanged.
     if pixel_values is not None:
         labels = batch["labels"]
-        share = (labels != -100).float().mean()
-        loss = loss + model(pixel_values=pixel_values, labels=labels).loss * share * (1 - words / samples)
+        labelled = (labels != IGNORE_INDEX).sum().float()
+        pixels: torch.Tensor | int = labels[0].numel()  # of an image that count
+        if loss_mean == "labelled":
+            counts = torch.stack([labelled, labelled.new_tensor(samples - words)])
+            all_labelled, all_images = reduce(counts, "mean")  # over the processes
+            pixels = all_labelled.clamp(min=1e-6) / all_images
+        # The model's loss is the mean over the labelled pixels of this process.
+        loss = loss + model(pixel_values=pixel_values, labels=labels).loss * labelled / (pixels * samples)
     return loss

@@ -77,6 +77,13 @@ class TrainingConfig:
     word_map_ratio: float = setting(
         0.0, "fraction of word maps among the samples; the others are images", minimum=0, below=1, stages=ON_IMAGES
     )
+    loss_mean: str = setting(
+        "labelled",
+        "pixels of the images that the loss is a mean over: labelled, as published; or all, with 0 where there is no "
+        "label, so that an image with few labels counts less",
+        choices=["labelled", "all"],
+        stages=ON_IMAGES,
+    )
     freeze: str | None = setting(
         None,
         "nothing; words: their embeddings; or trunk: the words, the trunk and its projection (default: nothing when "
@@ -120,6 +127,9 @@ class TrainingConfig:
         "model's)",
         choices=["segmentation", "image"],
         recipe=True,
+    )
+    decoder_cross_attention: bool | None = setting(
+        None, "whether OFA's decoder attends to the encoder's output (default: whether the model's does)", recipe=True
     )
     max_cells: int | None = setting(
         None,

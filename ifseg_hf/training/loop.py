@@ -274,7 +274,7 @@ class TrainingRun:
     def train_on_batch(self, batch: dict[str, torch.Tensor]) -> bool:
         """Backpropagates the loss of a batch. Returns whether it completed an optimiser step."""
         with self.accelerator.accumulate(self.model):
-            loss = batch_loss(self.model, batch, self.model_config)
+            loss = batch_loss(self.model, batch, self.model_config, self.config.loss_mean)
             self.accelerator.backward(loss)
             self.step_loss += loss.detach() / self.config.gradient_accumulation_steps
             if self.accelerator.sync_gradients:

@@ -31,6 +31,7 @@ __all__ = [
     "samples_per_batch",
 ]
 
+DECODER_CHOICES = ("decoder_positions", "decoder_cross_attention")  # of OFA alone
 CALIBRATION_CROPS, CALIBRATION_BATCH = 128, 16
 
 
@@ -163,17 +164,16 @@ def load_model(
 
 
 def change_backbone(model_config: IFSegConfig, processor: IFSegProcessor, config: TrainingConfig) -> None:
-    """Sets `image_size`, also of the image processor, and `decoder_positions` where they differ from the model's.
+    """Sets `image_size`, also of the image processor, and choices of the decoder where they differ from the model's.
 
     Raises `SettingError` where the model has no such attribute, or cannot have this value.
     """
     backbone, before = model_config.backbone_config, model_config.image_size
-    wanted = {"image_size": config.image_size, "decoder_positions": config.decoder_positions}
+    wanted = {name: getattr(config, name) for name in ("image_size", *DECODER_CHOICES)}
     changes = {name: x for name, x in wanted.items() if x is not None and x != getattr(backbone, name, None)}
-    if "decoder_positions" in changes and not hasattr(backbone, "decoder_positions"):
-        raise SettingError(
-            f"decoder_positions={config.decoder_positions}: the backbone {backbone.model_type} has no such choice."
-        )
+    for name in DECODER_CHOICES:
+        if name in changes and not hasattr(backbone, name):
+            raise SettingError(f"{name}={changes[name]}: the backbone {backbone.model_type} has no such choice.")
     if not changes:
         return
     try:

@@ -243,6 +243,23 @@ def test_paper_positions_add_no_parameters():
     assert all(p.grad is not None for p in paper.parameters() if p.requires_grad)
 
 
+def test_without_cross_attention_a_patch_has_read_those_before_it():
+    attending, alone = small_model(), small_model(decoder_cross_attention=False)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = [model(pixel_values=images).logits[:, :, 0, 0] for model in (attending, alone)]
+        later = alone(pixel_values=images).logits[:, :, 0, 1]
+    assert not torch.allclose(first[0][0], first[0][1])
+    torch.testing.assert_close(first[1][0], first[1][1])  # <s> is the same for all images
+    assert not torch.allclose(later[0], later[1])
+    alone.freeze_for_word_maps()
+    alone.train()
+    alone(**word_maps()).loss.backward()
+    assert all((x.grad is not None) == x.requires_grad for x in alone.parameters())
+    frozen = [name for name, x in alone.backbone.model.decoder.named_parameters() if not x.requires_grad]
+    assert sum("cross_" in name for name in frozen) == sum("cross_" in x for x, _ in alone.named_parameters()) > 0
+
+
 def test_paper_positions_are_the_encoders(model):
     paper = small_model(decoder_positions="image")
     encoder = paper.backbone.model.encoder

@@ -1,21 +1,16 @@
 """Ablations on images of coloured blocks, with a small random model."""
 
-import json
-import re
 import shutil
 
 import numpy as np
 import pytest
-import torch
 from image_folders import NAMES, save_masked_images, save_tiny_segmenter
-from tiny_model import save_tiny_model
 
 from ifseg_hf.data.segmentation import load_segmentation_dataset
 from ifseg_hf.evaluation.evaluate import evaluate_segmenter, load_segmenter
 from ifseg_hf.experiments import ablations
 from ifseg_hf.experiments.ablations import APPENDIX_PROMPT, ROWS, Ablations, ablation_table, read_results
-from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAForConditionalGeneration
-from ifseg_hf.processing import IFSegProcessor
+from ifseg_hf.modeling import IFSegConfig
 
 SETTINGS = {"steps": 1, "batch_size": 2, "learning_rate": 0.05, "max_cells": 3, "cpu": True}
 
@@ -67,11 +62,11 @@ def test_every_applicable_row_is_measured_once(make, data, monkeypatch, capsys):
     usual = configs[str(work / "tuned-3" / "tuned")]
     assert (usual.seed, usual.categories, usual.max_cells) == (3, NAMES, 3)
     assert configs[str(work / "max-cells-full-0" / "tuned")].max_cells is None
-    silent = configs[str(work / "no-cross-attention-0" / "tuned")].model
-    assert silent == str(work / "no-cross-attention-0" / "checkpoint")
-    names = ("tuned", "image-positions", "appendix-prompt", "no-unknown")
+    names = ("tuned", "image-positions", "appendix-prompt", "no-unknown", "no-cross-attention")
     tuned = {name: IFSegConfig.from_pretrained(work / f"{name}-0" / "tuned") for name in names}
     assert tuned["image-positions"].backbone_config.decoder_positions == "image"
+    attending = [tuned[name].backbone_config.decoder_cross_attention for name in ("tuned", "no-cross-attention")]
+    assert attending == [True, False]
     assert tuned["appendix-prompt"].prompt.startswith(APPENDIX_PROMPT)
     assert tuned["tuned"].prompt.endswith(" unknown")
     assert not tuned["no-unknown"].prompt.endswith(" unknown")
@@ -121,7 +116,7 @@ def test_results_of_other_settings_are_an_error(make, model, tmp_path):
     copy = shutil.copytree(model, tmp_path / "model")
     experiment = make(limit=1, model=str(copy), out=tmp_path / "other")
     experiment.save_settings()
-    ablations.remove_cross_attention(copy)
+    (copy / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(ValueError, match=r"other settings \(weights in"):
         experiment.save_settings()
 
@@ -134,6 +129,7 @@ def test_results_of_other_settings_are_an_error(make, model, tmp_path):
         ("max-cells-full", {"max_cells": 4}, "it equals the row tuned"),
         ("segmentation-positions", {}, "it equals the row tuned"),
         ("no-cross-attention", {}, None),
+        ("no-cross-attention", {"decoder_cross_attention": False}, "it equals the row tuned"),
         ("image-positions", {}, None),
         ("max-cells-4", {}, None),
         ("fixed-grid", {"max_cells": None}, None),
@@ -165,46 +161,3 @@ def test_an_undefined_metric_is_left_out_of_the_table():
     row = ablation_table({"tuned": seeds, "cosine": {0: seeds[1]}}).splitlines()[2:]
     assert row[0] == f"| tuned | 2 |{' 50.0 |' * columns} 25.0 | 25.0 | 25.0 |"
     assert row[1] == f"| cosine of patches and words | 1 |{' - |' * (columns + 3)}"
-
-
-@pytest.mark.parametrize("model_class", [IFSegForSemanticSegmentation, OFAForConditionalGeneration])
-def test_removed_cross_attention_stays_constant_under_training(model_class, tmp_path):
-    save_tiny_model(tmp_path / "start", model_class)
-    shutil.copytree(tmp_path / "start", tmp_path / "silent")
-    ablations.remove_cross_attention(tmp_path / "silent")
-    for folder in ("start", "silent"):
-        torch.manual_seed(0)
-        model = IFSegForSemanticSegmentation.from_pretrained(tmp_path / folder)
-        model.set_words(**IFSegProcessor.from_pretrained(tmp_path / folder).encode_categories(NAMES))
-        model.freeze_for_word_maps()
-        outputs: list[torch.Tensor] = []
-        layers = model.backbone.model.decoder.layers
-        for layer in layers:
-            layer.cross_attn_mid_layer_norm.register_forward_hook(lambda *args, into=outputs: into.append(args[2]))
-        maps = torch.tensor([[[0, 1], [2, 3]]]).repeat_interleave(2, 1).repeat_interleave(2, 2)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
-        for _ in range(3):
-            model(word_map=maps, labels=maps.repeat_interleave(16, 1).repeat_interleave(16, 2)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        silent = folder == "silent"
-        assert all(torch.equal(x, x[:, :1].expand_as(x)) for x in outputs) == silent
-        assert all(x.eq(0).all() for x in outputs[: len(layers)]) == silent
-        assert not silent or outputs[-1].any()
-
-
-@pytest.mark.parametrize("model_class", [IFSegForSemanticSegmentation, OFAForConditionalGeneration])
-def test_decoder_positions_are_set_in_the_backbone(model_class, tmp_path):
-    save_tiny_model(tmp_path, model_class)
-    ablations.set_decoder_positions(tmp_path, "image")
-    model = IFSegForSemanticSegmentation.from_pretrained(tmp_path)
-    assert model.config.backbone_config.decoder_positions == "image"
-    assert not hasattr(model.backbone, "segmentation_positions")
-
-
-def test_a_model_on_the_hub_cannot_be_changed(make, tmp_path):
-    with pytest.raises(ValueError, match=re.escape('"owner/name" has to be changed')):
-        make(model="owner/name").start(ROWS["no-cross-attention"], tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ofa"}))
-    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
-        ablations.remove_cross_attention(tmp_path)

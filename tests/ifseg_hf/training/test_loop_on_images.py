@@ -188,6 +188,7 @@ def test_labels_of_unseen_categories_are_ignored(tiny_model, images, tmp_path):
 def test_gradient_accumulation_leads_to_the_same_weights(tiny_model, images, tmp_path):
     """With word maps among images, and different numbers of labelled pixels: the loss is a mean over samples."""
     quiet = {"dropout": 0.0, "drop_path": 0.0, "learning_rate": 1e-4, "word_map_ratio": 0.3, "unseen": "cat, cup"}
+    quiet["loss_mean"] = "all"  # a mean over labelled pixels is one of each accumulated batch
     train(settings(tiny_model, images, tmp_path / "one", **quiet))
     train(settings(tiny_model, images, tmp_path / "two", gradient_accumulation_steps=2, **quiet))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -196,7 +197,7 @@ def test_gradient_accumulation_leads_to_the_same_weights(tiny_model, images, tmp
             torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
 
 
-def test_the_loss_weighs_samples_equally_and_skips_unlabelled_pixels(tiny_model):
+def test_unlabelled_pixels_do_not_count_or_count_as_zero(tiny_model):
     model = IFSegForSemanticSegmentation.from_pretrained(tiny_model).eval()
     processor = IFSegProcessor.from_pretrained(tiny_model)
     model.set_words(**processor.encode_categories(NAMES))
@@ -206,19 +207,21 @@ def test_the_loss_weighs_samples_equally_and_skips_unlabelled_pixels(tiny_model)
     labels[1, :40], labels[2] = -100, -100
     word_map, sizes = torch.randint(0, 4, (1, 4, 4), generator=random), torch.tensor([[4, 4]])
     batch = {"pixel_values": pixels, "labels": labels, "word_map": word_map, "grid_size": sizes}
-    loss = batch_loss(model, batch, model.config)
+    loss, published = (batch_loss(model, batch, model.config, mean) for mean in ("all", "labelled"))
 
     logits = model(pixel_values=pixels).logits
     logits = torch.nn.functional.interpolate(logits, size=(64, 64), mode="bilinear")
     image_loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").mean((1, 2))
     word_logits = torch.nn.functional.interpolate(model(word_map=word_map).logits, size=(64, 64), mode="bilinear")
     word_labels = word_map.repeat_interleave(16, 1).repeat_interleave(16, 2)
-    expected = (image_loss.sum() + torch.nn.functional.cross_entropy(word_logits, word_labels)) / 4
-    torch.testing.assert_close(loss, expected)
+    word_loss = torch.nn.functional.cross_entropy(word_logits, word_labels)
+    torch.testing.assert_close(loss, (image_loss.sum() + word_loss) / 4)
+    torch.testing.assert_close(published, (3 * torch.nn.functional.cross_entropy(logits, labels) + word_loss) / 4)
 
-    unlabelled = batch_loss(model, {"pixel_values": pixels, "labels": labels * 0 - 100}, model.config)
-    unlabelled.backward()
-    assert unlabelled == 0
+    unlabelled = {"pixel_values": pixels, "labels": labels * 0 - 100}
+    losses = [batch_loss(model, unlabelled, model.config, mean) for mean in ("all", "labelled")]
+    sum(losses).backward()
+    assert losses == [0, 0]
     assert all(not x.grad.any() for x in model.parameters() if x.grad is not None)
 
 
