@@ -74,7 +74,6 @@ def main(arguments: list[str] | None = None) -> int:
         settings = {**read_settings(str(SETTINGS)), "checkpointing_steps": 0, "output_dir": str(folder / "model")}
         if options.steps is not None:
             settings["steps"] = options.steps
-            settings.pop("warmup_steps", None)
         categories = settings["categories"] = read_categories(options.categories or settings["categories"])
         if options.image:
             images = {Path(image).stem: to_array(read_image(image)) for image in options.image}

@@ -16,7 +16,7 @@ from ifseg_hf.training.log import read_log
 from ifseg_hf.visualization.curves import draw_curves
 
 ON_IMAGES = (
-    "train.py --config {configs}/images_nano.yaml --short-side 384 --steps {steps} --warmup-steps {warmup_steps} "
+    "train.py --config {configs}/images_nano.yaml --steps {steps} --warmup-steps {warmup_steps} "
     "--batch-size {batch_size}"
 )
 ON_IMAGES_EVALUATED = f"{ON_IMAGES} --eval-steps {{eval_steps}} --eval-dataset {{dataset}}"

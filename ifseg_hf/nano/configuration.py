@@ -8,7 +8,7 @@ SHORT_SIDE, LONG_SIDE = 384, 512
 # paper's 3 and 25 name things better, and keep thin ones.
 NEIGHBORS, ITERATIONS = 8, 5
 
-# Settings of tuning on words, also in scripts/configs/nano.yaml, chosen on development images. Pre-training has already
+# Settings of tuning on words, chosen on development images. Pre-training has already
 # named patches by the words of a prompt, and has positions for them: more or larger steps lead away from
 # what images have taught.
 RECIPE = {

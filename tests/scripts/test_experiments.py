@@ -32,7 +32,10 @@ def model(tmp_path_factory):
 def run(monkeypatch):
     def smaller(command: list[str]) -> list[str]:
         arguments = ["--steps", "2", "--warmup-steps", "0", "--max-cells", "3"] if command[0] == "train.py" else []
-        return [*arguments, *(["--short-side", "48", "--crop-size", "32"] if "--short-side" in command else [])]
+        return [
+            *arguments,
+            *(["--short-side", "48", "--crop-size", "32"] if "images_nano" in " ".join(command) else []),
+        ]
 
     return ScriptRunner(monkeypatch, smaller)
 
