@@ -133,8 +133,8 @@ def check_model(model: str) -> None:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f'The model "{model}" is not in the cache and cannot be downloaded: check its name and the network, or give '
-            f"the folder of a model ({reason})"
+            f'The model "{model}" is not in the cache and cannot be downloaded: check its name and the network, or '
+            f"give the folder of a model ({reason})"
         ) from error
 
 
@@ -213,12 +213,13 @@ def report(settings: TableSettings, table: str) -> str:
     (model, dataset), last = list(evaluations.items())[-1]
     results = read_results(last)
     best = max(results["results"], key=lambda result: result["mean_iou"] or 0)
-    ious = [[name, "-" if x is None else f"{100 * x:.1f}"] for name, x in best["categories"].items()]
+    ious = {name: scores["iou"] for name, scores in best["categories"].items()}
+    cells = [[name, "-" if iou is None else f"{100 * iou:.1f}"] for name, iou in ious.items()]
     commands = "\n".join(shell(step.command, ACCELERATE) for step in table_steps(settings))
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return (
         f"# IFSeg with {settings.ofa}\n\n{table}\n"
-        f"## IoU of each category ({model} on {dataset}, in per cent)\n\n{markdown_table(['category', 'IoU'], ious)}\n\n"
+        f"## IoU of each category, {model} on {dataset}\n\n{markdown_table(['category', 'IoU'], cells)}\n\n"
         f"## Commands\n\n```\n{commands}\n```\n\n"
         f"{results['images']} images, {results['processes']} x {results['device']}; {versions}.\n"
     )
