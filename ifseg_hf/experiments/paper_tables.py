@@ -48,7 +48,7 @@ COMMANDS = {
     "plus-labels": f"{PSEUDO_LABELS} --model {{seen-images}} --dataset coco-stuff --keep-labels --unseen unseen",
     "plus": "train.py --config {configs}/images_ifseg_plus.yaml --model {ofa} --dataset {plus-labels}",
     # Table 14
-    "clipcap": "train.py --config {configs}/coco_stuff_unseen.yaml --model {clipcap}",
+    "clipcap": "train.py --config {configs}/coco_stuff_unseen.yaml --model {clipcap_model}",
 }
 # Appendix B: the model of Table 1 with one change, as in the ablations on your own images.
 CHANGES = ("max-cells-8", "max-cells-16", "fixed-grid", "no-cross-attention", "image-positions", "appendix-prompt")

@@ -62,7 +62,7 @@ class TableSettings:
         return {
             "configs": str(self.configs),
             "ofa": self.ofa,
-            "clipcap": str(self.clipcap),
+            "clipcap_model": str(self.clipcap),
             "coco_dir": str(coco),
             "ade20k_dir": str(ade20k),
             "coarse_words": join_names(read_categories("coco-stuff-coarse")),

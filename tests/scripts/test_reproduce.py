@@ -69,8 +69,9 @@ def data(tmp_path_factory):
 def models(tmp_path_factory):
     """A small OFA for word maps of 16 x 16, whose tokenizer knows all vocabularies, and a small CLIP."""
     folder = tmp_path_factory.mktemp("models")
-    words = [name for vocabulary in VOCABULARIES for name in read_categories(vocabulary)]
-    words += [name for names in read_categories("coco-stuff-coarse").values() for name in names]
+    vocabularies = [read_categories(name) for name in VOCABULARIES]
+    words = [name for names in vocabularies for name in names]
+    words += [x for names in vocabularies if isinstance(names, dict) for fine in names.values() for x in fine]
     tokenizer = train_tokenizer(words)
     torch.manual_seed(0)
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "init_std": 0.2}
@@ -178,6 +179,8 @@ def test_baselines_without_a_model_are_quoted(capsys):
     clips = capsys.readouterr().out
     assert clips.count("--model openai/clip-vit-base-patch32") == 2
     assert "train.py" not in clips
+    assert reproduce(["--table", "14", "--clipcap", "captions", "--data", "data", "--dry-run"]) == 0
+    assert "coco_stuff_unseen.yaml --model captions " in capsys.readouterr().out
     assert reproduce(["--table", "1", "--model", "ofa", "--data", "data", "--dry-run"]) == 0
     assert "--baseline" not in capsys.readouterr().out
 
