@@ -80,8 +80,12 @@ class ClipCapSources:
     files: dict[str, Path]
 
 
-def save_sources(folder: Path) -> ClipCapSources:
-    """Saves CLIP and GPT-2 with their tokenizers, and a ClipCap file for each mapping."""
+def save_sources(folder: Path, positions: int = 120) -> ClipCapSources:
+    """Saves CLIP and GPT-2 with their tokenizers, and a ClipCap file for each mapping.
+
+    Args:
+        positions: longest text of GPT-2 in tokens.
+    """
     torch.manual_seed(0)
     words_of_clip, words_of_gpt2 = clip_tokenizer(), gpt2_tokenizer()
     sizes = {"hidden_size": WIDTH, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -90,7 +94,7 @@ def save_sources(folder: Path) -> ClipCapSources:
     vision = {**sizes, "image_size": 2 * PATCH, "patch_size": PATCH}
     clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=FEATURE))
     last = len(words_of_gpt2) - 1
-    config = GPT2Config(vocab_size=last + 1, n_embd=WIDTH, n_layer=2, n_head=8, n_positions=120)
+    config = GPT2Config(vocab_size=last + 1, n_embd=WIDTH, n_layer=2, n_head=8, n_positions=positions)
     config.bos_token_id = config.eos_token_id = last
     gpt2 = GPT2LMHeadModel(config)
     for model, tokenizer, name in [(clip, words_of_clip, "clip"), (gpt2, words_of_gpt2, "gpt2")]:
@@ -100,7 +104,9 @@ def save_sources(folder: Path) -> ClipCapSources:
     scale_up(gpt2)  # ClipCap tunes it
     weights = {f"gpt.{name}": tensor for name, tensor in gpt2.state_dict().items()}
     for layer in range(2):  # buffers of older versions of transformers
-        weights[f"gpt.transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 120, 120, dtype=torch.bool).tril()
+        weights[f"gpt.transformer.h.{layer}.attn.bias"] = torch.ones(
+            1, 1, positions, positions, dtype=torch.bool
+        ).tril()
         weights[f"gpt.transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     files = {}
     for mapping in ("mlp", "transformer"):

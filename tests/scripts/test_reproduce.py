@@ -88,7 +88,7 @@ def models(tmp_path_factory):
     text = {**sizes, "vocab_size": len(tokens), "eos_token_id": 1, "max_position_embeddings": 80}
     vision = {**sizes, "image_size": 128, "patch_size": 64}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder / "clip")
-    sources = save_sources(folder / "sources")
+    sources = save_sources(folder / "sources", positions=512)
     parts = {"clip": str(sources.clip), "gpt2": str(sources.gpt2), "image_size": 96}
     convert_clipcap_checkpoint(sources.files["mlp"], folder / "clipcap", **parts)
     return folder
