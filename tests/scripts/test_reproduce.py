@@ -102,7 +102,10 @@ def out(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch):
-    return ScriptRunner(monkeypatch)
+    def smaller(command: list[str]) -> list[str]:
+        return ["--dataloader-workers", "0"] if command[0] == "train.py" else []
+
+    return ScriptRunner(monkeypatch, smaller)
 
 
 @pytest.mark.parametrize("table", paper_tables.TABLES)
