@@ -39,7 +39,7 @@ class TrainingConfig:
     categories: list[str] | dict[str, list[str]] | None = setting(  # noqa: RUF009
         MISSING,
         "comma-separated words; a file of one word per line, or YAML or JSON of category: [fine name, ...]; or ade20k, "
-        "coco-stuff, coco-stuff-coarse or coco-stuff-unseen (default: the categories of the dataset)",
+        "ade20k-hierarchy, coco-stuff, coco-stuff-coarse or coco-stuff-unseen (default: the categories of the dataset)",
     )
     output_dir: str = setting(MISSING, "folder for the tuned model and checkpoints", private=True, may_change=True)
     model: str = setting(EMBEDDED, "folder or Hub id of the model to start from", private=True)
