@@ -29,6 +29,14 @@ def pseudo_label(
     data_dir: DataDir = None,
     split: Annotated[str | None, option("split of the dataset (default: train, where there are splits)")] = None,
     images: Annotated[str | None, option("folder of images without masks, in place of --dataset")] = None,
+    masks: Annotated[
+        str | None,
+        option(
+            "folder of masks without names for --images: grey or palette PNGs with the images' names, whose pixels "
+            "have the number of their mask; each mask gets one label, of the highest mean probability"
+        ),
+    ] = None,
+    ignore_index: Annotated[int | None, option("number of pixels that belong to none of the --masks")] = None,
     categories: Annotated[
         str | None,
         option(
@@ -49,7 +57,7 @@ def pseudo_label(
     smoothing_neighbors: SmoothingNeighbors = None,
     smoothing_iterations: SmoothingIterations = None,
     min_confidence: Annotated[
-        float, option("probability below which a pixel gets no label (default: 0)", metavar="P")
+        float, option("probability below which a pixel or a mask gets no label (default: 0)", metavar="P")
     ] = 0.0,
     on_error: OnError = "fail",
     untuned: Untuned = False,
@@ -62,6 +70,7 @@ def pseudo_label(
     ifseg pseudo-label --model TUNED --images IMAGES --categories "cat, grass" --output-dir LABELS
     ifseg pseudo-label --model TUNED --dataset coco-stuff --data-dir COCO --keep-labels --unseen unseen \\
         --output-dir LABELS
+    ifseg pseudo-label --model TUNED --images IMAGES --masks MASKS --categories coco-stuff --output-dir LABELS
 
     The same command continues a stopped run.
     """
@@ -72,11 +81,17 @@ def pseudo_label(
     if images and (keep_labels or unseen):
         raise typer.BadParameter("--keep-labels and --unseen need the labels of a --dataset, not --images")
 
+    if masks and not images:
+        raise typer.BadParameter("--masks needs --images")
+    if ignore_index is not None and not masks:
+        raise typer.BadParameter("--ignore-index is for --masks")
+
     # Imports that take seconds come after the arguments, so that wrong arguments are reported at once.
     from accelerate import PartialState
 
     from ifseg_hf.data.crops import load_training_dataset
     from ifseg_hf.data.segmentation import SegmentationDataset
+    from ifseg_hf.data.unnamed_masks import load_unnamed_masks
     from ifseg_hf.data.vocabularies import read_categories
     from ifseg_hf.hub.published import resolve_checkpoint
     from ifseg_hf.training.pseudo_labels import PseudoLabelConfig, load_images, write_pseudo_labels
@@ -86,7 +101,9 @@ def pseudo_label(
         config = PseudoLabelConfig(smoothing_neighbors, smoothing_iterations, min_confidence)
         names = None if categories is None else read_categories(categories)
         data: SegmentationDataset
-        if images:
+        if images and masks:
+            data = load_unnamed_masks(images, masks, list(names or ()), ignore_index)
+        elif images:
             data = load_images(images, list(names or ()))
         else:
             data = load_training_dataset(dataset, data_dir, split, names)
