@@ -20,6 +20,30 @@ from ifseg_hf.cli.options import (
 __all__ = ["pseudo_label"]
 
 
+# Arguments of this command alone
+Masks = Annotated[
+    str | None,
+    option(
+        "folder of masks without names for --images: grey or palette PNGs with the images' names, whose pixels have "
+        "the number of their mask; each mask gets one label, of the highest mean probability"
+    ),
+]
+Categories = Annotated[
+    str | None,
+    option(
+        "comma-separated words or a file; or a YAML or JSON file, word: [categories of the dataset] (default: the "
+        "dataset's categories)"
+    ),
+]
+Unseen = Annotated[
+    str | None,
+    option(
+        "comma-separated categories, or the name of a subset: only these are predicted, and their given labels are "
+        "dropped"
+    ),
+]
+
+
 def pseudo_label(
     model: Annotated[str, option("folder or Hub id of the model that predicts the labels")],
     output_dir: Annotated[str, option("folder for the new dataset")],
@@ -29,31 +53,13 @@ def pseudo_label(
     data_dir: DataDir = None,
     split: Annotated[str | None, option("split of the dataset (default: train, where there are splits)")] = None,
     images: Annotated[str | None, option("folder of images without masks, in place of --dataset")] = None,
-    masks: Annotated[
-        str | None,
-        option(
-            "folder of masks without names for --images: grey or palette PNGs with the images' names, whose pixels "
-            "have the number of their mask; each mask gets one label, of the highest mean probability"
-        ),
-    ] = None,
+    masks: Masks = None,
     ignore_index: Annotated[int | None, option("number of pixels that belong to none of the --masks")] = None,
-    categories: Annotated[
-        str | None,
-        option(
-            "comma-separated words or a file; or a YAML or JSON file, word: [categories of the dataset] (default: the "
-            "dataset's categories)"
-        ),
-    ] = None,
+    categories: Categories = None,
     keep_labels: Annotated[
         bool, flag("keep the given labels, and predict labels for the other pixels", "--keep-labels")
     ] = False,
-    unseen: Annotated[
-        str | None,
-        option(
-            "comma-separated categories, or the name of a subset: only these are predicted, and their given labels are "
-            "dropped"
-        ),
-    ] = None,
+    unseen: Unseen = None,
     smoothing_neighbors: SmoothingNeighbors = None,
     smoothing_iterations: SmoothingIterations = None,
     min_confidence: Annotated[
@@ -80,7 +86,6 @@ def pseudo_label(
         raise typer.BadParameter("--images needs --categories")
     if images and (keep_labels or unseen):
         raise typer.BadParameter("--keep-labels and --unseen need the labels of a --dataset, not --images")
-
     if masks and not images:
         raise typer.BadParameter("--masks needs --images")
     if ignore_index is not None and not masks:

@@ -276,13 +276,12 @@ def write_pseudo_labels(
     """Writes a dataset of images and labels: `images/`, `masks/`, `dataset.json`, and `given/` with `keep_labels`.
 
     Call it under `accelerate launch` to share the images among several processes. A stopped run resumes when it is
-    started again.
+    started again. Each mask of [`UnnamedMasks`] gets one label; see [`mask_labels`].
 
     Args:
         model: folder or Hub id. The prompt has the words that the model was tuned on if they include the categories to
             predict, otherwise only the categories to predict.
-        data: images to label, and labels that are kept with `keep_labels`. Of [`UnnamedMasks`], each mask gets one
-            label; see [`mask_labels`].
+        data: images to label, and labels that are kept with `keep_labels`.
         config: see [`PseudoLabelConfig`]; `unseen` replaces its `predicted`.
         keep_labels: keep the labels of `data`, and predict labels for the other pixels.
         unseen: categories to predict, whose given labels are not kept; see [`find_labels`].

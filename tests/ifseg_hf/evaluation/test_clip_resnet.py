@@ -1,12 +1,14 @@
 """CLIP and MaskCLIP with a ResNet: a small state dict with OpenAI's names, against computations from its tensors."""
 
 import io
+import json
 import warnings
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from image_folders import save_masked_images
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch.nn.functional import adaptive_avg_pool2d, batch_norm, conv2d, interpolate, layer_norm, normalize
@@ -18,6 +20,7 @@ from ifseg_hf.evaluation.baselines import load_baseline
 from ifseg_hf.evaluation.clip_resnet import load_clip_resnet
 from ifseg_hf.evaluation.evaluate import evaluate_segmenter
 from ifseg_hf.processing.post_processing_ifseg import segmentation_maps
+from scripts import load_script
 
 WIDTH, DEPTHS, TEXT, LAYERS, SHARED, CONTEXT = 4, (2, 1, 2, 1), 128, 2, 12, 60
 CHANNELS = 32 * WIDTH  # of the last stage; two heads of 64
@@ -253,8 +256,6 @@ def test_images_of_several_sizes_get_what_each_gets_alone(folder):
 
 
 def test_an_evaluation_is_resumed_by_the_weights(folder, tmp_path):
-    from image_folders import save_masked_images
-
     data = load_segmentation_dataset(save_masked_images(tmp_path / "images", count=2), split="train")
     segmenter = loaded("clip", folder / "RN50.pt", data.names)
     evaluation = evaluate_segmenter(segmenter, data, [(3, 2)], state_dir=tmp_path / "state")
@@ -265,6 +266,18 @@ def test_an_evaluation_is_resumed_by_the_weights(folder, tmp_path):
     other.model.visual.conv1.weight.data += 1
     with pytest.raises(ValueError, match="another"):
         evaluate_segmenter(other, data, [(3, 2)], state_dir=tmp_path / "state")
+
+
+def test_the_command_evaluates_a_file_of_openai(folder, tmp_path, capsys):
+    images = save_masked_images(tmp_path / "images", count=2)
+    arguments = ["--baseline", "maskclip", "--model", str(folder / "RN50.pt"), "--dataset", images, "--split", "train"]
+    arguments += ["--output-dir", str(tmp_path / "out"), "--smoothing-iterations", "0", "--cpu"]
+    assert load_script("eval").main(arguments) == 0
+    assert "2 images" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["baseline"] == "maskclip"
+    other = ["maskclip", "--model", str(folder / "tokenizer.json"), "--dataset", images, "--split", "train", "--cpu"]
+    assert load_script("eval").main(["--baseline", *other, "--output-dir", str(tmp_path / "other")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def without(name):
