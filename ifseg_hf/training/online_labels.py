@@ -1,6 +1,6 @@
 """Labels that the trained model predicts at every step, as IFSeg+ does in its last 66,000 steps (Appendix A.3).
 
-The model predicts them for the crop as it was before the flip and the change of colours, as it is at that step.
+The model of that step predicts them for the crop before its flip and its change of colours.
 """
 
 from pathlib import Path

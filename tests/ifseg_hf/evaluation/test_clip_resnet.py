@@ -12,12 +12,12 @@ from image_folders import save_masked_images
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch.nn.functional import adaptive_avg_pool2d, batch_norm, conv2d, interpolate, layer_norm, normalize
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from ifseg_hf.data.segmentation import load_segmentation_dataset
 from ifseg_hf.evaluation import baselines
 from ifseg_hf.evaluation.baselines import load_baseline
-from ifseg_hf.evaluation.clip_resnet import load_clip_resnet
+from ifseg_hf.evaluation.clip_resnet import CLIPResNet, load_clip_resnet
 from ifseg_hf.evaluation.evaluate import evaluate_segmenter
 from ifseg_hf.processing.post_processing_ifseg import segmentation_maps
 from scripts import load_script
@@ -278,6 +278,19 @@ def test_the_command_evaluates_a_file_of_openai(folder, tmp_path, capsys):
     other = ["maskclip", "--model", str(folder / "tokenizer.json"), "--dataset", images, "--split", "train", "--cpu"]
     assert load_script("eval").main(["--baseline", *other, "--output-dir", str(tmp_path / "other")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("depths", "shared", "millions"),
+    [((3, 4, 6, 3), 1024, 102.01), ((3, 4, 23, 3), 512, 119.69)],
+    ids=["RN50", "RN101"],
+)
+def test_published_sizes_have_the_published_numbers_of_parameters(depths, shared, millions):
+    text = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
+    with torch.device("meta"):
+        model = CLIPResNet(depths, 64, CLIPTextConfig(**text, num_attention_heads=8, projection_dim=shared))
+    positions = 50 * 2048  # of the attention pooling, which are not used
+    assert round((sum(x.numel() for x in model.parameters()) + positions) / 1e6, 2) == millions
 
 
 def without(name):
