@@ -94,11 +94,7 @@ class TrainingConfig:
         0, "steps between updates of the pseudo-labels by the model (0: never)", minimum=0, stages=["self-training"]
     )
     online_after: int = setting(
-        0,
-        "steps after which the model labels each crop itself, before its augmentation, where no label is given (0: "
-        "never)",
-        minimum=0,
-        stages=["self-training"],
+        0, "steps after which the model itself labels the crops (0: never)", minimum=0, stages=["self-training"]
     )
     eval_steps: int = setting(
         0,
@@ -300,24 +296,18 @@ class TrainingConfig:
 
     def _check_own_labels(self) -> None:
         """Checks the settings with which the trained model predicts labels."""
+        every, after = f"refresh_every={self.refresh_every}", f"online_after={self.online_after}"
         if self.refresh_every and self.online_after:
-            raise ValueError(
-                f"refresh_every={self.refresh_every} and online_after={self.online_after} both replace pseudo-labels: "
-                "choose one."
-            )
-        name = "refresh_every" if self.refresh_every else "online_after"
-        value = getattr(self, name)
-        if not value:
+            raise ValueError(f"{every} and {after} both replace pseudo-labels: choose one.")
+        if not (self.refresh_every or self.online_after):
             return
-        labels = _pseudo_label_settings(self.dataset)
+        given, labels = every if self.refresh_every else after, _pseudo_label_settings(self.dataset)
         if labels is None:
-            raise ValueError(
-                f'{name}={value} needs pseudo-labels, and "{self.dataset}" is no folder of `ifseg pseudo-label`.'
-            )
+            raise ValueError(f'{given} needs pseudo-labels, and "{self.dataset}" is no folder of `ifseg pseudo-label`.')
         if OF_MASKS in labels:
-            raise ValueError(f'{name}={value} predicts pixels, and the labels of "{self.dataset}" are of whole masks.')
-        if self.online_after and value >= self.steps:
-            raise ValueError(f"online_after={value}: must be fewer than steps={self.steps}.")
+            raise ValueError(f'{given} predicts pixels, and the labels of "{self.dataset}" are of whole masks.')
+        if self.online_after >= self.steps:
+            raise ValueError(f"{after}: must be fewer than steps={self.steps}.")
 
     def _check_model(self) -> None:
         """Checks the sizes against a model in a local folder; models on the Hub are not checked."""
