@@ -38,7 +38,8 @@ Dataset = Annotated[
 Baseline = Annotated[
     Literal["cosine", "clip", "maskclip"] | None,
     option(
-        "cosine: similarity of the model's patches and words, without tuning; clip, maskclip: --model is a CLIP. "
+        "cosine: similarity of the model's patches and words, without tuning; clip, maskclip: --model is a CLIP, a "
+        "folder or Hub id, or OpenAI's file of one with a ResNet (RN101.pt). "
         "For OFA without tuning, leave out this flag and give OFA as --model with --untuned"
     ),
 ]

@@ -250,7 +250,7 @@ def _load_coco(folder: Path, split: str | None, view: str) -> SegmentationDatase
     names, unseen = list(read_categories("coco-stuff")), list(read_categories("coco-stuff-unseen"))
     seen = [name for name in names if name not in unseen]
     subsets = {"seen": [names.index(name) for name in seen], "unseen": [names.index(name) for name in unseen]}
-    data = SegmentationDataset(_paired_samples(images, masks), names, labels, subsets)
+    data = SegmentationDataset(paired_samples(images, masks), names, labels, subsets)
     if view == "coco-stuff-coarse":
         return data.select(_coarse_categories(names))
     views = {"coco-stuff": names, "coco-stuff-unseen": unseen, "coco-stuff-seen": seen}
@@ -274,7 +274,7 @@ def _load_ade20k(folder: Path, split: str | None) -> SegmentationDataset:
     images = _first_folder("images of ADE20K", *(root / "images" / part for root in roots))
     masks = _first_folder("masks of ADE20K", *(root / "annotations" / part for root in roots))
     names = list(read_categories("ade20k"))
-    return SegmentationDataset(_paired_samples(images, masks), names, _label_table(range(1, 151), 0), {})
+    return SegmentationDataset(paired_samples(images, masks), names, _label_table(range(1, 151), 0), {})
 
 
 def _load_folder(
@@ -295,7 +295,7 @@ def _load_folder(
         raise ValueError(f'{file} has no list "categories": write one, or give the names of the mask values.')
     names = _named_values(categories, ignore_index)
     part, listed = _find_split(folder, split)
-    samples = _paired_samples(part / "images", part / "masks", listed)
+    samples = paired_samples(part / "images", part / "masks", listed)
     return SegmentationDataset(samples, list(names.values()), _label_table(names, ignore_index), {})
 
 
@@ -453,7 +453,7 @@ def _first_folder(what: str, *folders: Path) -> Path:
     raise ValueError(f"The {what} are missing: there is no folder {' or '.join(map(str, folders))}.")
 
 
-def _paired_samples(images: Path, masks: Path, listed: Sequence[str] | None = None) -> datasets.Dataset:
+def paired_samples(images: Path, masks: Path, listed: Sequence[str] | None = None) -> datasets.Dataset:
     """
     The samples of two folders with their sub-folders, paired by file name.
 
@@ -495,4 +495,4 @@ def _open(sample: Mapping, column: str) -> Image.Image:
         raise SampleError(f"Can't read {name}: {' '.join(str(error).split())}") from error
 
 
-__all__ = ["BENCHMARKS", "SampleError", "SegmentationDataset", "load_segmentation_dataset"]
+__all__ = ["BENCHMARKS", "SampleError", "SegmentationDataset", "load_segmentation_dataset", "paired_samples"]

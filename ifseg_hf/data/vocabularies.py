@@ -11,7 +11,8 @@ from pathlib import Path
 
 _FILES = (".txt", ".yaml", ".yml", ".json")
 VOCABULARIES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "words").iterdir())}
-"""Paths of the embedded vocabularies by name: ade20k, coco-stuff, coco-stuff-coarse (hierarchical), -unseen."""
+"""Paths of the embedded vocabularies by name: ade20k and coco-stuff; coco-stuff-unseen, its 15 unseen categories; and,
+hierarchical, coco-stuff-coarse (Table 15 of the paper) and ade20k-hierarchy (synonyms; Appendix A.2, Table 8)."""
 
 
 def read_categories(text: str | Iterable[str] | Mapping[str, Iterable[str]]) -> list[str] | dict[str, list[str]]:

@@ -1,7 +1,8 @@
 """CLIP and MaskCLIP, the paper's baselines (section 3), with the interface of [`IFSegSegmenter`].
 
-Patch features of CLIP's vision transformer are compared with the embeddings of the words. Neither baseline is tuned.
-The outputs have the same fields as an IFSeg model's, so smoothing, resizing and argmax are the same code.
+Patch features of CLIP's image tower, a vision transformer or a ResNet, are compared with the embeddings of the words.
+Neither baseline is tuned. The outputs have the same fields as an IFSeg model's, so smoothing, resizing and argmax are
+the same code.
 """
 
 import re
@@ -13,11 +14,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import SizeDict
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ifseg_hf.data.vocabularies import read_categories
+from ifseg_hf.evaluation.clip_resnet import CLIPResNet, load_clip_resnet
 from ifseg_hf.modeling.image_batches import group_by_image_size
 from ifseg_hf.modeling.modeling_ifseg import IFSegSegmentationOutput
 from ifseg_hf.modeling.templates_clip import PROMPT_TEMPLATES
@@ -43,13 +46,23 @@ class CLIPSegmenter:
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor):
         self.model = model.eval().requires_grad_(False)
-        self.config = model.config
+        self.config = model.config  # whose `return_dict` is read by `group_by_image_size`
         self.tokenizer = processor.tokenizer
         self.image_processor = _WholePatches(
             image_mean=processor.image_processor.image_mean, image_std=processor.image_processor.image_std
         )
-        self.image_processor.patch_size = self.config.vision_config.patch_size
+        self.image_processor.patch_size = self.patch_size
         self.word_embeddings: Tensor | None = None
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.config.vision_config.patch_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Number of tokens that the text tower has positions for."""
+        return self.config.text_config.max_position_embeddings
 
     @property
     def smoothing(self) -> tuple[int, int]:
@@ -106,7 +119,8 @@ class CLIPSegmenter:
             [`IFSegSegmentationOutput`] with
 
             - **logits** (batch, categories, h, w), float32: cosine of patch and word, times CLIP's learned scale.
-            - **image_features** (batch, C, h, w), float32: the patch features at unit length, for smoothing.
+            - **image_features** (batch, C, h, w), float32: for smoothing, the patch features at unit length; of a
+              ResNet, the output of its last stage, as the paper compares features of the image backbone (Appendix E).
             - **patch_mask** (batch, h, w), bool: the patches of each image. Outputs of other patches are 0.
 
             Images of one size run as a batch, so that padding changes no output.
@@ -118,14 +132,27 @@ class CLIPSegmenter:
 
     @group_by_image_size
     def _segment(self, pixel_values: Tensor, pixel_mask=None, return_dict=None) -> IFSegSegmentationOutput:
+        image_features, features = self._patch_features(pixel_values)
+        features = normalize(features, dim=1)
+        logits = self.model.logit_scale.exp() * torch.einsum("bchw,nc->bnhw", features, self.word_embeddings)
+        mask = torch.ones_like(logits[:, 0], dtype=torch.bool)
+        return IFSegSegmentationOutput(logits=logits, image_features=image_features, patch_mask=mask)
+
+    def _patch_features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the patches' features for smoothing (batch, D, h, w), and in the space of the texts (batch, C, h, w).
+
+        Images are (batch, 3, H, W), of whole patches.
+        """
         tower = self.model.vision_model
         patches = tower(pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 1:]  # without the class token
         features = normalize(self.model.visual_projection(tower.post_layernorm(patches)), dim=-1)
-        height, width = (side // self.image_processor.patch_size for side in pixel_values.shape[2:])
+        height, width = (side // self.patch_size for side in pixel_values.shape[2:])
         features = features.transpose(1, 2).unflatten(2, (height, width))
-        logits = self.model.logit_scale.exp() * torch.einsum("bchw,nc->bnhw", features, self.word_embeddings)
-        mask = torch.ones_like(logits[:, 0], dtype=torch.bool)
-        return IFSegSegmentationOutput(logits=logits, image_features=features, patch_mask=mask)
+        return features, features
+
+    def _text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Returns the features of tokenized texts, (texts, C)."""
+        return self.model.get_text_features(**tokens).pooler_output
 
     def _embed_name(self, name: str) -> Tensor:
         """Returns the embedding of a name, (C,), at unit length."""
@@ -135,11 +162,27 @@ class CLIPSegmenter:
         tokens = self.tokenizer(
             [template.format(name) for template in PROMPT_TEMPLATES], padding=True, return_tensors="pt"
         )
-        length, limit = tokens["input_ids"].shape[1], self.config.text_config.max_position_embeddings
+        length, limit = tokens["input_ids"].shape[1], self.max_tokens
         if length > limit:
             raise ValueError(f'"{name}" makes a sentence of {length} tokens; the model reads {limit}: use fewer words.')
-        features = self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
+        features = self._text_features(tokens.to(self.model.device))
         return normalize(normalize(features, dim=-1).mean(0), dim=-1)
+
+
+class CLIPResNetSegmenter(CLIPSegmenter):
+    """[`CLIPSegmenter`] for a [`CLIPResNet`], whose patches are of 32 pixels."""
+
+    patch_size = 32
+
+    @property
+    def max_tokens(self) -> int:
+        return self.config.max_position_embeddings
+
+    def _patch_features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.visual(pixel_values)
+
+    def _text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        return self.model.text(**tokens).text_embeds
 
 
 class _WholePatches(IFSegImageProcessor):
@@ -171,7 +214,8 @@ def load_baseline(kind: str, model_name_or_path: str | Path, device: str | torch
     Loads CLIP or MaskCLIP as a segmenter; `set_words` sets its words.
 
     - `"clip"`: the last hidden states of the patches, normalised (`post_layernorm`) and projected (`visual_projection`)
-      as CLIP does with its class token.
+      as CLIP does with its class token. With a ResNet: the attention pooling's output for each patch, where MaskCLIP's
+      published code gives patches no positions.
     - `"maskclip"`: the same, but the last layer's attention is its value path alone, `out_proj(v_proj(x))`, so that a
       patch is not mixed with other patches there. MaskCLIP defines this for the attention pooling at the end of CLIP's
       ResNet, which has neither residual nor MLP. MaskCLIP's published implementation for vision transformers keeps the
@@ -179,10 +223,14 @@ def load_baseline(kind: str, model_name_or_path: str | Path, device: str | torch
       the projection were trained on; this implementation keeps them, too. MaskCLIP's two refinements of the result (key
       smoothing, prompt denoising) are left out, as the paper's smoothing takes their place.
 
+    The paper's tables have ResNet-101 (Tables 1, 2, 3, 6 and 11) and ViT-B/16 (Table 13).
+
     Args:
         kind (`str`): `"clip"` or `"maskclip"`.
-        model_name_or_path (`str` or `Path`): folder or Hub id of a `CLIPModel` with its processor. transformers has
-            CLIP's vision transformers only: ResNet variants raise an error.
+        model_name_or_path (`str` or `Path`): folder or Hub id of a `CLIPModel` with its processor; or OpenAI's file of
+            a CLIP with a ResNet (`RN50.pt`, `RN101.pt`; see [`load_clip_resnet`]). The tokenizer is then that of the
+            files beside it (`tokenizer.json`, or `vocab.json` and `merges.txt`), or else that of
+            `openai/clip-vit-base-patch16`, as all published CLIPs share one.
         device (`str` or `torch.device`, defaults to `"cpu"`): where the model computes, in float32.
 
     Raises:
@@ -191,29 +239,66 @@ def load_baseline(kind: str, model_name_or_path: str | Path, device: str | torch
     if kind not in BASELINES:
         raise ValueError(f'There is no baseline "{kind}": choose from {", ".join(BASELINES)}.')
     name = str(model_name_or_path)
-    if _RESNET.fullmatch(Path(name).name) and not Path(name).expanduser().is_dir():
-        raise ValueError(
-            f'"{name}" is a CLIP with a ResNet, which transformers does not have: take a vision transformer, such as '
-            f"{_EXAMPLE}."
-        )
+    source = _find(name)
     try:
-        path = resolve_model(name)
-    except FileNotFoundError:
-        message = (
-            f'There is no model folder "{name}". Give the folder of a saved CLIP, or a name on the Hub: {_EXAMPLE}.'
-        )
-        raise FileNotFoundError(message) from None
-    try:
-        model_type = CLIPConfig.get_config_dict(path)[0].get("model_type")
-        if model_type != "clip":
-            raise ValueError(f"its model type is {model_type}. Take a CLIP, such as {_EXAMPLE}.")
-        processor = CLIPProcessor.from_pretrained(path)
-        model, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(f"{len(report['missing_keys'])} of its weights are missing. Take a whole CLIPModel.")
+        if isinstance(source, Path) and source.is_file():
+            model, processor = _load_resnet(source, kind)
+            return CLIPResNetSegmenter(model.to(device), processor)
+        model, processor = _load_clip(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f'"{name}" is no CLIP that can be loaded: {" ".join(str(error).split())}'[:500]) from error
     if kind == "maskclip":
         last = model.vision_model.encoder.layers[-1]
         last.self_attn = _ValueAttention(last.self_attn)
     return CLIPSegmenter(model.to(device), processor)
+
+
+def _find(name: str) -> str | Path:
+    """The file of a CLIP with a ResNet, or the folder or Hub id of another CLIP. Raises as [`load_baseline`] does."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if _RESNET.fullmatch(path.name) and not path.is_dir():
+        raise ValueError(
+            f'"{name}" is no file: give the path of a CLIP with a ResNet as OpenAI published it (RN50.pt, RN101.pt), '
+            f"or a vision transformer, such as {_EXAMPLE}."
+        )
+    try:
+        return resolve_model(name)
+    except FileNotFoundError:
+        message = (
+            f'There is no model folder "{name}". Give the folder of a saved CLIP, or a name on the Hub: {_EXAMPLE}.'
+        )
+        raise FileNotFoundError(message) from None
+
+
+def _load_clip(source: str | Path) -> tuple[CLIPModel, CLIPProcessor]:
+    """CLIP with a vision transformer, and its processor, from a folder or the Hub."""
+    model_type = CLIPConfig.get_config_dict(source)[0].get("model_type")
+    if model_type != "clip":
+        raise ValueError(f"its model type is {model_type}. Take a CLIP, such as {_EXAMPLE}.")
+    processor = CLIPProcessor.from_pretrained(source)
+    model, report = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{len(report['missing_keys'])} of its weights are missing. Take a whole CLIPModel.")
+    return model, processor
+
+
+def _load_resnet(file: Path, kind: str) -> tuple[CLIPResNet, CLIPProcessor]:
+    """CLIP with a ResNet, and a processor with the tokenizer beside its file, or else that of all published CLIPs."""
+    model = load_clip_resnet(file, value_path=kind == "maskclip")
+    beside = any((file.parent / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    source = file.parent if beside else _EXAMPLE
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer of {source} cannot be loaded ({' '.join(str(error).split())[:150]}): put vocab.json and "
+            "merges.txt of a CLIP beside the file."
+        ) from error
+    vocabulary = model.config.vocab_size
+    if len(tokenizer) != vocabulary or tokenizer.eos_token_id != vocabulary - 1:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, and the model {vocabulary}: it is another's."
+        )
+    return model, CLIPProcessor(CLIPImageProcessorPil(), tokenizer)

@@ -60,11 +60,15 @@ def crop_dataset(
     processor: IFSegProcessor,
     data: SegmentationDataset,
     masks: Path | None = None,
+    kind: type[CropDataset] = CropDataset,
 ) -> CropDataset:
-    """Augmented crops of the images in `data`; `masks` is a folder of labels that replace those of `data`."""
+    """Augmented crops of the images in `data`; `masks` is a folder of labels that replace those of `data`.
+
+    `kind` is the class of the result.
+    """
     image_processor = processor.image_processor
     size = image_processor.size
-    return CropDataset(
+    return kind(
         data,
         crop_size=config.crop_size or model_config.image_size,
         short_side=size["shortest_edge"] or size["height"],

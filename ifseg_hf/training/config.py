@@ -24,6 +24,7 @@ SETTINGS_FILE = "training_config.json"  # beside a tuned model: the settings it 
 CHECKPOINT_FILE = "checkpoint.json"  # in every checkpoint: its step and the settings of its run
 INCOMPLETE = ".incomplete"  # suffix of a folder that is being written or deleted
 PSEUDO_LABELS = "pseudo_labels"  # key of a dataset.json that `ifseg pseudo-label` wrote
+OF_MASKS = "masks"  # key under it, if whole masks were labelled
 
 DEFAULT_FREEZE = {"word-maps": "trunk", "supervised": "nothing", "self-training": "words"}
 
@@ -39,7 +40,7 @@ class TrainingConfig:
     categories: list[str] | dict[str, list[str]] | None = setting(  # noqa: RUF009
         MISSING,
         "comma-separated words; a file of one word per line, or YAML or JSON of category: [fine name, ...]; or ade20k, "
-        "coco-stuff, coco-stuff-coarse or coco-stuff-unseen (default: the categories of the dataset)",
+        "ade20k-hierarchy, coco-stuff, coco-stuff-coarse or coco-stuff-unseen (default: the categories of the dataset)",
     )
     output_dir: str = setting(MISSING, "folder for the tuned model and checkpoints", private=True, may_change=True)
     model: str = setting(EMBEDDED, "folder or Hub id of the model to start from", private=True)
@@ -98,6 +99,9 @@ class TrainingConfig:
     )
     refresh_every: int = setting(
         0, "steps between updates of the pseudo-labels by the model (0: never)", minimum=0, stages=["self-training"]
+    )
+    online_after: int = setting(
+        0, "steps after which the model itself labels the crops (0: never)", minimum=0, stages=["self-training"]
     )
     eval_steps: int = setting(
         0,
@@ -289,11 +293,7 @@ class TrainingConfig:
             raise ValueError("There are no categories: give some (--categories) or a dataset (--dataset).")
         if self.categories is not None and len(self.categories) < 2:
             raise ValueError("One category is not enough for segmentation: give at least two.")
-        if self.refresh_every and not _has_pseudo_labels(self.dataset):
-            raise ValueError(
-                f'refresh_every={self.refresh_every} needs pseudo-labels, and "{self.dataset}" is no folder of '
-                "`ifseg pseudo-label`."
-            )
+        self._check_own_labels()
         if self.eval_dataset is not None and not self.eval_steps:
             raise ValueError(f'eval_dataset="{self.eval_dataset}" is for evaluations: give eval_steps.')
         if self.batch_size % self.gradient_accumulation_steps:
@@ -303,6 +303,21 @@ class TrainingConfig:
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps}: must be fewer than steps={self.steps}.")
+
+    def _check_own_labels(self) -> None:
+        """Checks the settings with which the trained model predicts labels."""
+        every, after = f"refresh_every={self.refresh_every}", f"online_after={self.online_after}"
+        if self.refresh_every and self.online_after:
+            raise ValueError(f"{every} and {after} both replace pseudo-labels: choose one.")
+        if not (self.refresh_every or self.online_after):
+            return
+        given, labels = every if self.refresh_every else after, _pseudo_label_settings(self.dataset)
+        if labels is None:
+            raise ValueError(f'{given} needs pseudo-labels, and "{self.dataset}" is no folder of `ifseg pseudo-label`.')
+        if OF_MASKS in labels:
+            raise ValueError(f'{given} predicts pixels, and the labels of "{self.dataset}" are of whole masks.')
+        if self.online_after >= self.steps:
+            raise ValueError(f"{after}: must be fewer than steps={self.steps}.")
 
     def _check_model(self) -> None:
         """Checks the sizes against a model in a local folder; models on the Hub are not checked."""
@@ -395,12 +410,12 @@ def patch_size(backbone: dict) -> int:
     return 4 * 2 ** (len(backbone.get("trunk_depths", (3, 4, 23))) - 1)
 
 
-def _has_pseudo_labels(dataset: str) -> bool:
-    """Whether `dataset` is a folder that `ifseg pseudo-label` wrote."""
+def _pseudo_label_settings(dataset: str) -> dict | None:
+    """The settings in a folder that `ifseg pseudo-label` wrote; None for another dataset."""
     try:
-        return PSEUDO_LABELS in json.loads((Path(dataset) / "dataset.json").read_text(encoding="utf-8"))
+        return json.loads((Path(dataset) / "dataset.json").read_text(encoding="utf-8")).get(PSEUDO_LABELS)
     except (OSError, ValueError):
-        return False
+        return None
 
 
 def _brief(value: Any) -> str:

@@ -31,6 +31,7 @@ from ifseg_hf.training.checkpointing import (
 from ifseg_hf.training.config import INCOMPLETE, TrainingConfig, read_checkpoint
 from ifseg_hf.training.errors import SettingError, TrainingError, TrainingStopped, on_every_process, writing_errors
 from ifseg_hf.training.log import TrainingLog
+from ifseg_hf.training.online_labels import GivenLabels, OnlineCrops, label_online
 from ifseg_hf.training.pseudo_labels import refresh_labels
 from ifseg_hf.training.setup import (
     load_data,
@@ -169,11 +170,12 @@ class TrainingRun:
 
     def _check_fsdp(self) -> None:
         config = self.config
-        unsupported = config.frozen == "nothing" or config.refresh_every or config.eval_steps
+        own_labels = config.refresh_every or config.online_after
+        unsupported = config.frozen == "nothing" or own_labels or config.eval_steps
         if self.accelerator.distributed_type == DistributedType.FSDP and unsupported:
             raise SettingError(
                 "FSDP trains no word embeddings, makes no pseudo-labels and does not evaluate: use --freeze words "
-                "without --refresh-every and --eval-steps, or data parallelism (MULTI_GPU)."
+                "without --refresh-every, --online-after and --eval-steps, or data parallelism (MULTI_GPU)."
             )
 
     def _read_checkpoint(self) -> None:
@@ -255,21 +257,36 @@ class TrainingRun:
             raise TrainingStopped(self.signals[0] if self.signals else signal.SIGTERM)
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's batches from `step` on, with new pseudo-labels every `refresh_every` steps."""
-        steps, every = self.config.steps, self.config.refresh_every
+        """This process's batches from `step` on, with new pseudo-labels every `refresh_every` steps.
+
+        After `online_after` steps they have pseudo-labels of the model at their step.
+        """
+        steps, every, after = self.config.steps, self.config.refresh_every, self.config.online_after
         if not self.config.on_images:
             samples = word_map_dataset(self.config, self.model_config)
             yield from sample_batches(self.config, self.accelerator, samples, self.batch_size, self.step, steps)
             return
         step, masks = self.step, None
         while step < steps:
-            end = min(steps, (step // every + 1) * every) if every else steps
+            if 0 < after <= step:
+                yield from self.online_batches(step)
+                return
+            end = min(steps, (step // every + 1) * every) if every else (after or steps)
             if every and step >= every:
                 masks = self.pseudo_labels(step // every * every)
             crops = crop_dataset(self.config, self.model_config, self.processor, self.data, masks)
             samples = mixed_dataset(self.config, self.model_config, crops)
             yield from sample_batches(self.config, self.accelerator, samples, self.batch_size, step, end)
             step = end
+
+    def online_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's batches from `step` to the last, each labelled by the model of its step (IFSeg+)."""
+        data = GivenLabels(self.data, Path(self.config.dataset))
+        crops = crop_dataset(self.config, self.model_config, self.processor, data, kind=OnlineCrops)
+        samples = mixed_dataset(self.config, self.model_config, crops)
+        model = self.accelerator.unwrap_model(self.model)
+        for batch in sample_batches(self.config, self.accelerator, samples, self.batch_size, step, self.config.steps):
+            yield label_online(model, batch, data.names, data.config)
 
     def train_on_batch(self, batch: dict[str, torch.Tensor]) -> bool:
         """Backpropagates the loss of a batch. Returns whether it completed an optimiser step."""

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ifseg_hf.data.crops import NO_LABEL, find_labels
 from ifseg_hf.data.image_files import list_images
 from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
+from ifseg_hf.data.unnamed_masks import UnnamedMasks
 from ifseg_hf.evaluation.segmenter import load_segmenter
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX
@@ -26,7 +27,7 @@ from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
 from ifseg_hf.processing.post_processing_ifseg import resize_scores
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.processing.segmenter_ifseg import IFSegSegmenter
-from ifseg_hf.training.config import INCOMPLETE, PSEUDO_LABELS
+from ifseg_hf.training.config import INCOMPLETE, OF_MASKS, PSEUDO_LABELS
 
 GIVEN = "given"  # folder of masks beside the labels: 255 where a label was given, 0 where the model predicted it
 
@@ -79,12 +80,45 @@ def confident_labels(
     return labels
 
 
+def mask_labels(
+    probabilities: torch.Tensor, masks: np.ndarray, min_confidence: float = 0.0, candidates: Sequence[int] = ()
+) -> torch.Tensor:
+    """Returns one label for all pixels of a mask: the category of the highest mean probability in it (Appendix A.2).
+
+    Args:
+        probabilities: (categories, h, w), resized bilinearly to the size of `masks`.
+        masks: the number of each pixel's mask, int64 (H, W); -100 for pixels that belong to none, and get -100.
+        min_confidence: masks where no candidate's mean is as high get -100.
+        candidates: the categories to choose from; by default all.
+
+    Returns:
+        int64 (H, W); of equally probable categories the first wins.
+    """
+    numbers, positions = np.unique(masks, return_inverse=True)
+    mask_of = torch.from_numpy(positions.reshape(-1)).to(probabilities.device)
+    candidates = list(candidates or range(len(probabilities)))
+    sums = []
+    for category in candidates:  # one at a time, to save memory
+        resized = resize_scores(probabilities[category, None], masks.shape)[0].flatten()
+        sums.append(mask_of.bincount(weights=resized.double(), minlength=len(numbers)))
+    highest, best = (torch.stack(sums) / mask_of.bincount(minlength=len(numbers))).max(0)
+    labels = torch.tensor(candidates, device=best.device)[best]
+    labels[highest < min_confidence] = IGNORE_INDEX
+    labels[torch.from_numpy(numbers == IGNORE_INDEX)] = IGNORE_INDEX
+    return labels[mask_of].view(masks.shape)
+
+
 def predict_labels(
-    segmenter: IFSegSegmenter, image: np.ndarray, config: PseudoLabelConfig, names: list[str]
+    segmenter: IFSegSegmenter,
+    image: np.ndarray,
+    config: PseudoLabelConfig,
+    names: list[str],
+    masks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns predicted labels of an image uint8 (H, W, 3): indices into `names`, int64 (H, W).
 
-    Only the categories to predict are chosen, which must be among the segmenter's words.
+    Only the categories to predict are chosen, which must be among the segmenter's words. With `masks`, each mask gets
+    one label; see [`mask_labels`].
     """
     outputs = segmenter(segmenter.preprocess([image]))
     neighbors, iterations = segmenter.image_processor.smoothing(config.smoothing_neighbors, config.smoothing_iterations)
@@ -92,7 +126,10 @@ def predict_labels(
     probabilities = scores if iterations else scores.softmax(0)
     predicted = config.predicted or names
     own = [segmenter.model.config.label2id[name] for name in predicted]
-    labels = confident_labels(probabilities, image.shape[:2], config.min_confidence, own).cpu().numpy()
+    if masks is None:
+        labels = confident_labels(probabilities, image.shape[:2], config.min_confidence, own).cpu().numpy()
+    else:
+        labels = mask_labels(probabilities, masks, config.min_confidence, own).cpu().numpy()
     label_of = np.full(len(probabilities), IGNORE_INDEX)
     label_of[own] = [names.index(name) for name in predicted]
     return np.where(labels == IGNORE_INDEX, IGNORE_INDEX, label_of[labels.clip(0)])
@@ -129,7 +166,8 @@ def label_images(
             continue
         kept = given(sample, labels)
         if not kept.all():
-            labels = np.where(kept, labels, predict_labels(segmenter, image, config, data.names))
+            masks = labels if isinstance(data, UnnamedMasks) else None
+            labels = np.where(kept, labels, predict_labels(segmenter, image, config, data.names, masks))
         write(sample, labels, kept)
         labelled = labels != IGNORE_INDEX
         counts += [(kept & labelled).sum(), (~kept & labelled).sum(), (~labelled).sum()]
@@ -147,6 +185,26 @@ def save_labels(labels: np.ndarray, file: Path) -> None:
 # During training ------------------------------------------------------------------------------------------------------
 
 
+def label_settings(folder: Path, names: list[str]) -> tuple[PseudoLabelConfig, bool]:
+    """The settings for new predictions in a folder of [`write_pseudo_labels`], and whether it has given labels.
+
+    `names` are the categories that are trained. Predictions are not smoothed, because the model is trained on images.
+    """
+    settings = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))[PSEUDO_LABELS]
+    predicted = settings["predicted"] if "predicted" in settings else settings["guessed"]  # the key in version 0.1.0
+    predicted = [name for name in predicted or names if name in names]
+    config = PseudoLabelConfig(smoothing_iterations=0, min_confidence=settings["min_confidence"], predicted=predicted)
+    return config, settings["keep_labels"]
+
+
+def given_pixels(folder: Path, sample: Mapping, shape: tuple[int, ...], keep_labels: bool) -> np.ndarray:
+    """Which pixels of a sample have a given label, bool (H, W) of `shape`."""
+    if not keep_labels:
+        return np.zeros(shape, bool)
+    with Image.open(folder / GIVEN / f"{sample['id']}.png") as image:
+        return np.asarray(image) > 0
+
+
 def refresh_labels(
     model: IFSegForSemanticSegmentation,
     processor: IFSegProcessor,
@@ -160,17 +218,11 @@ def refresh_labels(
     Args:
         data: read from `folder`, which [`write_pseudo_labels`] made.
         state: rank and number of the processes, among which the samples are divided.
-
-    The predictions are not smoothed, because the model is trained on images.
     """
-    settings = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))[PSEUDO_LABELS]
-    predicted = settings["predicted"] if "predicted" in settings else settings["guessed"]  # the key in version 0.1.0
-    predicted = [name for name in predicted or data.names if name in data.names]
-    config = PseudoLabelConfig(smoothing_iterations=0, min_confidence=settings["min_confidence"], predicted=predicted)
+    config, keep_labels = label_settings(folder, data.names)
 
     def given(sample: dict, labels: np.ndarray) -> np.ndarray:
-        file = folder / GIVEN / f"{sample['id']}.png"
-        return np.asarray(Image.open(file)) > 0 if settings["keep_labels"] else np.zeros(labels.shape, bool)
+        return given_pixels(folder, sample, labels.shape, keep_labels)
 
     def write(sample: dict, labels: np.ndarray, kept: np.ndarray) -> None:
         save_labels(labels, output / f"{sample['id']}.png")
@@ -225,7 +277,7 @@ def write_pseudo_labels(
     """Writes a dataset of images and labels: `images/`, `masks/`, `dataset.json`, and `given/` with `keep_labels`.
 
     Call it under `accelerate launch` to share the images among several processes. A stopped run resumes when it is
-    started again.
+    started again. Each mask of [`UnnamedMasks`] gets one label; see [`mask_labels`].
 
     Args:
         model: folder or Hub id. It is asked all words that it was tuned on if they include the categories to predict,
@@ -254,6 +306,8 @@ def write_pseudo_labels(
     neighbors, iterations = segmenter.image_processor.smoothing(config.smoothing_neighbors, config.smoothing_iterations)
     config = replace(config, smoothing_neighbors=neighbors, smoothing_iterations=iterations)
     settings = {"model": str(model), "keep_labels": keep_labels, **asdict(config)}
+    if isinstance(data, UnnamedMasks):
+        settings[OF_MASKS] = True
     content = {"categories": data.names, "ignore_index": NO_LABEL, PSEUDO_LABELS: settings}
     begun = output / f"dataset.json{INCOMPLETE}"
     if begin(output, begun, content, state):
@@ -337,7 +391,10 @@ __all__ = [
     "PseudoLabelConfig",
     "UnlabelledImages",
     "confident_labels",
+    "given_pixels",
+    "label_settings",
     "load_images",
+    "mask_labels",
     "predict_labels",
     "refresh_labels",
     "write_pseudo_labels",

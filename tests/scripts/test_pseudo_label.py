@@ -21,6 +21,9 @@ def test_datasets_of_images_and_of_some_labels(main, tmp_path):
     images = ["--images", f"{folder}/train/images", "--categories", "cat, cup"]
     assert main([*flags, *images, "--output-dir", str(tmp_path / "one")]) == 0
     assert load_segmentation_dataset(str(tmp_path / "one")).names == ["cat", "cup"]
+    masks = ["--masks", f"{folder}/train/masks", "--ignore-index", "9", "--output-dir", str(tmp_path / "masks")]
+    assert main([*flags, *images, *masks]) == 0
+    assert json.loads((tmp_path / "masks" / "dataset.json").read_text())["pseudo_labels"]["masks"]
     kept = ["--dataset", folder, "--keep-labels", "--unseen", "sea"]
     assert main([*flags, *kept, "--output-dir", str(tmp_path / "two")]) == 0
     metadata = json.loads((tmp_path / "two" / "dataset.json").read_text())
@@ -36,6 +39,8 @@ def test_datasets_of_images_and_of_some_labels(main, tmp_path):
         (["--dataset", "a", "--images", "b"], "either --dataset or --images"),
         (["--images", "b"], "--images needs --categories"),
         (["--images", "b", "--categories", "cat, cup", "--keep-labels"], "--keep-labels and --unseen need the labels"),
+        (["--dataset", "a", "--masks", "b"], "--masks needs --images"),
+        (["--images", "b", "--categories", "cat, cup", "--ignore-index", "9"], "--ignore-index is for --masks"),
     ],
 )
 def test_flags_that_contradict_each_other(main, arguments, message, capsys):

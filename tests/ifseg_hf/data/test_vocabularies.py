@@ -31,6 +31,23 @@ def test_coarse_categories_of_coco_stuff_are_those_of_table_15():
     assert len({name for names in coarse.values() for name in names}) == 174 - 3
 
 
+def test_the_hierarchy_of_ade20k_has_synonyms_of_its_150_categories(tmp_path):
+    hierarchy, names = read_categories("ade20k-hierarchy"), read_categories("ade20k")
+    assert list(hierarchy) == names
+    assert all(fine[0] == name for name, fine in hierarchy.items())
+    assert hierarchy["sofa"] == ["sofa", "couch", "lounge"]
+    synonyms = [name for fine in hierarchy.values() for name in fine[1:]]
+    assert len(synonyms) == 177
+    assert not set(synonyms) & set(names)
+    assert [name for name in set(synonyms) if synonyms.count(name) > 1] == ["ground"]
+    # The model tells all synonyms of a category apart; a name of two categories is two words.
+    processor = IFSegProcessor.from_pretrained(save_tiny_model(tmp_path))
+    processor.tokenizer.model_max_length = 4096
+    words = processor.encode_categories(hierarchy)
+    assert len(words["word_ids"]) == len(words["word_categories"]) == 150 + 177
+    assert words["category_ids"] == processor.encode_categories(names)["category_ids"]
+
+
 def test_a_fine_name_of_two_categories_is_two_words(tmp_path):
     processor = IFSegProcessor.from_pretrained(save_tiny_model(tmp_path))
     words = processor.encode_categories({"thing": ["door", "bed"], "stuff": ["door"]})
@@ -100,4 +117,4 @@ def test_text_that_is_no_list_of_names_is_refused(text, message):
 
 
 def test_names_of_the_vocabularies():
-    assert list(VOCABULARIES) == ["ade20k", "coco-stuff-coarse", "coco-stuff-unseen", "coco-stuff"]
+    assert list(VOCABULARIES) == ["ade20k-hierarchy", "ade20k", "coco-stuff-coarse", "coco-stuff-unseen", "coco-stuff"]

@@ -250,9 +250,9 @@ def test_half_precision_checkpoints_compute_in_float32(folder, tmp_path):
     ("kind", "name", "error", "message"),
     [
         ("dino", "openai/clip-vit-base-patch16", ValueError, 'no baseline "dino": choose from clip, maskclip'),
-        ("clip", "RN50", ValueError, "ResNet, which transformers does not have"),
-        ("maskclip", "openai/clip-rn50x4", ValueError, "ResNet, which transformers does not have"),
-        ("clip", "models/RN101.pt", ValueError, "ResNet, which transformers does not have"),
+        ("clip", "RN50", ValueError, "no file: give the path of a CLIP with a ResNet"),
+        ("maskclip", "openai/clip-rn50x4", ValueError, "no file: .*RN101.pt"),
+        ("clip", "models/RN101.pt", ValueError, "no file: .*RN101.pt"),
         ("clip", "no-such-folder", FileNotFoundError, 'no model folder "no-such-folder"'),
         ("clip", str(NANO), ValueError, "its model type is ofa"),
     ],

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ifseg_hf.data.crops import load_training_dataset
 from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
+from ifseg_hf.data.unnamed_masks import load_unnamed_masks
 from ifseg_hf.evaluation.segmenter import load_segmenter
 from ifseg_hf.processing.post_processing_ifseg import resize_scores
 from ifseg_hf.training import pseudo_labels
@@ -20,6 +21,7 @@ from ifseg_hf.training.pseudo_labels import (
     PseudoLabelConfig,
     confident_labels,
     load_images,
+    mask_labels,
     write_pseudo_labels,
 )
 
@@ -53,6 +55,23 @@ def test_confident_pixels_get_the_most_probable_label(candidates):
     assert torch.equal(labels[values >= 0.6], expected[values >= 0.6])
     assert (labels[values < 0.6] == -100).all()
     assert 0 < (values < 0.6).sum() < values.numel()
+
+
+@pytest.mark.parametrize("candidates", [(), (2, 0)])
+def test_a_mask_gets_the_category_of_the_highest_mean(candidates):
+    probabilities = (3 * torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0))).softmax(0)
+    masks = np.arange(30)[None].repeat(20, 0) // 6 * 1000  # five bands
+    masks[:4] = -100
+    labels = mask_labels(probabilities, masks, 0.35, sorted(candidates)).numpy()
+    resized, found = resize_scores(probabilities, (20, 30)).numpy(), []
+    for number in range(0, 5000, 1000):
+        means = [resized[category][masks == number].mean() for category in sorted(candidates or range(4))]
+        best = sorted(candidates or range(4))[int(np.argmax(means))]
+        found.append(best if max(means) >= 0.35 else -100)
+        assert (labels[masks == number] == found[-1]).all()
+    assert (labels[masks == -100] == -100).all()
+    assert -100 in found
+    assert len(set(found)) == 3 - bool(candidates)
 
 
 def load_tuned(model, names=NAMES):
@@ -163,6 +182,46 @@ def test_images_without_masks(model, data, tmp_path):
     (tmp_path / "one" / "given").mkdir()
     with pytest.raises(ValueError, match="There is no image in"):
         load_images(tmp_path / "one" / "given", NAMES)
+
+
+def test_masks_without_names_get_one_label_each(model, tmp_path):
+    """Id maps of 16 bits, whose numbers mean nothing, and pixels of no mask; the result is an ordinary dataset."""
+    images = Path(save_masked_images(tmp_path / "images", count=3, height=64, width=80)) / "train"
+    (tmp_path / "ids").mkdir()
+    for file in sorted((images / "masks").glob("*.png")):
+        ids = np.asarray(Image.open(file)).astype(np.uint16) * 300 + 7
+        Image.fromarray(ids).save(tmp_path / "ids" / file.name)
+    data = load_unnamed_masks(images / "images", tmp_path / "ids", NAMES, ignore_index=9 * 300 + 7)
+    folder = write(model, data, tmp_path / "out")
+    segmenter, processor = load_tuned(model)
+    again = load_segmentation_dataset(str(folder))
+    given = set()
+    for sample in again.samples:
+        image, labels = again.read(sample)
+        with torch.no_grad():
+            outputs = segmenter(**processor(images=image, return_tensors="pt"))
+        (scores,) = processor.post_process_semantic_segmentation(
+            outputs, [image.shape[:2]], return_segmentation_scores=True
+        )
+        ids = np.asarray(Image.open(images / "masks" / f"{sample['id']}.png"))
+        for number in np.unique(ids):
+            means = scores["segmentation_scores"][:, torch.from_numpy(ids == number)].mean(1)
+            expected = -100 if number == 9 else means.argmax().item()
+            assert (labels[ids == number] == expected).all()
+            given.add(expected)
+    assert len(given) > 1
+    metadata = json.loads((folder / "dataset.json").read_text())["pseudo_labels"]
+    assert metadata["masks"] is True
+    with pytest.raises(ValueError, match="other settings"):  # labels of pixels do not continue labels of masks
+        write(model, load_images(images / "images", NAMES), folder)
+    whole = load_unnamed_masks(images / "images", images / "masks", NAMES)
+    assert (whole.read(whole.samples[0])[1] == 9).any()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"No image in .* has a mask"):
+        load_unnamed_masks(images / "images", tmp_path / "empty", NAMES)
+    (tmp_path / "ids" / "1.png").unlink()
+    with pytest.raises(SampleError, match=r"no mask .*1\.png"):
+        write(model, data, tmp_path / "missing")
 
 
 def test_a_stopped_run_resumes_and_a_complete_one_stays(model, data, tmp_path, monkeypatch, capsys):
