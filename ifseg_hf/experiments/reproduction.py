@@ -81,10 +81,9 @@ class TableSettings:
         file = parts[parts.index("--config") + 1].format(configs=self.configs)
         settings = read_settings(file)
         command = with_flag(command, "--steps", str(self.steps))
-        for name in ("refresh_every",):
-            if name in settings:
-                share = max(1, settings[name] * self.steps // settings["steps"])
-                command = with_flag(command, f"--{name.replace('_', '-')}", str(share))
+        if "online_after" in settings:
+            share = max(1, settings["online_after"] * self.steps // settings["steps"])
+            command = with_flag(command, "--online-after", str(share))
         return command
 
     def check(self) -> None:
