@@ -135,13 +135,7 @@ class IFSegProcessor(ProcessorMixin):
             if extra := [name for name, value in given.items() if value is not None]:
                 raise ValueError(f"text is for generation, {', '.join(extra)} for segmentation: give one of them.")
             return BatchFeature(self._text_inputs(images, text, kwargs), tensor_type=return_tensors)
-        if images is None and categories is None:
-            raise ValueError("There is nothing to process: give images, categories or both, or images and text.")
-        if images is None and (segmentation_maps is not None or kwargs):
-            without = ["segmentation_maps"] * (segmentation_maps is not None) + list(kwargs)
-            raise ValueError(f"There are no images for {', '.join(without)}.")
-        if categories is None and background is not None:
-            raise ValueError("background joins words to categories: give categories, too.")
+        _check_given(images, categories, background, segmentation_maps, kwargs)
         data: dict = {}
         if images is not None:
             data |= self.image_processor(images, segmentation_maps, **kwargs)
@@ -236,6 +230,17 @@ class IFSegProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         words = ["input_ids", "attention_mask", "category_ids", "category_mask"]
         return [*self.image_processor.model_input_names, *words]
+
+
+def _check_given(images, categories, background, segmentation_maps, kwargs: dict) -> None:
+    """Raises `ValueError` for arguments of [`IFSegProcessor.__call__`] without those that they belong to."""
+    if images is None and categories is None:
+        raise ValueError("There is nothing to process: give images, categories or both, or images and text.")
+    if images is None and (segmentation_maps is not None or kwargs):
+        without = ["segmentation_maps"] * (segmentation_maps is not None) + list(kwargs)
+        raise ValueError(f"There are no images for {', '.join(without)}.")
+    if categories is None and background is not None:
+        raise ValueError("background joins words to categories: give categories, too.")
 
 
 __all__ = ["IFSegProcessor"]

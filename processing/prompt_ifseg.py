@@ -78,7 +78,7 @@ class PromptEncoder:
         own = [*names, *(name for words in fine or [] for name in words)]
         rest = background_words(background, own, self.default_background)
         category_ids = [self._name_ids(name) for name in [*names, *(rest or [])]]
-        encoded = {
+        encoded: dict = {
             "prompt": template,
             "prompt_ids": self._prompt_ids(template, category_ids),
             "category_ids": category_ids,

@@ -69,7 +69,8 @@ def test_whole_images_crops_smoothing_and_crf_compare_the_same_probability(segme
                     best = scores.gather(0, labels[None])[0]
                     threshold = best.median().item() + 1e-4
                     kept = post(outputs, sizes, threshold=threshold, **how)[index]
-                    assert torch.equal(kept, labels.where(best >= threshold, -1))
+                    clear = (best - threshold).abs() > 1e-5  # of rounding
+                    assert torch.equal(kept[clear], labels.where(best >= threshold, -1)[clear])
                     assert (kept == -1).any()
 
 
