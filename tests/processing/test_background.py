@@ -91,7 +91,7 @@ def test_gradient_of_merged_logits():
 def test_tensors_and_the_models_own_words_give_the_same(segmenter, image):
     model, processor = segmenter.model, segmenter.processor
     inputs = processor(images=image, categories=["cat", "dog"], background=REST, return_tensors="pt")
-    segmenter.set_words(["cat", "dog"], background=REST)
+    model.set_words(**processor.encode_categories(["cat", "dog"], background=REST))
     with torch.no_grad():
         passed, own = model(**inputs).logits, model(**processor(images=image, return_tensors="pt")).logits
     assert own.shape[1] == len(model.config.id2label) == 3
