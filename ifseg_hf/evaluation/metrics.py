@@ -139,20 +139,19 @@ class MeanIoU(evaluate.Metric):
                 "both must have the height and width of the image."
             )
         counted, columns = reference != self.ignore_index, self.confusion_matrix.shape[1]
-        if columns > self.num_labels:
-            prediction = np.where(prediction == NO_CATEGORY, self.num_labels, prediction)
+        none = columns > self.num_labels
         for labels, what in ((prediction, "prediction"), (reference, "reference")):
-            limit = columns if what == "prediction" else self.num_labels
-            wrong = counted & ((labels < 0) | (labels >= limit))
+            lowest = NO_CATEGORY if none and what == "prediction" else 0
+            wrong = counted & ((labels < lowest) | (labels >= self.num_labels))
             if wrong.any():
                 right = f"0 ... {self.num_labels - 1}"
-                if limit > self.num_labels:
+                if lowest < 0:
                     right += f" or, without a category, {NO_CATEGORY}"
                 if what == "reference":
                     right += f" or, to be ignored, {self.ignore_index}"
                 raise ValueError(f"The {what} holds label {labels[wrong][0]}; it should be one of {right}.")
         # Ignored pixels get an extra bin: cheaper than removing them from both maps.
-        pairs = reference * columns + prediction
+        pairs = reference * columns + (np.where(prediction < 0, self.num_labels, prediction) if none else prediction)
         pairs[~counted] = self.confusion_matrix.size
         counts = np.bincount(pairs.ravel(), minlength=self.confusion_matrix.size + 1)
         return counts[:-1].reshape(self.confusion_matrix.shape)
@@ -195,7 +194,9 @@ def scores(confusion_matrix: np.ndarray, subsets: Mapping[str, Sequence[int]] | 
     """
     matrix = np.asarray(confusion_matrix)
     if matrix.ndim != 2 or matrix.shape[1] - matrix.shape[0] not in (0, 1):
-        raise ValueError(f"A confusion matrix is square; this one has the shape {matrix.shape}.")
+        raise ValueError(
+            f"A confusion matrix is square, or has one column more; this one has the shape {matrix.shape}."
+        )
     right, true, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)[: len(matrix)]
     iou, accuracy = np.full((2, len(matrix)), np.nan)
     occurs = true > 0

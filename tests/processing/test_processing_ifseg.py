@@ -22,6 +22,8 @@ CODE = [
     "prompt",
     "segmenter",
     "sliding_window",
+    "background",
+    "text",
 ]
 QUESTION = "what is the segmentation map of the image? object:"
 

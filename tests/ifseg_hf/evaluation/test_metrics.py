@@ -134,7 +134,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match='Subset "seen" holds 3'):
         scores(np.eye(3), {"seen": [3]})
     with pytest.raises(ValueError, match="square"):
-        scores(np.zeros((2, 3)))
+        scores(np.zeros((2, 4)))
 
 
 def test_it_is_a_metric_of_evaluate_that_needs_no_disk(tmp_path, monkeypatch):
