@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ifseg_hf.cache import cache_folder, entry_folder, locked
-from ifseg_hf.data.vocabularies import read_categories
+from ifseg_hf.data.vocabularies import read_background, read_categories
 from ifseg_hf.evaluation.segmenter import load_segmenter
 from ifseg_hf.hub.published import resolve_checkpoint
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
@@ -22,12 +22,18 @@ from ifseg_hf.training.config import INCOMPLETE, TrainingConfig, check_settings,
 from ifseg_hf.training.loop import train
 from ifseg_hf.training.recipes import training_config
 
-__all__ = ["is_tuned_for", "segment", "tune", "tuned_model"]
+__all__ = ["choose_background", "is_tuned_for", "report_background", "segment", "tune", "tuned_model"]
 
 Words = str | Sequence[str] | Mapping[str, Sequence[str]]
 
 
-def tune(words: Words, model: str | Path = EMBEDDED, **settings: Any) -> IFSegImageSegmentationPipeline:
+def tune(
+    words: Words,
+    model: str | Path = EMBEDDED,
+    *,
+    background: str | Sequence[str] | None = None,
+    **settings: Any,
+) -> IFSegImageSegmentationPipeline:
     """
     Returns a pipeline that segments images into words, after tuning a model on the words alone.
 
@@ -43,6 +49,9 @@ def tune(words: Words, model: str | Path = EMBEDDED, **settings: Any) -> IFSegIm
         words: names of the categories, or fine names by category; as text, see
             [`ifseg_hf.data.vocabularies.read_categories`].
         model: folder or Hub id of the model to start from; a published OFA is converted first, once.
+        background: words that are merged into one label, "background": "default" (sky, grass, wall, floor, ...), "none"
+            or a list of words. Default: "default" for a single word, which would otherwise cover every image; "none"
+            for several words.
         settings: of [`TrainingConfig`], over the recipe of the model. With `output_dir`, the tuned model is written
             there and not kept in the cache.
 
@@ -50,12 +59,25 @@ def tune(words: Words, model: str | Path = EMBEDDED, **settings: Any) -> IFSegIm
         `ValueError`: a word, the model or a setting is wrong; `TrainingError`: tuning cannot continue.
     """
     _convert_published(model)
-    config = training_config({"output_dir": "", **check_settings(settings), "model": str(model), "categories": words})
+    categories = read_categories(words)
+    chosen = choose_background(categories, background)
+    if background is None and chosen is not None:
+        report_background(categories)
+    own = {"model": str(model), "categories": categories, "background": chosen}
+    config = training_config({"output_dir": "", **check_settings(settings), **own})
     folder = Path(train(config).output_dir) if config.output_dir else tuned_model(config)
     return _pipeline(folder, config.trust_remote_code)
 
 
-def segment(image: Any, words: Words, model: str | Path = EMBEDDED, **settings: Any) -> list:
+def segment(
+    image: Any,
+    words: Words,
+    model: str | Path = EMBEDDED,
+    *,
+    threshold: float | None = None,
+    background: str | Sequence[str] | None = None,
+    **settings: Any,
+) -> list:
     """
     Segments an image, or a list of images, into words; tunes the model first if it is not tuned for them.
 
@@ -68,7 +90,9 @@ def segment(image: Any, words: Words, model: str | Path = EMBEDDED, **settings: 
 
     Args:
         image: path, URL, PIL image or array, or a list of these.
-        words, model, settings: as for [`tune`].
+        words, model, background, settings: as for [`tune`].
+        threshold: a probability from 0 to 1; pixels whose word has a lower one are in no mask. Default: every pixel is
+            in a mask.
 
     Returns:
         The result of [`IFSegImageSegmentationPipeline`]: a dict with `label`, `score` and `mask` for each word that
@@ -79,11 +103,12 @@ def segment(image: Any, words: Words, model: str | Path = EMBEDDED, **settings: 
     """
     _convert_published(model)
     categories, trust = read_categories(words), bool(settings.get("trust_remote_code"))
-    if settings.keys() <= {"trust_remote_code"} and is_tuned_for(model, categories, trust):
+    chosen = choose_background(categories, background)
+    if settings.keys() <= {"trust_remote_code"} and is_tuned_for(model, categories, trust, chosen):
         pipe = _pipeline(checkpoint_folder(model), trust)
     else:
-        pipe = tune(categories, model, **settings)
-    return pipe(image, categories=categories)
+        pipe = tune(categories, model, background=background, **settings)
+    return pipe(image, categories=categories, background=chosen, threshold=threshold)
 
 
 def _convert_published(model: str | Path) -> None:
@@ -94,14 +119,39 @@ def _convert_published(model: str | Path) -> None:
         raise ValueError(str(error)) from None
 
 
-def is_tuned_for(model: str | Path, categories: list[str] | dict[str, list[str]], trust: bool = False) -> bool:
+def choose_background(
+    categories: list[str] | dict[str, list[str]], background: str | Sequence[str] | None = None
+) -> str | list[str] | None:
+    """Returns the background words as [`read_background`] does; `None` for "none".
+
+    Without any, a single category gets "default": it would otherwise cover every image.
+    """
+    if background is None and len(categories) == 1:
+        return "default"
+    background = read_background(background)
+    return None if background == "none" else background
+
+
+def report_background(categories: list[str] | dict[str, list[str]], how: str = 'background="none"') -> None:
+    """Says on stderr that a single category got a background, and how to have none."""
+    (name,) = categories
+    print(f'What is not "{name}" is "background"; {how}: no background.', file=sys.stderr, flush=True)
+
+
+def is_tuned_for(
+    model: str | Path,
+    categories: list[str] | dict[str, list[str]],
+    trust: bool = False,
+    background: str | list[str] | None = None,
+) -> bool:
     """Whether a model carries just these words, in any order.
 
     Args:
         model: folder or Hub id. categories: as [`read_categories`] returns them.
         trust: run the code saved with the model, for a backbone that this package does not have.
+        background: as [`choose_background`] returns it.
 
-    Raises `ValueError` for a model that cannot be read, and for words that its prompt cannot hold.
+    Raises `ValueError` for a model that cannot be read, and for words that its tokenizer does not know.
     """
     folder = checkpoint_folder(model)
     try:
@@ -109,10 +159,10 @@ def is_tuned_for(model: str | Path, categories: list[str] | dict[str, list[str]]
         config, processor = IFSegConfig.from_pretrained(folder), IFSegProcessor.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f'"{model}" is no IFSeg model: {" ".join(str(error).split())}'[:500]) from error
-    encoded = processor.encode_categories(categories)  # also where the model carries no words: they must fit
+    encoded = processor.encode_categories(categories, background=background)  # also checks them
     if config.category_ids is None:
         return False
-    parts = ("category_ids", "word_ids")
+    parts = ("category_ids", "word_ids", "background")
     return all(sorted(encoded.get(part) or []) == sorted(getattr(config, part) or []) for part in parts)
 
 

@@ -30,7 +30,9 @@ class IFSegConfig(PreTrainedConfig):
             model reads with the image.
         category_ids (`list[list[int]]`, *optional*): sub-words of each category.
         word_ids (`list[list[int]]`, *optional*), word_categories (`list[int]`, *optional*): in a hierarchical
-            vocabulary (Appendix A.1), the sub-words of each fine name and the index of its category.
+            vocabulary (Appendix A.1), the sub-words of each fine name and the index of its label.
+        background (`list[str]`, *optional*), category_labels (`list[int]`, *optional*): words that are merged into one
+            label, which are the last categories, and the label of each category, an index into `id2label`.
         tuned (`bool`, defaults to `False`): whether the weights were tuned for segmentation. Needed only for a
             checkpoint without words: see [`is_tuned`].
     """
@@ -47,6 +49,8 @@ class IFSegConfig(PreTrainedConfig):
     category_ids: list[list[int]] | None = None
     word_ids: list[list[int]] | None = None
     word_categories: list[int] | None = None
+    background: list[str] | None = None
+    category_labels: list[int] | None = None
     tuned: bool = False
     is_encoder_decoder: bool = True
 
@@ -96,13 +100,24 @@ class IFSegConfig(PreTrainedConfig):
         """Raises `ValueError` where the words of the configuration contradict each other."""
         if self.category_ids is None:
             return
-        categories = len(self.category_ids)
-        if len(self.id2label) != categories:
+        categories = labels = len(self.category_ids)
+        if (self.background is None) != (self.category_labels is None):
+            raise ValueError("background and category_labels must be given together.")
+        if self.category_labels is not None:
+            labels = len(set(self.category_labels))
+            if len(self.category_labels) != categories or set(self.category_labels) != set(range(labels)):
+                raise ValueError(
+                    f"category_labels={self.category_labels} must have a label for each of the {categories} "
+                    "categories, numbered from 0."
+                )
+            if len(self.background) > categories:
+                raise ValueError(f"background has {len(self.background)} words, more than the {categories} categories.")
+        if len(self.id2label) != labels:
             raise ValueError(
-                f"There are {len(self.id2label)} names but sub-words for {categories} categories: num_labels, id2label "
+                f"There are {len(self.id2label)} names but sub-words for {labels} categories: num_labels, id2label "
                 "and category_ids change together, by model.set_words(**processor.encode_categories([...]))."
             )
-        if sorted(self.id2label) != list(range(categories)):
+        if sorted(self.id2label) != list(range(labels)):
             raise ValueError(f"id2label has the indices {sorted(self.id2label)}: number the categories from 0.")
         if self.label2id != {name: i for i, name in self.id2label.items()}:
             raise ValueError(
@@ -112,7 +127,7 @@ class IFSegConfig(PreTrainedConfig):
             len(self.word_ids or []) != len(self.word_categories or [])
         ):
             raise ValueError("word_ids and word_categories must be given together and have equal lengths.")
-        if self.word_categories is not None and set(self.word_categories) != set(range(categories)):
+        if self.word_categories is not None and set(self.word_categories) != set(range(labels)):
             raise ValueError("word_categories must name every category at least once and no other.")
 
     @property

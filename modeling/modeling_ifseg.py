@@ -16,6 +16,7 @@ from .configuration_ifseg import IFSegConfig
 from .image_batches import group_by_image_size
 from .loading import Float32PreTrainedModel
 from .loss_ifseg import check_labels, segmentation_loss
+from .merged_labels import merge_logits, one_hot_labels
 
 
 @dataclass
@@ -76,15 +77,18 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         prompt: str | None = None,
         word_ids: list[list[int]] | None = None,
         word_categories: list[int] | None = None,
+        background: list[str] | None = None,
+        category_labels: list[int] | None = None,
     ):
         """
         Stores words in the configuration; the model uses them when none are passed and saves them with its weights.
 
         Args:
-            id2label: names of the N categories by index.
+            id2label: names of the labels by index.
             category_ids: sub-words of each category; prompt_ids: the whole prompt; prompt: its wording.
-            word_ids, word_categories: sub-words of each fine word of a hierarchical vocabulary, and the index of its
-                category. Word maps are then made of the fine words.
+            word_ids, word_categories: sub-words of each word that word maps are made of, and the index of its label,
+                where they are not the categories: the fine words of a hierarchical vocabulary, or with a background.
+            background, category_labels: words that are merged into one label, and the label of each category.
 
         Raises `ValueError` where the arguments contradict each other.
         """
@@ -93,6 +97,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         config.label2id = {name: i for i, name in config.id2label.items()}
         config.category_ids, config.prompt, config.prompt_ids = category_ids, prompt, prompt_ids
         config.word_ids, config.word_categories = word_ids, word_categories
+        config.background, config.category_labels = background, category_labels
         config.check_words()
         self.config.__dict__.update(config.__dict__)
 
@@ -139,6 +144,13 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
             if id(parameter) not in used:
                 parameter.requires_grad_(False)
 
+    def _own_label_mask(self, device: torch.device) -> torch.Tensor | None:
+        """The labels of the configuration's categories, as `label_mask` of [`forward`]; `None` without a background."""
+        config = self.config
+        if config.category_labels is None:
+            return None
+        return one_hot_labels(config.category_labels, len(config.id2label), device)
+
     def _artificial_image(self, word_map: torch.Tensor, word_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Image tokens (batch, h, w, d) of a word map (batch, h, w): the embeddings of its words (section 2.1)."""
         words = self.backbone.embed_words(word_ids, mask)
@@ -161,6 +173,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         category_ids: torch.Tensor | None = None,
         category_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        label_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> IFSegSegmentationOutput:
         r"""
@@ -168,11 +181,13 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
             pixel_values: (batch, 3, H, W), normalised RGB.
             pixel_mask: (batch, H, W), 1 inside each image of a padded batch.
             word_map: (batch, h, w), the word of each patch of an artificial image, in place of `pixel_values`: an
-                index into the categories or, where the configuration is hierarchical, into its fine words.
+                index into the categories or, where the configuration has `word_ids`, into these words.
             input_ids: (1 or batch, tokens), the prompt; attention_mask: the same shape, 0 where it is padding.
             category_ids: (1 or batch, categories, sub-words) and category_mask of the same shape. Categories without
                 sub-words are never predicted. Without prompt and categories, the configuration's words are used.
-            labels: (batch, H, W), integers, the category of each pixel, -100 ignored; of any size.
+            labels: (batch, H, W), integers, the category (or its label) of each pixel, -100 ignored; of any size.
+            label_mask: (1 or batch, labels, categories), beside `category_ids`: 1 where a category has the label. The
+                logits are then those of the labels, whose probabilities are the sums over their categories.
 
         Raises `ValueError` where image and word map are both passed or both missing, where there are no words, and for
         labels that are no integers, no category, or not one map for each image.
@@ -181,12 +196,14 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
             raise ValueError("Pass either pixel_values (images) or word_map (artificial images).")
         device = (pixel_values if word_map is None else word_map).device
         hierarchical = category_ids is None and self.config.word_ids is not None
+        if category_ids is None:
+            label_mask = self._own_label_mask(device)
         input_ids, category_ids, category_mask = self._prompt_and_categories(
             input_ids, category_ids, category_mask, device
         )
         if labels is not None:
             images = len(pixel_values if word_map is None else word_map)
-            labels = check_labels(labels, images, category_ids.shape[1])
+            labels = check_labels(labels, images, (category_ids if label_mask is None else label_mask).shape[1])
         image_tokens = None
         if word_map is not None:
             words = self.pad_words(self.config.word_ids, device) if hierarchical else (category_ids, category_mask)
@@ -200,6 +217,8 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         logits = (decoded.last_hidden_state @ categories.transpose(1, 2)).transpose(1, 2).unflatten(2, grid)
         absent = ~category_mask.to(logits.device).bool().any(2)
         logits = logits.masked_fill(absent[:, :, None, None], torch.finfo(logits.dtype).min)
+        if label_mask is not None:
+            logits = merge_logits(logits, label_mask)
         return IFSegSegmentationOutput(
             loss=None if labels is None else segmentation_loss(logits, labels),
             logits=logits,

@@ -14,9 +14,10 @@ from .post_processing_ifseg import (
     smooth_probabilities,
 )
 from .processing_ifseg import IFSegProcessor
-from .prompt_ifseg import PROMPT_TEMPLATE, normalize_text
+from .prompt_ifseg import PROMPT_TEMPLATE
 from .segmenter_ifseg import IFSegSegmenter
 from .sliding_window_ifseg import sliding_window_outputs
+from .text_ifseg import normalize_text
 from .tokenization_ofa import OFATokenizer
 
 __all__ = [

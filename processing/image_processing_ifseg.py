@@ -318,6 +318,7 @@ class IFSegImageProcessor(PilBackend):
         return_segmentation_scores: bool = False,
         crf: bool = False,
         images=None,
+        threshold: float | None = None,
     ) -> list[Tensor] | list[BatchFeature]:
         """
         Returns label maps: a category for every pixel.
@@ -338,6 +339,10 @@ class IFSegImageProcessor(PilBackend):
             images (*optional*): for `crf`, the images before processing, with values from 0 to 255 and in the sizes of
                 their label maps; an image or a list of images, as for [`preprocess`]. `target_sizes` are then those of
                 the images by default.
+            threshold (`float`, *optional*): a probability from 0 to 1; pixels whose category has a lower one belong to
+                no category and get -1. Compared with what the label map is made of: the probability of the patches
+                after smoothing (without smoothing, the softmax of their logits), resized, and with `crf` the
+                probability after it. Default: every pixel gets a category.
 
         Returns:
             `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories, one map per image. With
@@ -345,7 +350,8 @@ class IFSegImageProcessor(PilBackend):
             (categories, height, width): probabilities, or logits without smoothing and `crf`.
 
         Raises:
-            `ValueError` for `crf` without one image for each label map, or with images of other sizes.
+            `ValueError` for `crf` without one image for each label map, or with images of other sizes, and for a
+            `threshold` that is no probability.
         """
         neighbors, iterations = self.smoothing(smoothing_neighbors, smoothing_iterations)
         pixels = None
@@ -356,7 +362,9 @@ class IFSegImageProcessor(PilBackend):
                 raise ValueError(f"crf=True needs the images: {len(pixels)} for {len(outputs.logits)} label maps.")
             if target_sizes is None:
                 target_sizes = [image.shape[:2] for image in pixels]
-        maps = maps_from_outputs(outputs, target_sizes, neighbors, iterations, return_segmentation_scores, pixels)
+        maps = maps_from_outputs(
+            outputs, target_sizes, neighbors, iterations, return_segmentation_scores, pixels, threshold
+        )
         if not return_segmentation_scores:
             return maps
         return [BatchFeature({"segmentation": labels, "segmentation_scores": scores}) for labels, scores in maps]

@@ -10,14 +10,15 @@ from torch.nn.functional import pad
 from transformers import ImageSegmentationPipeline
 from transformers.utils import ModelOutput
 
+from .background_ifseg import BACKGROUND_WORDS
 from .image_reading_ifseg import read_image
-from .post_processing_ifseg import resize_scores, resized_argmax
+from .post_processing_ifseg import NO_CATEGORY, check_threshold, patch_labels, resize_scores
 from .prompt_ifseg import PROMPT_TEMPLATE
 from .segmenter_ifseg import IFSegSegmenter
 
 PREPROCESS = ("do_rescale", "timeout")
-POSTPROCESS = ("smoothing_neighbors", "smoothing_iterations")
-ARGUMENTS = (*PREPROCESS, *POSTPROCESS, "categories", "prompt", "inference", "untuned", "subtask")
+POSTPROCESS = ("smoothing_neighbors", "smoothing_iterations", "threshold")
+ARGUMENTS = (*PREPROCESS, *POSTPROCESS, "categories", "prompt", "background", "inference", "untuned", "subtask")
 
 
 class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
@@ -52,8 +53,12 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
                 in the model's configuration.
             prompt (`str`, *optional*): a template with `{categories}` or the question before the words, instead of the
                 prompt in the configuration.
+            background (`str` or `list[str]`, *optional*): words that are merged into one label, "background"; see
+                [`IFSegProcessor`]. Default: those that the model was tuned on, or none for other `categories`.
             smoothing_neighbors (`int`, *optional*), smoothing_iterations (`int`, *optional*): see
                 [`IFSegImageProcessor.post_process_semantic_segmentation`]. 0 iterations do not smooth.
+            threshold (`float`, *optional*): a probability from 0 to 1; pixels whose category has a lower one are in no
+                mask. Default: every pixel is in a mask.
             inference (`str`, *optional*): "whole" images or "slide" for overlapping square crops; see
                 [`IFSegSegmenter`].
             do_rescale (`bool`, *optional*): `False` for an image whose values are floats from 0 to 1.
@@ -81,6 +86,11 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         """The processor's template for models whose configuration has no prompt."""
         return getattr(self.processor, "prompt_template", PROMPT_TEMPLATE)
 
+    @property
+    def background_words(self) -> list[str]:
+        """The processor's words of `background="default"`."""
+        return getattr(self.processor, "background_words", list(BACKGROUND_WORDS))
+
     def _segmenter(self, inference: str | None = None, untuned: bool = False) -> IFSegSegmenter:
         """Returns a new segmenter, because `model` and `image_processor` may have been replaced since the last call."""
         return IFSegSegmenter(self.model, self, inference, self.device, untuned)
@@ -90,6 +100,7 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
             close = difflib.get_close_matches(name, ARGUMENTS, n=1)
             hint = f"Did you mean {close[0]}?" if close else f"The arguments are {', '.join(ARGUMENTS)}."
             raise TypeError(f"The IFSeg pipeline got an unexpected keyword argument '{name}'. {hint}")
+        check_threshold(kwargs.get("threshold"))
         preprocess = {name: kwargs[name] for name in PREPROCESS if name in kwargs}
         forward = {}
         postprocess = {name: kwargs[name] for name in POSTPROCESS if name in kwargs}
@@ -102,9 +113,10 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
             forward["untuned"] = untuned
         else:  # as it was given when the pipeline was created
             untuned = getattr(self, "_forward_params", {}).get("untuned", False)
-        if kwargs.get("categories") is not None or kwargs.get("prompt") is not None:
+        given = {name: kwargs.get(name) for name in ("categories", "prompt", "background")}
+        if any(value is not None for value in given.values()):
             segmenter = self._segmenter(untuned=untuned)
-            words = segmenter.encode_words(kwargs.get("categories"), kwargs.get("prompt"))
+            words = segmenter.encode_words(**given)
             forward["words"], postprocess["labels"] = segmenter.word_inputs(words), words["id2label"]
         return preprocess, forward, postprocess
 
@@ -135,15 +147,18 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         labels: dict[int, str] | None = None,
         smoothing_neighbors: int | None = None,
         smoothing_iterations: int | None = None,
+        threshold: float | None = None,
     ) -> list[dict]:
         (size,) = model_outputs.target_size
         labels = self.model.config.id2label if labels is None else labels
         neighbors, iterations = self.image_processor.smoothing(smoothing_neighbors, smoothing_iterations)
         (scores,) = self._segmenter().patch_scores(model_outputs, neighbors, iterations)
-        segmentation = resized_argmax(scores, size)
+        segmentation = patch_labels(scores, size, bool(iterations), threshold)
         probabilities = scores if iterations else scores.softmax(0)
         segments = []
         for category in segmentation.unique().tolist():
+            if category == NO_CATEGORY:
+                continue
             mask = segmentation == category
             score = resize_scores(probabilities[category, None], size)[0, mask].mean().item()
             image = Image.fromarray(mask.to(torch.uint8).mul(255).numpy())

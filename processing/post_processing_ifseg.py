@@ -14,10 +14,12 @@ from torch.nn.functional import embedding_bag, interpolate, normalize
 from .dense_crf_ifseg import dense_crf
 
 SMOOTHING_NEIGHBORS, SMOOTHING_ITERATIONS = 3, 25  # the paper's, for models that were tuned on word maps
+NO_CATEGORY = -1  # of pixels below the threshold, as in transformers' instance segmentation
 
 # Size of the largest temporary tensors (8 MiB of float32), which are rows of the similarity matrix or of an image.
 _BLOCK = 2**21
 _UNLIKELY = 0.05
+_ROUNDING = 1e-6  # of probabilities, whose sum after resizing may be just below 1
 
 
 def nearest_patches(features: Tensor, neighbors: int) -> Tensor:
@@ -150,7 +152,17 @@ def _linear_weights(size: int, new_size: int, scores: Tensor) -> Tensor:
     return interpolate(basis[None], size=new_size, mode="linear", align_corners=False)[0].T.to(scores)
 
 
-def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
+def check_threshold(threshold: float | None) -> None:
+    """Raises `ValueError` unless `threshold` is `None` or a probability."""
+    if threshold is None:
+        return
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold!r}: give a probability, from 0 to 1.")
+
+
+def resized_argmax(
+    scores: Tensor, size: tuple[int, int], threshold: float | None = None, probabilities: Tensor | None = None
+) -> Tensor:
     """
     Returns `resize_scores(scores, size).argmax(0)`, in memory that does not grow with the number of categories.
 
@@ -158,21 +170,50 @@ def resized_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
     Args:
         scores (`Tensor` of shape `(categories, h, w)`), size (`(height, width)`).
+        threshold (`float`, *optional*): pixels whose category has a lower probability get -1.
+        probabilities (`Tensor` of shape `(categories, h, w)`, *optional*): what `threshold` is compared with, resized
+            in the same way. Default: `scores`.
 
     Returns:
         `Tensor` of shape `size`, int64; of equal scores the first category wins.
     """
+    check_threshold(threshold)
     categories, h, w = scores.shape
     to_rows, to_columns = _linear_weights(h, size[0], scores), _linear_weights(w, size[1], scores)
     # An absent category has the smallest possible logit: without clamping, sums would be infinite and products NaN.
     lines = scores.permute(1, 2, 0).flatten(1).clamp(min=torch.finfo(scores.dtype).min / 4)
+    likely = None if threshold is None or probabilities is None else probabilities.permute(1, 2, 0).flatten(1)
     labels = scores.new_empty(size, dtype=torch.int64)
     count = max(1, _BLOCK // (size[1] * categories))
     with torch.autocast(scores.device.type, enabled=False):
         for rows, block in zip(to_rows.split(count), labels.split(count), strict=True):
             resized = to_columns @ (rows @ lines).view(-1, w, categories)
-            block.copy_(resized.max(-1).indices)
+            best = resized.max(-1)
+            block.copy_(best.indices)
+            if threshold is not None:
+                values = best.values
+                if likely is not None:
+                    resized = to_columns @ (rows @ likely).view(-1, w, categories)
+                    values = resized.gather(-1, best.indices[..., None])[..., 0]
+                block[values < threshold - _ROUNDING] = NO_CATEGORY
     return labels
+
+
+def patch_labels(scores: Tensor, size: tuple[int, int], smoothed: bool, threshold: float | None = None) -> Tensor:
+    """
+    Returns the label map of the scores of an image's patches, as [`patch_scores`] yields them.
+
+    Args:
+        scores (`Tensor` of shape `(categories, h, w)`), size (`(height, width)`).
+        smoothed (`bool`): whether the scores are smoothed probabilities; otherwise they are logits.
+        threshold (`float`, *optional*): pixels whose category has a lower probability get -1. The probability is that
+            of the patches, smoothed or the softmax of the logits, resized bilinearly.
+
+    Returns:
+        `Tensor` of shape `size`, int64.
+    """
+    probabilities = None if smoothed or threshold is None else scores.softmax(0)
+    return resized_argmax(scores, size, threshold, probabilities)
 
 
 def segmentation_maps(
@@ -182,6 +223,7 @@ def segmentation_maps(
     iterations: int = SMOOTHING_ITERATIONS,
     with_scores: bool = False,
     images: Sequence[Tensor] | None = None,
+    threshold: float | None = None,
 ) -> list:
     """
     Returns label maps: a category for every pixel of every image.
@@ -194,11 +236,14 @@ def segmentation_maps(
         with_scores (`bool`, defaults to `False`): return pairs of a label map and its scores.
         images (list of `Tensor` of shape `(height, width, 3)`, *optional*): RGB from 0 to 255, in the size of their
             label maps, which are then fitted to the images by [`dense_crf`].
+        threshold (`float`, *optional*): pixels whose category has a lower probability get -1; see [`patch_labels`].
+            With `images` it is compared with the probability after [`dense_crf`].
 
     Returns:
         `list` of `Tensor` of shape `(height, width)`, int64: indices of the categories; or of pairs of such a map and
         a `Tensor` of shape `(categories, height, width)`: the resized scores.
     """
+    check_threshold(threshold)
     if target_sizes is not None:
         _check_sizes(target_sizes, len(outputs.logits))
     maps = []
@@ -206,10 +251,13 @@ def segmentation_maps(
         height, width = scores.shape[1:] if target_sizes is None else map(int, target_sizes[index])
         if images is not None:
             fitted = _fit_to_image(scores if iterations else scores.softmax(0), images[index], (height, width))
-            labels = fitted.argmax(0)
+            best = fitted.max(0)
+            labels = best.indices
+            if threshold is not None:
+                labels[best.values < threshold - _ROUNDING] = NO_CATEGORY
             maps.append((labels, fitted) if with_scores else labels)
             continue
-        labels = resized_argmax(scores, (height, width))
+        labels = patch_labels(scores, (height, width), bool(iterations), threshold)
         maps.append((labels, resize_scores(scores, (height, width))) if with_scores else labels)
     return maps
 
@@ -245,9 +293,12 @@ def _fit_to_image(probabilities: Tensor, image: Tensor, size: tuple[int, int]) -
 
 
 __all__ = [
+    "NO_CATEGORY",
     "SMOOTHING_ITERATIONS",
     "SMOOTHING_NEIGHBORS",
+    "check_threshold",
     "nearest_patches",
+    "patch_labels",
     "patch_scores",
     "resize_scores",
     "resized_argmax",

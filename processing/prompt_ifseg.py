@@ -1,6 +1,14 @@
 """Prompts and categories as token ids."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, islice
+
+from transformers.utils import logging
+
+from .background_ifseg import BACKGROUND, BACKGROUND_WORDS, background_words
+from .text_ifseg import check_text, clean_names, normalize_text
+
+logger = logging.get_logger(__name__)
 
 CATEGORIES = "{categories}"  # placeholder in a prompt template
 PROMPT_TEMPLATE = f"what is the segmentation map of the image? object:{CATEGORIES} unknown"
@@ -19,8 +27,8 @@ def complete_template(prompt: str | None, template: str = PROMPT_TEMPLATE) -> st
     Raises:
         `ValueError` if `{categories}` occurs more than once in `prompt`, or not exactly once in `template`.
     """
-    _check_text(template, "The prompt template")
-    _check_text(prompt or "", "The prompt")
+    check_text(template, "The prompt template")
+    check_text(prompt or "", "The prompt")
     if template.count(CATEGORIES) != 1:
         raise ValueError(f'The prompt template "{template}" must contain {CATEGORIES} exactly once.')
     if prompt is None:
@@ -32,52 +40,45 @@ def complete_template(prompt: str | None, template: str = PROMPT_TEMPLATE) -> st
     return " ".join(prompt.split())
 
 
-def normalize_text(text: str, at_start: bool = True) -> str:
-    """
-    Returns a text as OFA's pre-processing leaves it: lower case, hyphens and slashes as spaces, white space collapsed.
-
-    Args:
-        text (`str`).
-        at_start (`bool`, defaults to `True`): whether the text begins a question or is a name; punctuation at its
-            start is then left out.
-    """
-    text = text.strip().lower()
-    if at_start:
-        text = text.lstrip(",.!?*#:;~")
-    return " ".join(text.replace("-", " ").replace("/", " ").split())
-
-
 class PromptEncoder:
     """
     Token ids of prompts and of the categories in them.
 
     A prompt is `<s>`, the template's text before `{categories}`, the names, the text after `{categories}`, and `</s>`.
+    Where the names are more than the model has positions for, the prompt has the first names, as many as fit. The model
+    classifies into all categories, also those that are not in its prompt.
     Each part is normalised ([`normalize_text`]) and tokenized by itself, with a space before it.
 
     Args:
         tokenizer ([`PreTrainedTokenizerBase`]).
         template (`str`): text with `{categories}`; by default the published one.
+        default_background (`list[str]`): the words of `background="default"`.
     """
 
-    def __init__(self, tokenizer, template: str = PROMPT_TEMPLATE):
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer, template: str = PROMPT_TEMPLATE, default_background: Sequence[str] = BACKGROUND_WORDS
+    ):
+        self.tokenizer, self.default_background = tokenizer, list(default_background)
         self.template = complete_template(None, template)
 
-    def encode(self, categories, prompt: str | None = None) -> dict:
+    def encode(self, categories, prompt: str | None = None, background=None) -> dict:
         """
         Returns the arguments of the model's `set_words`; see [`IFSegProcessor.encode_categories`].
 
         Args:
             categories (`list[str]` or `dict[str, list[str]]`): names, or fine names by coarse category.
             prompt (`str`, *optional*): a template or a question, as in [`complete_template`].
+            background (`str` or `list[str]`, *optional*): see [`background_words`].
         """
         template = complete_template(prompt, self.template)
         fine = None
         if isinstance(categories, Mapping):
-            fine = [_clean_names(names, f'names of "{coarse}"') for coarse, names in categories.items()]
-        names = _clean_names(list(categories) if isinstance(categories, Mapping) else categories, "categories")
-        category_ids = [self._name_ids(name) for name in names]
-        return {
+            fine = [clean_names(names, f'names of "{coarse}"') for coarse, names in categories.items()]
+        names = clean_names(list(categories) if isinstance(categories, Mapping) else categories, "categories")
+        own = [*names, *(name for words in fine or [] for name in words)]
+        rest = background_words(background, own, self.default_background)
+        category_ids = [self._name_ids(name) for name in [*names, *(rest or [])]]
+        encoded: dict = {
             "prompt": template,
             "prompt_ids": self._prompt_ids(template, category_ids),
             "category_ids": category_ids,
@@ -85,24 +86,46 @@ class PromptEncoder:
             "word_categories": fine and [index for index, words in enumerate(fine) for _ in words],
             "id2label": dict(enumerate(names)),
         }
+        return encoded if rest is None else self._merge_background(encoded, rest)
+
+    def _merge_background(self, encoded: dict, rest: list[str]) -> dict:
+        """Returns a result of [`encode`] whose last categories, the words `rest`, have the label "background"."""
+        labels = list(encoded["id2label"].values())
+        count = len(labels)
+        label = next((i for i, name in enumerate(labels) if normalize_text(name) == BACKGROUND), count)
+        if label == count:
+            labels.append(BACKGROUND)
+        own = encoded["word_categories"] or list(range(count))
+        own_ids = encoded["word_ids"] or encoded["category_ids"][:count]
+        return {
+            **encoded,
+            "word_ids": [*own_ids, *encoded["category_ids"][count:]],
+            "word_categories": [*own, *[label] * len(rest)],
+            "id2label": dict(enumerate(labels)),
+            "background": rest,
+            "category_labels": [*range(count), *[label] * len(rest)],
+        }
 
     def pad(self, rows: list[dict]) -> dict[str, list]:
         """Returns several results of [`encode`] as inputs of the model: nested lists, padded to equal lengths."""
         pad = self.tokenizer.pad_token_id
         input_ids, attention_mask = _pad([row["prompt_ids"] for row in rows], pad)
         category_ids, category_mask = _pad_twice([row["category_ids"] for row in rows], pad)
-        return {
+        padded = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "category_ids": category_ids,
             "category_mask": category_mask,
         }
+        if any("category_labels" in row for row in rows):
+            padded["label_mask"] = _label_masks(rows)
+        return padded
 
     def encode_text(self, text: str) -> list[int]:
         """Returns `<s>`, the tokens of a question or another text, normalised, and `</s>`."""
         if not isinstance(text, str):
             raise ValueError(f"The text must be a string, not {text!r}.")
-        _check_text(text, "The text")
+        check_text(text, "The text")
         special, limit = self._special_tokens(), self._limit()
         ids = [special["bos"], *self.tokenize(normalize_text(text)), special["eos"]]
         if len(ids) > limit:
@@ -141,49 +164,32 @@ class PromptEncoder:
         before, after = normalize_text(before), normalize_text(after, at_start=False)
         start = [special["bos"], *(self.tokenize(before) if before else [])]
         end = [*(self.tokenize(after) if after else []), special["eos"]]
-        length, fitting = len(start) + len(end), 0
-        for ids in category_ids:
-            length += len(ids)
-            fitting += length <= limit
-        if length > limit:
+        lengths = accumulate((len(ids) for ids in category_ids), initial=len(start) + len(end))
+        fitting = sum(length <= limit for length in islice(lengths, 1, None))
+        names = [token for ids in category_ids[:fitting] for token in ids]
+        if fitting == len(category_ids):
+            return start + names + end
+        if not fitting:
+            length = len(start) + len(category_ids[0]) + len(end)
             raise ValueError(
-                f"The prompt with its categories has {length} tokens, but the model has {limit} positions: the first "
-                f"{fitting} of the {len(category_ids)} categories fit."
+                f"The prompt with its first category has {length} tokens, but the model has {limit} positions: use a "
+                "shorter prompt or name."
             )
-        return start + [token for ids in category_ids for token in ids] + end
+        logger.warning_once(
+            f"The prompt holds the first {fitting} of the {len(category_ids)} categories: with all of them it would "
+            f"have more tokens than the model has positions ({limit}). All categories can be predicted."
+        )
+        return start + names + end
 
 
-def _check_text(text: str, what: str):
-    """Raises `ValueError` for halves of characters, which a name has that was read with a wrong encoding."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{what} is {text!r}, with halves of characters (surrogates): read it as UTF-8.")
-
-
-def _clean_names(names, what: str) -> list[str]:
-    """Returns the names with white space collapsed. Raises `ValueError` for an empty list or a wrong name."""
-    if isinstance(names, str) or not isinstance(names, (list, tuple)):
-        raise ValueError(f'The {what} must be a list of words such as ["cat", "grass"], not {names!r}.')
-    if not names:
-        raise ValueError(f"The list of {what} is empty: give at least one word.")
-    cleaned: list[str] = []
-    same_as: dict[str, str] = {}  # normalised name -> the name as it was typed
-    for index, name in enumerate(names):
-        if not isinstance(name, str):
-            raise ValueError(f"Number {index + 1} of the {what} is {name!r}, not a word.")
-        name = " ".join(name.split())
-        if not name:
-            raise ValueError(f"Number {index + 1} of the {what} is empty.")
-        _check_text(name, f"Number {index + 1} of the {what}")
-        if name in cleaned:
-            raise ValueError(f'"{name}" is twice among the {what}: numbers {cleaned.index(name) + 1} and {index + 1}.')
-        other = same_as.setdefault(normalize_text(name), name)
-        if other != name:
-            raise ValueError(
-                f'"{other}" and "{name}" are the same for the model, "{normalize_text(name)}" (numbers '
-                f"{cleaned.index(other) + 1} and {index + 1} of the {what}): leave one of them out."
-            )
-        cleaned.append(name)
-    return cleaned
+def _label_masks(rows: list[dict]) -> list[list[list[int]]]:
+    """Returns for each result of [`PromptEncoder.encode`] rows of labels: 1 where a category has the label."""
+    categories, count = (max(len(row[name]) for row in rows) for name in ("category_ids", "id2label"))
+    masks = [[[0] * categories for _ in range(count)] for _ in rows]
+    for row, mask in zip(rows, masks, strict=True):
+        for category, label in enumerate(row.get("category_labels", range(len(row["category_ids"])))):
+            mask[label][category] = 1
+    return masks
 
 
 def _pad(rows: list[list[int]], value: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -201,4 +207,4 @@ def _pad_twice(tables: list[list[list[int]]], value: int) -> tuple[list, list]:
     return [padded[start : start + height] for start in starts], [mask[start : start + height] for start in starts]
 
 
-__all__ = ["PROMPT_TEMPLATE", "PromptEncoder", "complete_template", "normalize_text"]
+__all__ = ["PROMPT_TEMPLATE", "PromptEncoder", "complete_template"]

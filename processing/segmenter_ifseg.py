@@ -61,6 +61,16 @@ class IFSegSegmenter:
         """The image processor's neighbours and iterations of the smoothing; 0 iterations for none."""
         return self.image_processor.smoothing()
 
+    @property
+    def background(self) -> list[str] | None:
+        """The model's background words, which have one label; `None` without any."""
+        return self.model.config.background
+
+    @property
+    def _encoder(self) -> PromptEncoder:
+        template = complete_template(self.model.config.prompt, self.processor.prompt_template)
+        return PromptEncoder(self.processor.tokenizer, template, self.processor.background_words)
+
     # Words ------------------------------------------------------------------------------------------------------------
 
     def check_tuned(self) -> None:
@@ -79,7 +89,7 @@ class IFSegSegmenter:
         if self.model.config.category_ids is None:
             raise ValueError('This model has no words yet: pass some, as in categories=["cat", "grass"].')
 
-    def encode_words(self, categories=None, prompt: str | None = None) -> dict:
+    def encode_words(self, categories=None, prompt: str | None = None, background=None) -> dict:
         """
         Returns the arguments of the model's `set_words`; see [`IFSegProcessor.encode_categories`].
 
@@ -88,6 +98,8 @@ class IFSegSegmenter:
                 Default: the model's own categories.
             prompt (`str`, *optional*): a template with `{categories}`, or a question before the names. Default: the
                 prompt in the model's configuration, or else the processor's template.
+            background (`str` or `list[str]`, *optional*): words that are merged into one label; see [`IFSegProcessor`].
+                Default: the model's own with its own categories, or none with other `categories`.
 
         Raises:
             `ValueError` without a tokenizer, if neither the model nor the caller has categories, and for a model that
@@ -99,17 +111,18 @@ class IFSegSegmenter:
         config = self.model.config
         if categories is None:
             self.check_words()
-            categories = [config.id2label[index] for index in range(len(config.category_ids))]
-        template = complete_template(config.prompt, self.processor.prompt_template)
-        return PromptEncoder(self.processor.tokenizer, template).encode(categories, prompt)
+            count = len(config.category_ids) - len(config.background or [])
+            categories = [config.id2label[index] for index in range(count)]
+            background = config.background if background is None else background
+        return self._encoder.encode(categories, prompt, background)
 
-    def set_words(self, categories=None, prompt: str | None = None) -> None:
-        """Stores categories and prompt in the model's configuration; arguments and defaults as in [`encode_words`]."""
-        self.model.set_words(**self.encode_words(categories, prompt))
+    def set_words(self, categories=None, prompt: str | None = None, background=None) -> None:
+        """Stores words in the model's configuration; arguments and defaults as in [`encode_words`]."""
+        self.model.set_words(**self.encode_words(categories, prompt, background))
 
     def word_inputs(self, words: dict) -> dict[str, Tensor]:
         """Returns the result of [`encode_words`] as inputs of the model, tensors with a first dimension of 1."""
-        padded = PromptEncoder(self.processor.tokenizer).pad([words])
+        padded = self._encoder.pad([words])
         return dict(BatchFeature(padded, tensor_type="pt"))
 
     # Images -----------------------------------------------------------------------------------------------------------
@@ -151,6 +164,7 @@ class IFSegSegmenter:
         neighbors: int | None = None,
         iterations: int | None = None,
         crf: bool = False,
+        threshold: float | None = None,
     ) -> list[Tensor]:
         """
         Returns label maps, int64 tensors (H, W) of indices of categories.
@@ -159,11 +173,15 @@ class IFSegSegmenter:
             images: uint8 RGB arrays (H, W, 3) of any sizes.
             neighbors, iterations (`int`, *optional*): of the smoothing. Default: [`smoothing`].
             crf (`bool`, defaults to `False`): fit the label maps to the colours of the images; see [`dense_crf`].
+            threshold (`float`, *optional*): pixels whose category has a lower probability get -1; see
+                [`IFSegImageProcessor.post_process_semantic_segmentation`].
         """
         outputs = self(self.preprocess(images))
         sizes = [image.shape[:2] for image in images]
         fitted = {"crf": True, "images": images} if crf else {}
-        return self.image_processor.post_process_semantic_segmentation(outputs, sizes, neighbors, iterations, **fitted)
+        return self.image_processor.post_process_semantic_segmentation(
+            outputs, sizes, neighbors, iterations, threshold=threshold, **fitted
+        )
 
 
 __all__ = ["INFERENCE", "IFSegSegmenter"]

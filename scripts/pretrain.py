@@ -27,7 +27,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help="steps of the last stage (default: the recipe's)")
     parser.add_argument("--alignment-steps", type=int, help="steps of the alignment (default: the recipe's)")
-    parser.add_argument("--hold-out", default="", help="comma-separated names that no image gets (default: none)")
+    parser.add_argument("--hold-out", help="names that no image gets: comma-separated or a file (default: none)")
     parser.add_argument("--workers", type=int, default=2, help="processes that compute features (default: 2)")
     options = parser.parse_args(arguments)
     if not list(options.world.glob("*.parquet")):
@@ -45,6 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    from ifseg_hf.data.vocabularies import read_categories
     from ifseg_hf.nano.pretraining import pretrain
 
     steps = {"steps": options.steps, "alignment_steps": options.alignment_steps}
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.street,
             options.output_dir,
             options.workers,
-            held_out=[name.strip() for name in options.hold_out.split(",") if name.strip()],
+            held_out=[] if options.hold_out is None else list(read_categories(options.hold_out)),
             **settings,
         )
     except (ImportError, OSError, ValueError) as error:

@@ -7,7 +7,7 @@ import typer
 
 from ifseg_hf.cli.app import CommandError
 from ifseg_hf.cli.options import option
-from ifseg_hf.data.vocabularies import split_names
+from ifseg_hf.data.vocabularies import read_categories
 
 if TYPE_CHECKING:
     from ifseg_hf.hub.conversion import ConversionReport
@@ -46,7 +46,7 @@ def convert(
     if prompt is not None and categories is None:
         raise typer.BadParameter("--prompt needs --categories")
     try:
-        words = None if categories is None else [word.strip() for word in split_names(categories)]
+        words = None if categories is None else read_categories(categories)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -14,7 +14,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ifseg_hf.cli.app import CommandError
-from ifseg_hf.cli.options import Cpu, DataDir, ImageModel, OnError, TrustRemoteCode, Untuned, at_least, flag, option
+from ifseg_hf.cli.options import (
+    Background,
+    Cpu,
+    DataDir,
+    ImageModel,
+    OnError,
+    Threshold,
+    TrustRemoteCode,
+    Untuned,
+    at_least,
+    flag,
+    option,
+)
 from ifseg_hf.pretrained import EMBEDDED
 
 __all__ = ["evaluate"]
@@ -101,6 +113,8 @@ def evaluate(
     streaming: Annotated[bool, flag("stream a dataset of the Hub", "--streaming")] = False,
     smoothing_neighbors: SmoothingNeighbors = None,
     smoothing_iterations: SmoothingIterations = None,
+    background: Background = None,
+    threshold: Threshold = None,
     inference: Inference = None,
     batch_size: Annotated[int, option("images of one size per batch (default: 8)", callback=at_least(1))] = 8,
     limit: Limit = None,
@@ -190,6 +204,7 @@ def load_data(options: SimpleNamespace) -> Any:
 
 def measure(options: SimpleNamespace, command: str, state: Any) -> dict:
     """Returns the content of results.json."""
+    from ifseg_hf.data.vocabularies import read_background
     from ifseg_hf.evaluation.cosine import COSINE
     from ifseg_hf.evaluation.evaluate import evaluate_segmenter
     from ifseg_hf.evaluation.segmenter import load_segmenter
@@ -209,7 +224,8 @@ def measure(options: SimpleNamespace, command: str, state: Any) -> dict:
         trust_remote_code=options.trust_remote_code,
         untuned=options.untuned,
     )
-    segmenter.set_words(data.names)
+    background = read_background(options.background)
+    segmenter.set_words(data.names, background=segmenter.background if background is None else background)
     neighbors, iterations = segmenter.smoothing
     evaluation = evaluate_segmenter(
         segmenter,
@@ -223,6 +239,7 @@ def measure(options: SimpleNamespace, command: str, state: Any) -> dict:
         overlays_dir=options.output_dir / "overlays" if options.save_overlays else None,
         overlays=options.save_overlays,
         progress=True,
+        threshold=options.threshold,
     )
     return {
         "command": command,
@@ -231,6 +248,8 @@ def measure(options: SimpleNamespace, command: str, state: Any) -> dict:
         "dataset": options.dataset,
         "split": options.split,
         "inference": segmenter.inference,
+        "background": segmenter.background,
+        "threshold": options.threshold,
         "images": evaluation.images,
         "skipped": evaluation.skipped,
         "seconds": round(evaluation.seconds, 1),

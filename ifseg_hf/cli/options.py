@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 __all__ = [
+    "Background",
     "Cpu",
     "DataDir",
     "ImageModel",
@@ -14,6 +15,7 @@ __all__ = [
     "OnError",
     "SmoothingIterations",
     "SmoothingNeighbors",
+    "Threshold",
     "TrustRemoteCode",
     "Untuned",
     "at_least",
@@ -60,6 +62,31 @@ SmoothingIterations = Annotated[
         "how often to average; 0: no smoothing (default: the model's)",
         metavar="N",
         callback=at_least(0),
+    ),
+]
+
+
+def _probability(value: float | None) -> float | None:
+    """Refuses what is no probability."""
+    if value is not None and not 0 <= value <= 1:
+        raise typer.BadParameter(f"{value}: must be from 0 to 1")
+    return value
+
+
+Threshold = Annotated[
+    float | None,
+    option(
+        "pixels whose best word has a lower probability belong to no word (default: every pixel has one)",
+        metavar="P",
+        callback=_probability,
+    ),
+]
+Background = Annotated[
+    str | None,
+    option(
+        "words that are merged into one label, background: default (sky, grass, wall, floor, ...), none, or words in "
+        "the forms of the words to look for",
+        metavar="WORDS",
     ),
 ]
 TrustRemoteCode = Annotated[bool, flag("run the code saved with a model of another backbone", "--trust-remote-code")]

@@ -9,17 +9,19 @@ import typer
 
 from ifseg_hf.cli.app import CommandError, one_line
 from ifseg_hf.cli.options import (
+    Background,
     ImageModel,
     OnError,
     SmoothingIterations,
     SmoothingNeighbors,
+    Threshold,
     TrustRemoteCode,
     Untuned,
     flag,
     option,
 )
 from ifseg_hf.data.image_files import IMAGE_ENDINGS
-from ifseg_hf.data.vocabularies import VOCABULARIES, read_categories
+from ifseg_hf.data.vocabularies import VOCABULARIES, read_background, read_categories
 from ifseg_hf.pretrained import EMBEDDED
 
 __all__ = ["segment", "split_arguments", "unique_stems"]
@@ -42,6 +44,8 @@ def segment(
     prompt: Annotated[
         str | None, option("question before the words, or a template with {categories} (default: the model's own)")
     ] = None,
+    background: Background = None,
+    threshold: Threshold = None,
     config: Annotated[
         str | None, option("YAML or JSON file with settings of tuning (default: the model's recipe)", metavar="FILE")
     ] = None,
@@ -59,9 +63,11 @@ def segment(
     \b
     ifseg segment street.jpg "sky, road, car"
     ifseg segment *.jpg --model tuned
+    ifseg segment cat.jpg cat --threshold 0.5
 
     A model that is not tuned for the words is tuned on them first, without any image. This happens once: the result is
-    kept in a cache, which `ifseg cache` lists and clears.
+    kept in a cache, which `ifseg cache` lists and clears. What is not a single word is segmented as background, unless
+    --background is none.
 
     Writes IMAGE_mask.png (pixel value = index of the word) and IMAGE_overlay.png (with a legend), and prints the share
     of the image that each word covers. An image that cannot be read is named and skipped, unless --on-error is fail;
@@ -73,15 +79,19 @@ def segment(
     tuning = {"prompt": prompt, "trust_remote_code": trust_remote_code}
     try:
         names = None if words is None else read_categories(words)
+        rest = _background(names, background)
         folder = resolve_checkpoint(model)
         if names is not None and not (no_tune or untuned):
+            tuning["background"] = rest
             folder = _tuned(model, names, config, {key: value for key, value in tuning.items() if value})
-        segmenter = _load(folder, names, prompt, trust_remote_code, untuned)
+        segmenter = _load(folder, names, prompt, trust_remote_code, untuned, rest)
+        if names is not None and background is None and rest is not None:
+            _report_background(names)
         output_dir.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
-    smoothing = (smoothing_neighbors, smoothing_iterations)
-    return _segment_images(segmenter, images, smoothing, crf, output_dir, ctx.command_path, on_error)
+    how = {"neighbors": smoothing_neighbors, "iterations": smoothing_iterations, "crf": crf, "threshold": threshold}
+    return _segment_images(segmenter, images, how, output_dir, ctx.command_path, on_error)
 
 
 def split_arguments(arguments: list[str], categories: str | None) -> tuple[list[str], str | None]:
@@ -120,7 +130,7 @@ def _tuned(model: str, names: list[str] | dict[str, list[str]], config: str | No
     from ifseg_hf.training.recipes import training_config
     from ifseg_hf.tuning import is_tuned_for, tuned_model
 
-    if is_tuned_for(model, names, bool(settings.get("trust_remote_code"))):
+    if is_tuned_for(model, names, bool(settings.get("trust_remote_code")), settings.get("background")):
         return model
     try:
         own = {"model": model, "categories": names, "output_dir": ""}
@@ -131,7 +141,29 @@ def _tuned(model: str, names: list[str] | dict[str, list[str]], config: str | No
         raise CommandError("stopped. The same command continues.", 128 + error.signal_number) from error
 
 
-def _load(folder: Any, names: Any, prompt: str | None, trust_remote_code: bool, untuned: bool) -> Any:
+def _background(names: Any, background: str | None) -> str | list[str] | None:
+    """The background words for the names; without names those in place of the model's own. Raises `ValueError`."""
+    if names is None:
+        return read_background(background)
+    from ifseg_hf.tuning import choose_background
+
+    return choose_background(names, background)
+
+
+def _report_background(names: Any) -> None:
+    from ifseg_hf.tuning import report_background
+
+    report_background(names, "--background none")
+
+
+def _load(
+    folder: Any,
+    names: Any,
+    prompt: str | None,
+    trust_remote_code: bool,
+    untuned: bool,
+    background: str | list[str] | None,
+) -> Any:
     """The segmenter with its words. Raises `ValueError`."""
     from accelerate import PartialState
 
@@ -142,21 +174,24 @@ def _load(folder: Any, names: Any, prompt: str | None, trust_remote_code: bool, 
     )
     if names is None and segmenter.model.config.category_ids is None:
         raise ValueError(f'{folder} was not tuned for any words: name some, as in "cat, grass".')
-    if names is not None or prompt is not None:
-        segmenter.set_words(names, prompt)
+    if names is not None or prompt is not None or background is not None:
+        segmenter.set_words(names, prompt, background)
     return segmenter
 
 
 def _segment_images(
     segmenter: Any,
     images: list[str],
-    smoothing: tuple[int | None, int | None],
-    crf: bool,
+    how: dict[str, Any],
     output_dir: Path,
     program: str,
     on_error: str,
 ) -> int:
-    """Writes mask and overlay of each image, and returns 1 if one could not be read."""
+    """Writes mask and overlay of each image, and returns 1 if one could not be read.
+
+    Args:
+        how: arguments of the segmenter's `segment` beside the image.
+    """
     from PIL import Image
 
     from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
@@ -176,10 +211,13 @@ def _segment_images(
             if on_error == "fail":
                 break
             continue
-        (mask,) = segmenter.segment([pixels], *smoothing, crf=crf)
+        (mask,) = segmenter.segment([pixels], **how)
         image, mask = Image.fromarray(pixels), mask.cpu()
         save_mask(mask, output_dir / f"{stem}_mask.png", names)
         overlay(image, mask, names).save(output_dir / f"{stem}_overlay.png")
         covered = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares(mask, names).items())
+        if (mask < 0).any():
+            none = 100 * (mask < 0).float().mean().item()
+            covered += f"{', ' if covered else ''}{none:.1f} % without a word"
         print(f"{source}: {covered} -> {output_dir / stem}_overlay.png")
     return failed

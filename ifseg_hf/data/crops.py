@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 from ifseg_hf.data.segmentation import BENCHMARKS, SegmentationDataset, folder_splits, load_segmentation_dataset
-from ifseg_hf.data.vocabularies import split_names
+from ifseg_hf.data.vocabularies import read_categories
 from ifseg_hf.data.word_maps import WordMapSampler
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, resize_bilinear, resize_nearest
 
@@ -70,8 +70,8 @@ def find_labels(data: SegmentationDataset, names: str | None) -> list[int]:
 
     Args:
         data: the dataset whose labels to look up.
-        names: name of one of `data.subsets`, or names of categories separated by commas (see [`split_names`]); None
-            for no label.
+        names: name of one of `data.subsets`, or categories in any form that [`read_categories`] reads; None for no
+            label.
 
     Raises:
         `ValueError`: a name is not in the dataset, or `names` lists no category or all of them.
@@ -80,7 +80,7 @@ def find_labels(data: SegmentationDataset, names: str | None) -> list[int]:
         return []
     if names in data.subsets:
         return list(data.subsets[names])
-    wanted = [" ".join(name.split()) for name in split_names(names) if name.strip()]
+    wanted = list(read_categories(names)) if names.strip(" ,") else []
     for name in wanted:
         if name not in data.names:
             raise ValueError(f'unseen: the dataset has no category "{name}"; it has {", ".join(data.names[:20])}.')

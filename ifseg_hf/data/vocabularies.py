@@ -50,6 +50,23 @@ def read_categories(text: str | Iterable[str] | Mapping[str, Iterable[str]]) -> 
         raise ValueError(f'In "{text}": {error}') from None
 
 
+def read_background(text: str | Iterable[str] | None) -> str | list[str] | None:
+    """Reads background words: "default", "none", or names in any form that [`read_categories`] reads but a mapping.
+
+    Raises `ValueError` as [`read_categories`] does, and for a mapping.
+    """
+    if text is None or text in ("default", "none"):
+        return text  # type: ignore[return-value]
+    if not isinstance(text, str):
+        text = list(text)
+        if not text:
+            return "none"
+    names = read_categories(text)
+    if isinstance(names, Mapping):
+        raise ValueError("The background words are a mapping: give a list of words.")
+    return names
+
+
 def split_names(text: str) -> list[str]:
     """
     Returns the names in a text with commas between them; a name with a comma stands in double quotes.

@@ -22,10 +22,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ifseg_hf.data.vocabularies import read_categories
 from ifseg_hf.evaluation.clip_resnet import CLIPResNet, load_clip_resnet
 from ifseg_hf.modeling.image_batches import group_by_image_size
+from ifseg_hf.modeling.merged_labels import merge_logits, one_hot_labels
 from ifseg_hf.modeling.modeling_ifseg import IFSegSegmentationOutput
 from ifseg_hf.modeling.templates_clip import PROMPT_TEMPLATES
 from ifseg_hf.pretrained import resolve_model
+from ifseg_hf.processing.background_ifseg import BACKGROUND, background_words
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor, output_size
+from ifseg_hf.processing.text_ifseg import normalize_text
 
 __all__ = ["BASELINES", "CLIPSegmenter", "load_baseline"]
 
@@ -53,6 +56,8 @@ class CLIPSegmenter:
         )
         self.image_processor.patch_size = self.patch_size
         self.word_embeddings: Tensor | None = None
+        self.background: list[str] | None = None
+        self.labels: Tensor | None = None  # the label of each word, where several have one
 
     @property
     def patch_size(self) -> int:
@@ -70,7 +75,7 @@ class CLIPSegmenter:
         return self.image_processor.smoothing()
 
     @torch.no_grad()
-    def set_words(self, categories: list[str] | dict[str, list[str]]) -> None:
+    def set_words(self, categories: list[str] | dict[str, list[str]], *, background=None) -> None:
         """
         Sets the categories, whose embeddings the patches are compared with.
 
@@ -81,6 +86,8 @@ class CLIPSegmenter:
             categories (`list[str]` or `dict[str, list[str]]`): names; or the fine names of each category. The
                 category's embedding is then the mean of its fine names' embeddings, scaled to unit length; the
                 category's name is used only if it is among them.
+            background (`str` or `list[str]`, *optional*): words that are merged into one label; see
+                [`background_words`].
 
         Raises:
             `ValueError` for an empty list, for an empty or repeated name, and for a name that the tokenizer does not
@@ -88,6 +95,14 @@ class CLIPSegmenter:
         """
         categories = read_categories(categories)
         fine = list(categories.values()) if isinstance(categories, Mapping) else [[name] for name in categories]
+        coarse = [normalize_text(name) for name in categories]
+        self.background = background_words(background, [*categories, *(name for group in fine for name in group)])
+        self.labels = None
+        if self.background is not None:
+            label = coarse.index(BACKGROUND) if BACKGROUND in coarse else len(coarse)
+            labels = [*range(len(coarse)), *[label] * len(self.background)]
+            self.labels = one_hot_labels(labels, max(labels) + 1, self.model.device)
+            fine += [[word] for word in self.background]
         names = {name: self._embed_name(name) for name in dict.fromkeys(name for group in fine for name in group)}
         means = [torch.stack([names[name] for name in group]).mean(0) for group in fine]
         self.word_embeddings = normalize(torch.stack(means), dim=-1)
@@ -135,6 +150,7 @@ class CLIPSegmenter:
         image_features, features = self._patch_features(pixel_values)
         features = normalize(features, dim=1)
         logits = self.model.logit_scale.exp() * torch.einsum("bchw,nc->bnhw", features, self.word_embeddings)
+        logits = logits if self.labels is None else merge_logits(logits, self.labels)
         mask = torch.ones_like(logits[:, 0], dtype=torch.bool)
         return IFSegSegmentationOutput(logits=logits, image_features=image_features, patch_mask=mask)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import normalize
 
+from ifseg_hf.modeling.merged_labels import merge_logits, one_hot_labels
 from ifseg_hf.modeling.modeling_ifseg import IFSegSegmentationOutput
 from ifseg_hf.processing.segmenter_ifseg import IFSegSegmenter
 
@@ -28,6 +29,10 @@ class CosineSegmenter(IFSegSegmenter):
         ids, mask = self.model.pad_words(self.model.config.category_ids, patches.device)
         embeddings = normalize(backbone.embed_words(ids, mask)[0], dim=-1)
         logits = (patches @ embeddings.T).permute(0, 3, 1, 2) / TEMPERATURE
+        config = self.model.config
+        if config.category_labels is not None:
+            mask = one_hot_labels(config.category_labels, len(config.id2label), logits.device)
+            logits = merge_logits(logits, mask)
         return IFSegSegmentationOutput(
             logits=logits, image_features=outputs.image_features, patch_mask=outputs.patch_mask
         )

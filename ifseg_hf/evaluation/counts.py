@@ -28,6 +28,7 @@ class Counts:
         settings: what the counts depend on, compared with the settings of earlier runs.
         smoothing: the settings that are counted separately.
         categories: number of categories.
+        allow_no_category: whether predictions may have pixels without a category; see [`MeanIoU`].
 
     Attributes:
         metrics (`dict[Smoothing, MeanIoU]`), images (`list[int]`), skipped (`dict[int, str]`): confusion matrices,
@@ -38,9 +39,16 @@ class Counts:
         `ValueError` if the folder holds an evaluation with other settings, or a damaged file.
     """
 
-    def __init__(self, folder: Path | None, settings: dict, smoothing: Sequence[Smoothing], categories: int):
+    def __init__(
+        self,
+        folder: Path | None,
+        settings: dict,
+        smoothing: Sequence[Smoothing],
+        categories: int,
+        allow_no_category: bool = False,
+    ):
         self.smoothing = list(smoothing)
-        self.metrics = {setting: MeanIoU(categories) for setting in self.smoothing}
+        self.metrics = {setting: MeanIoU(categories, allow_no_category=allow_no_category) for setting in self.smoothing}
         self.images: list[int] = []
         self.skipped: dict[int, str] = {}
         self.earlier: set[int] = set()

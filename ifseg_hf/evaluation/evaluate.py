@@ -24,7 +24,7 @@ from ifseg_hf.evaluation.counts import Counts
 from ifseg_hf.evaluation.metrics import MeanIoU, scores
 from ifseg_hf.evaluation.report import Evaluation, Smoothing, setting_name
 from ifseg_hf.evaluation.segmenter import Segmenter, load_segmenter
-from ifseg_hf.processing.post_processing_ifseg import resized_argmax, smoothing_sweep
+from ifseg_hf.processing.post_processing_ifseg import NO_CATEGORY, check_threshold, patch_labels, smoothing_sweep
 from ifseg_hf.processing.segmenter_ifseg import IFSegSegmenter
 from ifseg_hf.visualization.overlays import overlay, save_mask, side_by_side
 
@@ -65,12 +65,14 @@ def evaluate_segmenter(
     overlays_dir: str | Path | None = None,
     overlays: int = 0,
     progress: bool = False,
+    threshold: float | None = None,
 ) -> Evaluation:
     """
     Segments every image of a dataset and counts the pixels of each pair of a true and a predicted category.
 
     Args:
-        segmenter: result of [`load_segmenter`], its words set to `data.names` in the same order.
+        segmenter: result of [`load_segmenter`], its words set to `data.names` in the same order. Pixels that it gives
+            to a background beyond these names belong to no category.
         data: images, masks and names.
         smoothing: pairs of neighbours and iterations, each counted separately; (k, 0) does not smooth. Default: the
             segmenter's own setting.
@@ -81,6 +83,8 @@ def evaluate_segmenter(
         limit: evaluate only the first images, this many.
         predictions_dir: folder for a PNG of each image's predicted labels (first setting), named after the image.
         overlays_dir, overlays: folder for a PNG of image, truth and prediction in a row, and how many images get one.
+        threshold: pixels whose category has a lower probability belong to no category; see [`patch_labels`]. They count
+            as wrong for their true category, and as a prediction of none.
         progress: whether to show a bar with the mean IoU so far (of this process and the first setting).
 
     Returns:
@@ -90,6 +94,7 @@ def evaluate_segmenter(
         `ValueError`: there is no image, a setting is out of range, or `state_dir` holds another evaluation.
     """
     smoothing = _checked_smoothing([segmenter.smoothing] if smoothing is None else smoothing)
+    check_threshold(threshold)
     if on_error not in ("skip", "fail"):
         raise ValueError(f'on_error="{on_error}": choose skip or fail.')
     state = PartialState()
@@ -100,7 +105,9 @@ def evaluate_segmenter(
     settings: dict[str, Any] = {"smoothing": smoothing, "names": data.names, "on_error": on_error, "limit": limit}
     settings |= {"model": fingerprint(segmenter) if state_dir else "", "images": total}
     settings |= {"segmenter": type(segmenter).__name__, "inference": segmenter.inference}
-    counts = Counts(Path(state_dir) if state_dir else None, settings, smoothing, len(data.names))
+    settings |= {"threshold": threshold, "background": segmenter.background}
+    without = threshold is not None or bool(segmenter.background)
+    counts = Counts(Path(state_dir) if state_dir else None, settings, smoothing, len(data.names), without)
     samples = _samples(data, counts, on_error, limit, state.process_index, state.num_processes)
     started = saved = time.monotonic()
     bar = tqdm(
@@ -111,7 +118,7 @@ def evaluate_segmenter(
     )
     with bar:
         for batch in _equal_sizes(samples, batch_size, bar.update):
-            _count_batch(segmenter, batch, counts, files)
+            _count_batch(segmenter, batch, counts, files, threshold)
             if bar.n and not bar.disable:
                 bar.set_postfix(mIoU=f"{100 * scores(counts.metrics[smoothing[0]].confusion_matrix)['mean_iou']:.1f}")
             if time.monotonic() - saved > SAVE_EVERY:
@@ -208,13 +215,16 @@ def _equal_sizes(
         update(len(group))
 
 
-def _count_batch(segmenter: Segmenter, batch: list[_Sample], counts: Counts, files: "_PredictionFiles") -> None:
+def _count_batch(
+    segmenter: Segmenter, batch: list[_Sample], counts: Counts, files: "_PredictionFiles", threshold: float | None
+) -> None:
     """Segments the images of a batch and counts their pixels under every smoothing setting."""
     outputs = segmenter(segmenter.preprocess([sample.image for sample in batch]))
     for sample, swept in zip(batch, smoothing_sweep(outputs, counts.smoothing), strict=True):
         first = None
         for setting, patches in zip(counts.smoothing, swept, strict=True):  # a map at a time, which may be large
-            labels = resized_argmax(patches, sample.truth.shape).cpu()
+            labels = patch_labels(patches, sample.truth.shape, setting[1] > 0, threshold).cpu()
+            labels[labels >= len(files.names)] = NO_CATEGORY  # background beyond the categories of the dataset
             counts.metrics[setting].add(prediction=labels, reference=sample.truth)
             first = labels if first is None else first
         counts.images.append(sample.index)

@@ -12,6 +12,8 @@ import evaluate
 import numpy as np
 import torch
 
+from ifseg_hf.processing.post_processing_ifseg import NO_CATEGORY
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -44,13 +46,16 @@ class MeanIoU(evaluate.Metric):
     Args:
         num_labels (`int`): categories; labels are `0 ... num_labels - 1`.
         ignore_index (`int`, defaults to -100): label of reference pixels that are not counted.
+        allow_no_category (`bool`, defaults to `False`): whether predictions may hold -1, for pixels without a category.
+            Such a pixel counts as wrong for its true category, and as a prediction of none.
 
     Attributes:
         confusion_matrix (`np.ndarray` of shape `(num_labels, num_labels)`, int64): pixels so far, by true category
-            (row) and predicted category (column). `scores(metric.confusion_matrix)` is the result so far.
+            (row) and predicted category (column); with `allow_no_category` a last column has the pixels without a
+            predicted one. `scores(metric.confusion_matrix)` is the result so far.
     """
 
-    def __init__(self, num_labels: int, ignore_index: int = -100):
+    def __init__(self, num_labels: int, ignore_index: int = -100, allow_no_category: bool = False):
         if num_labels < 1:
             raise ValueError(f"num_labels={num_labels}: there must be a category.")
         if 0 <= ignore_index < num_labels:
@@ -58,7 +63,7 @@ class MeanIoU(evaluate.Metric):
         super().__init__()
         self.num_labels = num_labels
         self.ignore_index = ignore_index
-        self.confusion_matrix = np.zeros((num_labels, num_labels), np.int64)
+        self.confusion_matrix = np.zeros((num_labels, num_labels + allow_no_category), np.int64)
 
     def _info(self) -> evaluate.MetricInfo:
         maps = datasets.List(datasets.List(datasets.Value("int64")))
@@ -133,16 +138,20 @@ class MeanIoU(evaluate.Metric):
                 f"A prediction of shape {prediction.shape} for a reference of shape {reference.shape}: "
                 "both must have the height and width of the image."
             )
-        counted = reference != self.ignore_index
+        counted, columns = reference != self.ignore_index, self.confusion_matrix.shape[1]
+        none = columns > self.num_labels
         for labels, what in ((prediction, "prediction"), (reference, "reference")):
-            wrong = counted & ((labels < 0) | (labels >= self.num_labels))
+            lowest = NO_CATEGORY if none and what == "prediction" else 0
+            wrong = counted & ((labels < lowest) | (labels >= self.num_labels))
             if wrong.any():
                 right = f"0 ... {self.num_labels - 1}"
+                if lowest < 0:
+                    right += f" or, without a category, {NO_CATEGORY}"
                 if what == "reference":
                     right += f" or, to be ignored, {self.ignore_index}"
                 raise ValueError(f"The {what} holds label {labels[wrong][0]}; it should be one of {right}.")
         # Ignored pixels get an extra bin: cheaper than removing them from both maps.
-        pairs = reference * self.num_labels + prediction
+        pairs = reference * columns + (np.where(prediction < 0, self.num_labels, prediction) if none else prediction)
         pairs[~counted] = self.confusion_matrix.size
         counts = np.bincount(pairs.ravel(), minlength=self.confusion_matrix.size + 1)
         return counts[:-1].reshape(self.confusion_matrix.shape)
@@ -166,7 +175,7 @@ def scores(confusion_matrix: np.ndarray, subsets: Mapping[str, Sequence[int]] | 
 
     Args:
         confusion_matrix (`np.ndarray` of shape `(N, N)`, integers): pixels by true (row) and predicted (column)
-            category.
+            category; or of shape `(N, N + 1)`, with the pixels without a predicted category in the last column.
         subsets (*optional*): lists of categories by name, for example `{"seen": [0, 2], "unseen": [1]}`.
 
     Returns:
@@ -181,12 +190,14 @@ def scores(confusion_matrix: np.ndarray, subsets: Mapping[str, Sequence[int]] | 
         - **harmonic_mean_iou** of the subsets' means, if there are exactly two subsets (hIoU of zero-shot transfer).
 
     Raises:
-        `ValueError`: for a matrix that is not square, or a subset with an unknown category.
+        `ValueError`: for a matrix of another shape, or a subset with an unknown category.
     """
     matrix = np.asarray(confusion_matrix)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"A confusion matrix is square; this one has the shape {matrix.shape}.")
-    right, true, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    if matrix.ndim != 2 or matrix.shape[1] - matrix.shape[0] not in (0, 1):
+        raise ValueError(
+            f"A confusion matrix is square, or has one column more; this one has the shape {matrix.shape}."
+        )
+    right, true, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)[: len(matrix)]
     iou, accuracy = np.full((2, len(matrix)), np.nan)
     occurs = true > 0
     iou[occurs] = right[occurs] / (true + predicted - right)[occurs]

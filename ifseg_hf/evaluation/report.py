@@ -18,7 +18,8 @@ class Evaluation:
 
     Args:
         names: the categories.
-        matrices: for each smoothing setting an int64 (N, N) array, pixels by true (row) and predicted category.
+        matrices: for each smoothing setting an int64 (N, N) array, pixels by true (row) and predicted category; or
+            (N, N + 1), with the pixels without a predicted category in the last column.
         images: number of counted images. skipped: error messages of the others. seconds: duration of the last run.
         subsets: lists of categories by name; see [`ifseg_hf.evaluation.metrics.scores`].
     """

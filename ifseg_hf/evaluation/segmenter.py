@@ -24,6 +24,7 @@ class Segmenter(Protocol):
         model (`torch.nn.Module`): its weights identify the evaluation when it is resumed.
         inference (`str`): "whole" images, or "slide" for overlapping square crops.
         smoothing (`tuple[int, int]`): neighbours and iterations of the smoothing that the model needs.
+        background (`list[str]` or `None`): words that are merged into one label, "background".
     """
 
     model: Any
@@ -32,8 +33,11 @@ class Segmenter(Protocol):
     @property
     def smoothing(self) -> tuple[int, int]: ...
 
-    def set_words(self, categories: list[str] | dict[str, list[str]]) -> None:
-        """Sets the categories: names, or fine names by coarse category."""
+    @property
+    def background(self) -> list[str] | None: ...
+
+    def set_words(self, categories: list[str] | dict[str, list[str]], *, background=None) -> None:
+        """Sets the categories: names, or fine names by coarse category; `background` as in [`IFSegProcessor`]."""
 
     def preprocess(self, images: list[np.ndarray]) -> Mapping[str, torch.Tensor]:
         """Returns `pixel_values` and `pixel_mask` of RGB images, uint8 arrays (H, W, 3) of any sizes."""

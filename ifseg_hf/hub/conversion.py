@@ -104,7 +104,7 @@ def convert_ofa_checkpoint(
     source: str | Path,
     output_dir: str | Path,
     tokenizer: str | Path | None = None,
-    categories: list[str] | None = None,
+    categories: list[str] | dict[str, list[str]] | None = None,
     prompt: str | None = None,
     max_shard_size: str | int = "1GB",
 ) -> ConversionReport:

@@ -49,6 +49,12 @@ class TrainingConfig:
     )
     prompt: str | None = setting(None, "question before the words, or a template with {categories}", recipe=True)
     append_unknown: bool = setting(True, "end the prompt with the word unknown, which is never a category", recipe=True)
+    background: list[str] | str | None = setting(  # noqa: RUF009
+        None,
+        "words that are merged into one label, background: default (sky, grass, wall, floor, ...), none, or words in "
+        "the forms of categories",
+        stages=["word-maps"],
+    )
     stage: str = setting(
         "word-maps",
         "word-maps: words alone; supervised: images and masks; self-training: images and pseudo-labels",
@@ -291,8 +297,11 @@ class TrainingConfig:
             raise ValueError(f"stage={self.stage} needs images: give a dataset (--dataset).")
         if self.dataset is None and self.categories is None:
             raise ValueError("There are no categories: give some (--categories) or a dataset (--dataset).")
-        if self.categories is not None and len(self.categories) < 2:
-            raise ValueError("One category is not enough for segmentation: give at least two.")
+        if self.categories is not None and len(self.categories) < 2 and self.background in (None, "none"):
+            raise ValueError(
+                "One category is not enough for segmentation: give at least two, or a background (--background "
+                "default), which what is not asked for belongs to."
+            )
         self._check_own_labels()
         if self.eval_dataset is not None and not self.eval_steps:
             raise ValueError(f'eval_dataset="{self.eval_dataset}" is for evaluations: give eval_steps.')

@@ -156,7 +156,7 @@ class TrainingRun:
         self._load_model()
         self._start_output()
         self._prepare()
-        categories = len(self.model_config.category_ids)
+        categories = len(self.model_config.id2label)
         self.accelerator.print(
             f"Tuning {self.config.model} on {categories} categories, {self.config.stage}: {self.config.steps} steps "
             f"of {self.config.batch_size} samples, {self.accelerator.num_processes} x {self.accelerator.device.type}, "

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ifseg_hf.data.vocabularies import read_categories
+from ifseg_hf.data.vocabularies import read_background, read_categories
 from ifseg_hf.pretrained import EMBEDDED, checkpoint_folder
 from ifseg_hf.training.config import TrainingConfig, check_settings
 
@@ -66,7 +66,8 @@ def training_config(settings: dict[str, Any]) -> TrainingConfig:
 
     Args:
         settings: by name, as [`ifseg_hf.training.config.check_settings`] returns them. `categories` may be text, as
-            [`read_categories`] reads it; without them, the categories of `dataset` are used.
+            [`read_categories`] reads it; without them, the categories of `dataset` are used. `background` may be text,
+            as [`read_background`] reads it.
 
     Raises:
         `ValueError`: a model or the categories cannot be read. The values are not checked; see
@@ -74,6 +75,8 @@ def training_config(settings: dict[str, Any]) -> TrainingConfig:
     """
     categories = settings.get("categories")
     settings = {**settings, "categories": None if categories is None else read_categories(categories)}
+    if settings.get("background") is not None:
+        settings["background"] = read_background(settings["background"])
     try:
         return TrainingConfig(**complete_settings(settings))
     except FileNotFoundError as error:

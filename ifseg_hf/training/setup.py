@@ -139,7 +139,7 @@ def load_model(
     except (OSError, ValueError) as error:
         raise SettingError(f'"{config.model}" has no processor that can be loaded: {error}'[:500]) from error
     try:
-        words = processor.encode_categories(categories, config.prompt, config.append_unknown)
+        words = processor.encode_categories(categories, config.prompt, config.append_unknown, config.background)
     except ValueError as error:
         raise SettingError(str(error)) from error
     try:

@@ -75,6 +75,33 @@ def test_words_are_tuned_once_and_then_read_from_the_cache(model, image, runs, c
     assert not list(entry.folder.glob("checkpoint-*"))
 
 
+def test_one_word_is_tuned_with_a_background(model, image, runs, capfd):
+    found = ifseg_hf.segment(image, ["cat"], model=model)
+    assert {x["label"] for x in found} <= {"cat", "background"}
+    line = 'What is not "cat" is "background"; background="none": no background.'
+    assert capfd.readouterr().err.splitlines().count(line) == 1
+    assert ifseg_hf.segment(image, "cat", model=model, background="default") == found
+    assert len(runs) == 1
+    (entry,) = cache_entries()
+    tuned = str(entry.folder)
+    assert is_tuned_for(tuned, ["cat"], background="default")
+    assert not is_tuned_for(tuned, ["cat"])
+    assert not is_tuned_for(tuned, ["cat"], background=["sky"])
+    pipe = ifseg_hf.tune(["cat", "dog"], model=model, background=["sky", "sea"])
+    assert pipe.model.config.background == ["sky", "sea"]
+    assert pipe(image, threshold=1.0) == []
+    with pytest.raises(ValueError, match="One category is not enough for segmentation"):
+        ifseg_hf.tune(["cat"], model=model, background="none")
+
+
+def test_more_words_than_the_prompt_holds_are_tuned(model, image, runs):
+    words = [f"word {index}" for index in range(1203)]
+    pipe = ifseg_hf.tune(words, model=model, steps=2)
+    assert len(pipe.model.config.prompt_ids) <= 120
+    assert {x["label"] for x in pipe(image, smoothing_iterations=0)} <= set(words)
+    assert is_tuned_for(str(cache_entries()[0].folder), words)
+
+
 def test_other_words_models_and_settings_are_other_entries(model, runs, tmp_path):
     ifseg_hf.tune(WORDS, model=model)
     ifseg_hf.tune(WORDS, model=model, cpu=True, checkpointing_steps=7)  # have no effect on the result

@@ -26,6 +26,7 @@ FILES = (
     "image_batches",
     "loading",
     "loss_ifseg",
+    "merged_labels",
 )
 
 

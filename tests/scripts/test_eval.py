@@ -126,6 +126,18 @@ def test_other_categories_count_as_the_rest(work, evaluate, tmp_path):
     assert result["categories"]["other"]["iou"] is not None
 
 
+def test_background_and_threshold_are_recorded(work, evaluate, tmp_path, capsys):
+    data = ["--dataset", str(work / "streets"), "--model", str(work / "model"), "--cpu", "--limit", "1"]
+    data += ["--categories", "sky", "--rest", "background", "--output-dir", str(tmp_path / "out")]
+    assert evaluate([*data, "--background", "sea, sky, wall", "--threshold", "0.3"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["background"] == ["sea", "wall"]
+    assert results["threshold"] == 0.3
+    assert list(results["results"][0]["categories"]) == ["sky", "background"]
+    assert evaluate([*data, "--background", "sea"]) == 1
+    assert "another threshold, background" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -134,6 +146,7 @@ def test_other_categories_count_as_the_rest(work, evaluate, tmp_path):
         (["--dataset", "{streets}", "--categories", "cat, gras"], "Similar: grass"),
         (["--dataset", "{streets}", "--model", "nowhere"], "no model folder"),
         (["--dataset", "{streets}", "--baseline", "clip", "--model", "{model}"], "is no CLIP"),
+        (["--dataset", "{streets}", "--background", "cat, cat"], '"cat" is given twice'),
     ],
 )
 def test_errors_are_one_line(work, evaluate, tmp_path, capsys, arguments, complaint):

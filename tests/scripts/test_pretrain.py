@@ -112,6 +112,18 @@ def test_wrong_arguments_are_reported_at_once(data, tmp_path, capsys, option, va
     assert not any(tmp_path.iterdir())
 
 
+def test_names_to_hold_out_may_have_commas_and_stand_in_a_file(data, tmp_path, monkeypatch):
+    held = []
+    monkeypatch.setattr(
+        "ifseg_hf.nano.pretraining.pretrain", lambda *args, held_out, **kwargs: held.append(held_out) or tmp_path
+    )
+    (tmp_path / "names.txt").write_text("bear\nchair, folding\n")
+    for given in (["--hold-out", 'bear, "chair, folding"'], ["--hold-out", str(tmp_path / "names.txt")]):
+        assert main(arguments(data, tmp_path, *given)) == 0
+    assert main(arguments(data, tmp_path)) == 0
+    assert held == [["bear", "chair, folding"], ["bear", "chair, folding"], []]
+
+
 def test_a_street_folder_without_a_training_split_is_reported(data, tmp_path, capsys):
     assert main(arguments(data, tmp_path, "--street", str(data / "coco"))) == 1
     assert "has no splits" in capsys.readouterr().err.splitlines()[-1]

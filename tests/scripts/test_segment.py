@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSemanticSegmentation, PreTrainedTokenizerFast, pipeline
 
 from ifseg_hf.cli.segment import unique_stems
-from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor
+from ifseg_hf.evaluation.segmenter import load_segmenter
+from ifseg_hf.processing import IFSegImageProcessor, IFSegProcessor, resize_scores
 from scripts import SCRIPTS, load_script
 
 SCRIPT = SCRIPTS / "segment.py"
@@ -111,6 +112,37 @@ def test_masks_are_fitted_to_the_image_on_request(tuned, image, tmp_path):
         outputs = model(**processor(images=picture, return_tensors="pt"))
     (expected,) = processor.post_process_semantic_segmentation(outputs, crf=True, images=picture)
     np.testing.assert_array_equal(masks[1], expected)
+
+
+def test_one_word_alone_gets_a_background(untuned, image, tmp_path, capsys):
+    arguments = [image, "cat", "--model", untuned, "--untuned", "--output-dir", tmp_path]
+    assert run(*arguments) == 0
+    captured = capsys.readouterr()
+    assert 'What is not "cat" is "background"; --background none: no background.' in captured.err.splitlines()
+    with Image.open(tmp_path / "image_mask.png") as mask:
+        assert json.loads(mask.text["categories"]) == ["cat", "background"]
+    for background, names in (("none", ["cat"]), ("sky, sea", ["cat", "background"])):
+        assert run(*arguments, "--background", background) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        with Image.open(tmp_path / "image_mask.png") as mask:
+            assert json.loads(mask.text["categories"]) == names
+            assert (np.asarray(mask) == 0).all() == (background == "none")
+
+
+def test_pixels_below_the_threshold_have_no_word(tuned, image, tmp_path, capsys):
+    segmenter = load_segmenter(tuned)
+    (scores,) = segmenter.patch_scores(segmenter(segmenter.preprocess([np.array(Image.open(image))])))
+    threshold = resize_scores(scores, (60, 90)).amax(0).median().item()
+    assert run(image, "--model", tuned, "--output-dir", tmp_path, "--threshold", threshold) == 0
+    assert "% without a word" in capsys.readouterr().out
+    with Image.open(tmp_path / "image_mask.png") as mask:
+        assert 0.3 < (np.asarray(mask) == 255).mean() < 0.7
+    assert run(image, "--model", tuned, "--output-dir", tmp_path, "--threshold", 1) == 0
+    assert "100.0 % without a word" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(image, "--model", tuned, "--threshold", 1.5)
+    assert "must be from 0 to 1" in capsys.readouterr().err
 
 
 def test_images_of_one_name_do_not_overwrite_each_other(tuned, image, tmp_path):

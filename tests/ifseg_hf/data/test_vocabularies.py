@@ -6,7 +6,7 @@ import pytest
 from reference_outputs import PARITY
 from tiny_model import save_tiny_model
 
-from ifseg_hf.data.vocabularies import VOCABULARIES, join_names, read_categories
+from ifseg_hf.data.vocabularies import VOCABULARIES, join_names, read_background, read_categories
 from ifseg_hf.processing import IFSegProcessor
 
 
@@ -118,3 +118,14 @@ def test_text_that_is_no_list_of_names_is_refused(text, message):
 
 def test_names_of_the_vocabularies():
     assert list(VOCABULARIES) == ["ade20k-hierarchy", "ade20k", "coco-stuff-coarse", "coco-stuff-unseen", "coco-stuff"]
+
+
+def test_background_words_are_read_like_categories(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("sky\nwall, painted\n")
+    assert read_background(None) is None
+    assert (read_background("default"), read_background("none"), read_background([])) == ("default", "none", "none")
+    assert read_background(str(file)) == read_background('sky, "wall, painted"') == ["sky", "wall, painted"]
+    assert read_background(("sky", "sea")) == ["sky", "sea"]
+    with pytest.raises(ValueError, match="give a list of words"):
+        read_background("coco-stuff-coarse")

@@ -188,6 +188,18 @@ def test_a_category_is_the_mean_of_its_fine_names(folder):
     assert loaded(pixels(64, 64)).logits.shape[1] == 3
 
 
+def test_background_words_have_one_label(folder):
+    loaded = segmenter("clip", folder)
+    plain = loaded(pixels(64, 64)).logits.softmax(1)
+    assert loaded.background is None
+    loaded.set_words(["cat"], background=["wet grass", "sky", "cat"])
+    assert loaded.background == ["wet grass", "sky"]
+    expected = torch.cat([plain[:, :1], plain[:, 1:].sum(1, keepdim=True)], 1)
+    torch.testing.assert_close(loaded(pixels(64, 64)).logits.softmax(1), expected)
+    loaded.set_words(["background", "cat"], background=["sky"])
+    assert loaded(pixels(64, 64)).logits.shape[1] == 2
+
+
 @pytest.mark.parametrize(
     ("size", "expected"),
     [((100, 150), (512, 768)), ((150, 100), (768, 512)), ((30, 400), (160, 2048)), ((512, 655), (512, 640))],

@@ -218,6 +218,52 @@ def test_models_trained_on_crops_are_evaluated_in_crops_without_smoothing(model,
     assert (whole.matrices[1, 0] != expected).any()
 
 
+def test_pixels_below_the_threshold_are_wrong_and_predicted_as_nothing(segmenter, streets, tmp_path):
+    data = load_segmentation_dataset(str(streets))
+    settings = [(3, 2), (1, 0)]
+    every = evaluate_segmenter(segmenter, data, settings)
+    folders = {"state_dir": tmp_path / "state", "predictions_dir": tmp_path / "predictions"}
+    some = evaluate_segmenter(segmenter, data, settings, threshold=0.4, **folders)
+    expected = {setting: np.zeros((3, 4), np.int64) for setting in settings}
+    for row in data.samples:
+        image, truth = data.read(row)
+        for k, n in settings:
+            (labels,) = segmenter.segment([image], k, n, threshold=0.4)
+            inside = truth >= 0
+            np.add.at(expected[k, n], (truth[inside], labels.numpy()[inside]), 1)  # -1 is the last column
+    for setting in settings:
+        matrix = some.matrices[setting]
+        assert (matrix == expected[setting]).all()
+        assert matrix[:, 3].any()
+        assert (matrix[:, :3] <= every.matrices[setting]).all()
+        assert (matrix.sum(1) == every.matrices[setting].sum(1)).all()
+    found = some.scores((3, 2))
+    right, true = np.diag(expected[3, 2]), expected[3, 2].sum(1)
+    assert found["per_category_accuracy"] == (right / true).tolist()
+    assert found["per_category_iou"] == (right / (true + expected[3, 2].sum(0)[:3] - right)).tolist()
+    assert found["overall_accuracy"] == right.sum() / true.sum()
+    assert (np.asarray(Image.open(tmp_path / "predictions" / "0.png")) == 255).any()
+    assert "| cat |" in results_table(some.results())
+    with pytest.raises(ValueError, match="another threshold"):
+        evaluate_segmenter(segmenter, data, settings, threshold=0.5, state_dir=tmp_path / "state")
+    with pytest.raises(ValueError, match="threshold=2"):
+        evaluate_segmenter(segmenter, data, threshold=2)
+
+
+@pytest.mark.parametrize("baseline", [None, "cosine"])
+def test_a_background_beyond_the_categories_is_a_prediction_of_none(baseline, model, streets):
+    data = load_segmentation_dataset(str(streets))
+    segmenter = load_segmenter(model, baseline, untuned=baseline is None)
+    segmenter.set_words(NAMES, background=["wall", "dog"])
+    matrix = evaluate_segmenter(segmenter, data, [(3, 0)]).matrices[1, 0]
+    assert matrix.shape == (3, 4)
+    assert matrix.sum() == evaluate_segmenter(segmenter, data, [(3, 1)]).matrices[3, 1].sum()
+    named = data.select({"cat": ["cat"], "background": ["grass", "sky"]})
+    segmenter.set_words(named.names, background=["wall", "dog"])
+    matrix = evaluate_segmenter(segmenter, named, [(3, 0)]).matrices[1, 0]
+    assert matrix[:, 2].sum() == 0  # the words are merged into the category of this name
+
+
 def test_set_words_keeps_the_prompt_of_the_model(segmenter):
     words = segmenter.processor.encode_categories(NAMES, prompt="which things?", append_unknown=False)
     segmenter.model.set_words(**words)

@@ -134,7 +134,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match='Subset "seen" holds 3'):
         scores(np.eye(3), {"seen": [3]})
     with pytest.raises(ValueError, match="square"):
-        scores(np.zeros((2, 3)))
+        scores(np.zeros((2, 4)))
 
 
 def test_it_is_a_metric_of_evaluate_that_needs_no_disk(tmp_path, monkeypatch):
@@ -160,3 +160,16 @@ def test_two_processes_count_the_same_integers(tmp_path):
     for matrix in two:
         assert matrix.dtype == np.int64
         np.testing.assert_array_equal(matrix, one)
+
+
+def test_predictions_of_no_category_count_as_wrong_for_the_truth():
+    metric = MeanIoU(2, allow_no_category=True)
+    metric.add(prediction=np.array([[0, -1, -1], [1, 1, -1]]), reference=np.array([[0, 0, 1], [1, 0, -100]]))
+    assert metric.confusion_matrix.tolist() == [[1, 1, 1], [0, 1, 1]]
+    result = scores(metric.confusion_matrix)
+    assert result["per_category_iou"] == [1 / 3, 1 / 3]
+    assert result["per_category_accuracy"] == [1 / 3, 1 / 2]
+    assert result["overall_accuracy"] == 2 / 5
+    for wrong in (-2, 2):
+        with pytest.raises(ValueError, match=f"prediction holds label {wrong}; .* 0 ... 1 or, without a category, -1"):
+            metric.add(prediction=np.full((1, 1), wrong), reference=np.zeros((1, 1), int))

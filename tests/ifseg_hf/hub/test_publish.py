@@ -30,7 +30,8 @@ from ifseg_hf.training.config import SETTINGS_FILE
 
 MODELING = "configuration loss modeling"
 PROCESSING = (
-    "dense_crf image_processing image_reading pipeline post_processing processing prompt segmenter sliding_window"
+    "background dense_crf image_processing image_reading pipeline post_processing processing prompt segmenter "
+    "sliding_window text"
 )
 OFA = "attention backbone bias_cache configuration modeling positions trunk"
 CODE = {
@@ -38,6 +39,7 @@ CODE = {
     "configuration_checks.py",
     "image_batches.py",
     "loading.py",
+    "merged_labels.py",
     *(f"{name}_ofa.py" for name in OFA.split()),
 }
 CODE |= {f"{name}_ifseg.py" for name in f"{MODELING} {PROCESSING}".split()}
