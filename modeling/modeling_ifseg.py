@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from .backbone import IFSegBackbone
 from .configuration_ifseg import IFSegConfig
 from .image_batches import group_by_image_size
 from .loading import Float32PreTrainedModel
-from .loss_ifseg import check_labels, segmentation_loss
+from .loss_ifseg import LabelCheck, check_labels, segmentation_loss
 
 
 @dataclass
@@ -64,6 +65,9 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         config.check_words()
         self.backbone: IFSegBackbone = AutoBackbone.from_config(config.backbone_config)
         self.post_init()
+        if not config.is_tuned:  # tuning starts from random values of these, so that their list would say nothing
+            new = {rf"^backbone\.{re.escape(name)}" for name in self.backbone.new_parameters}
+            self._keys_to_ignore_on_load_missing = (self._keys_to_ignore_on_load_missing or set()) | new
         self._freeze_unused()
 
     # Words ------------------------------------------------------------------------------------------------------------
@@ -179,6 +183,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         """
         if (pixel_values is None) == (word_map is None):
             raise ValueError("Pass either pixel_values (images) or word_map (artificial images).")
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes those of a task
         device = (pixel_values if word_map is None else word_map).device
         hierarchical = category_ids is None and self.config.word_ids is not None
         input_ids, category_ids, category_mask = self._prompt_and_categories(
@@ -186,7 +191,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         )
         if labels is not None:
             images = len(pixel_values if word_map is None else word_map)
-            labels = check_labels(labels, images, category_ids.shape[1])
+            check = LabelCheck(check_labels(labels, images), category_ids.shape[1])
         image_tokens = None
         if word_map is not None:
             words = self.pad_words(self.config.word_ids, device) if hierarchical else (category_ids, category_mask)
@@ -200,8 +205,12 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         logits = (decoded.last_hidden_state @ categories.transpose(1, 2)).transpose(1, 2).unflatten(2, grid)
         absent = ~category_mask.to(logits.device).bool().any(2)
         logits = logits.masked_fill(absent[:, :, None, None], torch.finfo(logits.dtype).min)
+        loss = None
+        if labels is not None:
+            loss = segmentation_loss(logits, check.labels)
+            check.raise_for_wrong()
         return IFSegSegmentationOutput(
-            loss=None if labels is None else segmentation_loss(logits, labels),
+            loss=loss,
             logits=logits,
             image_features=encoded.image_features,
             patch_mask=torch.ones(len(logits), *grid, dtype=torch.bool, device=logits.device),

@@ -136,7 +136,11 @@ def overlay(
         edges = _boundaries(categories[start : start + rows + edge], edge)
         painted[block][edges[: len(own)]] = 255
     result = Image.fromarray(painted)
-    return _with_legend(result, shares(categories, names), names, font) if legend else result
+    if not legend:
+        return result
+    present = shares(categories, names)
+    del painted, categories  # of a large image, before the canvas with the legend is made
+    return _with_legend(result, present, names, font)
 
 
 def _painted(pixels: np.ndarray, colors: np.ndarray, alpha: float) -> np.ndarray:
