@@ -67,7 +67,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         self.post_init()
         if not config.is_tuned:  # tuning starts from random values of these, so that their list would say nothing
             new = {rf"^backbone\.{re.escape(name)}" for name in self.backbone.new_parameters}
-            self._keys_to_ignore_on_load_missing = (self._keys_to_ignore_on_load_missing or set()) | new
+            self._keys_to_ignore_on_load_missing.update(new)
         self._freeze_unused()
 
     # Words ------------------------------------------------------------------------------------------------------------
