@@ -18,7 +18,7 @@ Color = tuple[int, ...]  # red, green, blue, 0 to 255
 # The first colours are chosen by hand: distinct for most kinds of colour vision, and visible over an image.
 _FIRST_COLORS = ("#e6194b", "#1f9e46", "#4363d8", "#ffd21f", "#f58231", "#35c9ea", "#a029c9", "#f48fc4")
 _BACKGROUND, _TEXT, _GREY = (255, 255, 255), (30, 30, 30), (110, 110, 110)
-_BLOCK = 2**20  # pixels that are painted at a time, since floats take several times the memory of the image
+_BLOCK = 2**18  # pixels that are painted at a time, since floats take several times the memory of the image
 
 
 @lru_cache

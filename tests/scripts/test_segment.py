@@ -210,7 +210,7 @@ print(peaks[1] - peaks[0])
 
 @pytest.mark.slow
 def test_a_large_image_takes_little_memory(tuned, image, tmp_path):
-    """At most 32 bytes a pixel, so that an image of 8000 x 6000 takes 1.5 GB above the memory of torch and a model."""
+    """At most 36 bytes a pixel, so that an image of 8000 x 6000 takes 1.7 GB above the memory of torch and a model."""
     pytest.importorskip("resource")
     width, height = 3200, 2400
     Image.open(image).resize((width, height)).save(tmp_path / "large.jpg")
@@ -220,4 +220,4 @@ def test_a_large_image_takes_little_memory(tuned, image, tmp_path):
         [sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True, env=environment
     )
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout.splitlines()[-1]) < 32 * width * height
+    assert int(run.stdout.splitlines()[-1]) < 36 * width * height
