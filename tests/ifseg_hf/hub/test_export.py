@@ -66,18 +66,6 @@ def test_onnx_file_of_an_efficientnet_lite_gives_the_same_logits(tmp_path):
     assert_same(run_onnx(tmp_path / "model.onnx", image)[0], model, image)
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 80), (80, 48), (96, 96)])
-def test_onnx_file_takes_any_number_of_images(height, width, tmp_path):
-    """Of grids within the model's own, beyond it, and of both aspect ratios."""
-    model = small_model()
-    export_onnx(model, tmp_path / "model.onnx", height, width)
-    images = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(0))
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    assert session.get_inputs()[0].shape == ["batch", 3, height, width]
-    for batch in (images, images[:1]):
-        assert_same(run_onnx(tmp_path / "model.onnx", batch)[0], model, batch)
-
-
 def test_onnx_file_gives_the_same_logits(tmp_path):
     model = small_model().train()
     export_onnx(model, tmp_path / "model.onnx", 64, 80)
