@@ -1,7 +1,9 @@
-"""The cache of tuned models: one folder for each model, words and recipe. Imports the standard library only.
+"""The cache of tuned and converted models: one folder for each. Imports the standard library only.
 
-A folder appears under its name only when it is complete. While it is written it ends in `.incomplete`, and a file that
-ends in `.lock` is locked by the process that writes it.
+Tuned models are in `tuned`, by model, words and recipe; models that [`ifseg_hf.hub.published`] converted are in
+`converted`. A folder appears under its name only when it is complete. While it is written, the name of a tuned model
+ends in `.incomplete` and that of a converted one begins with a dot; a file that ends in `.lock` is locked by the
+process that writes it.
 """
 
 import dataclasses
@@ -20,16 +22,17 @@ from ifseg_hf.training.config import INCOMPLETE, SETTINGS_FILE, TrainingConfig
 
 __all__ = ["CacheEntry", "cache_entries", "cache_folder", "clear_cache", "entry_folder", "locked"]
 
+CONVERTED = "converted"  # folder of converted models in the cache
 MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".py")
 
 
 @dataclass
 class CacheEntry:
-    """A tuned model in the cache, or the rest of a tuning that was interrupted.
+    """A tuned or converted model in the cache, or the rest of a tuning that was interrupted.
 
     Attributes:
         folder: where it is. name: the folder's name, for [`clear_cache`].
-        model: the model before tuning, as it was named; categories: the words, as they were given.
+        model: the model before tuning or conversion; categories: the words, none of a converted model.
         size: in bytes. used: time of its last use, in seconds since the epoch. complete: whether it can be used.
     """
 
@@ -43,6 +46,12 @@ class CacheEntry:
     @property
     def name(self) -> str:
         return self.folder.name.removesuffix(INCOMPLETE)
+
+    @property
+    def lock(self) -> Path:
+        """The file that a process locks while it writes the model."""
+        dot = "." if self.folder.parent.name == CONVERTED else ""
+        return self.folder.with_name(f"{dot}{self.name}.lock")
 
 
 def cache_folder() -> Path:
@@ -74,16 +83,22 @@ def entry_folder(model: Path, config: TrainingConfig) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Locks a folder in the cache until the block or the process ends; prints a message while it waits for the lock."""
+    """Locks a tuned model's folder until the block or the process ends; prints a message while it waits."""
+    with _locked(folder.with_name(f"{folder.name}.lock"), "is tuning on these words: waiting for its result"):
+        yield
+
+
+@contextmanager
+def _locked(lock: Path, reason: str) -> Iterator[None]:
+    """Locks a file, and prints that another process has the `reason` to lock it."""
     from huggingface_hub.utils import WeakFileLock  # takes long to import, and few need it
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f"{folder.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
             stack.enter_context(WeakFileLock(lock, timeout=0.5))
         except TimeoutError:
-            print("Another process is tuning on these words: waiting for its result.", file=sys.stderr, flush=True)
+            print(f"Another process {reason}.", file=sys.stderr, flush=True)
             stack.enter_context(WeakFileLock(lock))
         yield
 
@@ -91,8 +106,8 @@ def locked(folder: Path) -> Iterator[None]:
 def cache_entries() -> list[CacheEntry]:
     """Returns what is in the cache, last used first."""
     entries = []
-    for folder in (cache_folder() / "tuned").glob("*"):
-        if not folder.is_dir():
+    for folder in [*(cache_folder() / "tuned").glob("*"), *(cache_folder() / CONVERTED).glob("*")]:
+        if not folder.is_dir() or folder.name.startswith("."):
             continue
         try:
             settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
@@ -100,13 +115,15 @@ def cache_entries() -> list[CacheEntry]:
             settings = {}
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         model, categories = settings.get("model", "?"), list(settings.get("categories") or ())
+        if folder.parent.name == CONVERTED:
+            model = folder.name.rpartition("-")[0].replace("--", "/")
         complete = not folder.name.endswith(INCOMPLETE)
         entries.append(CacheEntry(folder, model, categories, size, folder.stat().st_mtime, complete))
     return sorted(entries, key=lambda entry: -entry.used)
 
 
 def clear_cache(names: Iterable[str] = ()) -> list[CacheEntry]:
-    """Deletes entries by their names, or all, and returns them. Waits for a process that is tuning one of them.
+    """Deletes entries by their names, or all, and returns them. Waits for a process that writes one of them.
 
     Raises `ValueError`, before anything is deleted, for a name that is not in the cache.
     """
@@ -116,6 +133,6 @@ def clear_cache(names: Iterable[str] = ()) -> list[CacheEntry]:
             raise ValueError(f'There is no "{name}" in the cache {cache_folder()}: `ifseg cache` lists the names.')
     chosen = [entry for entry in entries if not names or entry.name in names]
     for entry in chosen:
-        with locked(entry.folder.with_name(entry.name)):
+        with _locked(entry.lock, "writes this model: waiting for it"):
             shutil.rmtree(entry.folder, ignore_errors=True)
     return chosen

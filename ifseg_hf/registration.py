@@ -11,7 +11,6 @@ from transformers import (
 
 # From its own module: up to 5.17, `transformers.AutoImageProcessor` refuses to work without torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ifseg_hf.modeling import (
@@ -39,8 +38,6 @@ def register() -> None:
         AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
         AutoProcessor.register(config_class, IFSegProcessor, exist_ok=True)
     AutoTokenizer.register(OFAConfig, OFATokenizer, exist_ok=True)  # of a published OFA, whose folder names no class
-    # The names that `pipeline("image-text-to-text")` accepts without logging an error.
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[OFAConfig.model_type] = OFAForConditionalGeneration.__name__
     # Saved processors refer to these classes in `auto_map` and get copies of the files that define them.
     # (Models do this themselves: their files depend on the backbone.)
     IFSegImageProcessor.register_for_auto_class("AutoImageProcessor")

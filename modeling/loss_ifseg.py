@@ -6,16 +6,15 @@ from torch import nn
 IGNORED = -100  # label of pixels that do not count, as in torch's cross-entropy
 
 
-def check_labels(labels: torch.Tensor, images: int, categories: int | None = None) -> torch.Tensor:
+def check_labels(labels: torch.Tensor, images: int) -> torch.Tensor:
     """
-    Labels (images, H, W) as int64, after the checks of torch's cross-entropy.
+    Labels (images, H, W) as int64.
 
     Args:
         labels: integers, the category of each pixel, or -100.
         images: number of images (or word maps) in the batch.
-        categories: their number; `None` does not check the values of the labels.
 
-    Raises `ValueError` for another shape, a dtype that is not of integers, and a label that is no category.
+    Raises `ValueError` for another shape, and a dtype that is not of integers.
     """
     if labels.ndim != 3 or len(labels) != images:
         raise ValueError(
@@ -23,16 +22,51 @@ def check_labels(labels: torch.Tensor, images: int, categories: int | None = Non
         )
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels has the dtype {labels.dtype}: give integers, the category of each pixel.")
-    labels = labels.long()
-    if categories is None or torch.compiler.is_compiling():  # a compiler cannot branch on values
-        return labels
-    wrong = (labels >= categories) | ((labels < 0) & (labels != IGNORED))
-    if wrong.any():
-        raise ValueError(
-            f"labels holds {labels[wrong][0].item()}, but there are {categories} categories: give 0 to "
-            f"{categories - 1}, or {IGNORED} for pixels without a label (ignore_index of the image processor)."
-        )
-    return labels
+    return labels.long()
+
+
+class LabelCheck:
+    """
+    Checks that every label (batch, H, W) is a category or -100, as torch's cross-entropy does.
+
+    On a GPU the result is copied in the background and read by [`raise_for_wrong`], after the kernels of the forward
+    pass are queued, so that the check does not make them wait. Until then wrong labels count as -100.
+
+    Args:
+        labels: result of [`check_labels`]; categories: their number.
+        in_background: default: on a CUDA device. Otherwise wrong labels raise `ValueError` at once.
+
+    Attributes:
+        labels: what the loss is computed from.
+    """
+
+    def __init__(self, labels: torch.Tensor, categories: int, in_background: bool | None = None):
+        self.labels = self._given = labels
+        self.categories = categories
+        self._failed: torch.Tensor | bool = False
+        self._copied = None
+        if torch.compiler.is_compiling():  # a compiler cannot branch on values
+            return
+        self._wrong = (labels >= categories) | ((labels < 0) & (labels != IGNORED))
+        if not (labels.is_cuda if in_background is None else in_background):
+            self._failed = self._wrong.any()
+            self.raise_for_wrong()
+            return
+        self.labels = labels.masked_fill(self._wrong, IGNORED)
+        self._failed = self._wrong.any().to("cpu", non_blocking=True)
+        if labels.is_cuda:
+            self._copied = torch.cuda.current_stream(labels.device).record_event()
+
+    def raise_for_wrong(self) -> None:
+        """Raises `ValueError` with a wrong label, if there is one."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self._failed:
+            raise ValueError(
+                f"labels holds {self._given[self._wrong][0].item()}, but there are {self.categories} categories: give "
+                f"0 to {self.categories - 1}, or {IGNORED} for pixels without a label (ignore_index of the image "
+                "processor)."
+            )
 
 
 def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -99,4 +133,4 @@ def _linear_weights(size: int, new_size: int) -> torch.Tensor:
     return nn.functional.interpolate(basis[None], size=new_size, mode="linear", align_corners=False)[0].T
 
 
-__all__ = ["IGNORED", "check_labels", "segmentation_loss"]
+__all__ = ["IGNORED", "LabelCheck", "check_labels", "segmentation_loss"]

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from .backbone import IFSegBackbone
 from .configuration_ifseg import IFSegConfig
 from .image_batches import group_by_image_size
 from .loading import Float32PreTrainedModel
-from .loss_ifseg import check_labels, segmentation_loss
+from .loss_ifseg import LabelCheck, check_labels, segmentation_loss
 from .merged_labels import merge_logits, one_hot_labels
 
 
@@ -65,6 +66,9 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         config.check_words()
         self.backbone: IFSegBackbone = AutoBackbone.from_config(config.backbone_config)
         self.post_init()
+        if not config.is_tuned:  # tuning starts from random values of these, so that their list would say nothing
+            new = {rf"^backbone\.{re.escape(name)}" for name in self.backbone.new_parameters}
+            self._keys_to_ignore_on_load_missing.update(new)
         self._freeze_unused()
 
     # Words ------------------------------------------------------------------------------------------------------------
@@ -194,6 +198,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         """
         if (pixel_values is None) == (word_map is None):
             raise ValueError("Pass either pixel_values (images) or word_map (artificial images).")
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes those of a task
         device = (pixel_values if word_map is None else word_map).device
         hierarchical = category_ids is None and self.config.word_ids is not None
         if category_ids is None:
@@ -203,7 +208,8 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         )
         if labels is not None:
             images = len(pixel_values if word_map is None else word_map)
-            labels = check_labels(labels, images, (category_ids if label_mask is None else label_mask).shape[1])
+            categories = (category_ids if label_mask is None else label_mask).shape[1]
+            check = LabelCheck(check_labels(labels, images), categories)
         image_tokens = None
         if word_map is not None:
             words = self.pad_words(self.config.word_ids, device) if hierarchical else (category_ids, category_mask)
@@ -219,8 +225,12 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         logits = logits.masked_fill(absent[:, :, None, None], torch.finfo(logits.dtype).min)
         if label_mask is not None:
             logits = merge_logits(logits, label_mask)
+        loss = None
+        if labels is not None:
+            loss = segmentation_loss(logits, check.labels)
+            check.raise_for_wrong()
         return IFSegSegmentationOutput(
-            loss=None if labels is None else segmentation_loss(logits, labels),
+            loss=loss,
             logits=logits,
             image_features=encoded.image_features,
             patch_mask=torch.ones(len(logits), *grid, dtype=torch.bool, device=logits.device),

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -675,6 +676,9 @@ class OFAForConditionalGeneration(OFAPreTrainedModel, GenerationMixin):
             kwargs["encoder_outputs"] = encoder_outputs
         return super()._expand_inputs_for_generation(*args, **kwargs)
 
+
+# The names that `pipeline("image-text-to-text")` accepts without logging an error, with this file alone, too.
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[OFAConfig.model_type] = OFAForConditionalGeneration.__name__
 
 __all__ = [
     "OFADecoder",

@@ -27,6 +27,8 @@ def output_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     `{"shortest_edge": s, "longest_edge": l}` keeps the ratio: the short side becomes `s` unless the long side
     would exceed `l`; one of the two keys is enough. `{"height": h, "width": w}` does not keep the ratio.
     """
+    if any(side is not None and side < 1 for side in dict(size).values()):
+        raise ValueError(f"size={dict(size)}: sides are at least 1.")
     if size.height and size.width:
         return size.height, size.width
     scales = []
@@ -181,14 +183,14 @@ class IFSegImageProcessor(PilBackend):
         size = {"shortest_edge": image_size, "longest_edge": 4 * image_size}
         return cls(size=size, generation_size=min(generation_size, image_size))
 
-    def square(self, images) -> list[np.ndarray]:
+    def square(self, images, input_data_format=None) -> list[np.ndarray]:
         """
         Returns images for text generation: squares with sides of `generation_size` pixels, resized bicubically.
 
         As in OFA, the ratio is not kept.
 
         Args:
-            images: an image or a list of images, as for [`~IFSegImageProcessor.preprocess`].
+            images, input_data_format: an image or a list of images, as for [`~IFSegImageProcessor.preprocess`].
 
         Returns:
             `list[np.ndarray]`: one array `(side, side, 3)` per image, uint8, or float32 if its values were.
@@ -197,7 +199,9 @@ class IFSegImageProcessor(PilBackend):
         side = next((size for size in sizes if size), None)
         if side is None:
             raise ValueError(f"size={dict(self.size)}: set generation_size, the side of images to write text about.")
-        return [resize_bicubic(to_array(image), side) for image in _flatten(self.fetch_images(images))]
+        return [
+            resize_bicubic(to_array(image, input_data_format), side) for image in _flatten(self.fetch_images(images))
+        ]
 
     def preprocess(self, images, segmentation_maps=None, **kwargs: Unpack[IFSegImageProcessorKwargs]) -> BatchFeature:
         """
@@ -221,6 +225,10 @@ class IFSegImageProcessor(PilBackend):
             `ValueError` for an image that can't be read or has a wrong number of channels, and for a map whose size
             differs from its image's size.
         """
+        for name in ("size", "pad_size"):
+            sides = kwargs.get(name)
+            if isinstance(sides, (list, tuple)) and len(sides) != 2:
+                raise ValueError(f"{name}={sides!r}: give height and width.")
         return super().preprocess(images, segmentation_maps, **kwargs)
 
     def fetch_images(self, images):

@@ -52,6 +52,8 @@ def to_array(image, input_data_format: str | ChannelDimension | None = None) -> 
     """
     if isinstance(image, Image.Image):
         image = upright(image)
+        if 0 in image.size:
+            raise ValueError(f"An image of {image.width} x {image.height} has no pixels.")
         if not image.mode.startswith(("I", "F")):
             return _pil_to_rgb(image)
         image = _scale_to_16_bits(np.asarray(image))

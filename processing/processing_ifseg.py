@@ -159,6 +159,8 @@ class IFSegProcessor(ProcessorMixin):
     def _text_inputs(self, images, text, kwargs: dict) -> dict:
         """Returns the inputs of text generation, without tensors; see [`__call__`]."""
         kwargs.pop("padding", None)  # rows are always padded to the longest
+        if not isinstance(text, (str, list, tuple)):
+            raise ValueError(f"text should be a string or a list of strings, not {text!r}.")
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("The list of texts is empty: give one text for all images, or one per image.")
@@ -172,7 +174,7 @@ class IFSegProcessor(ProcessorMixin):
                 f"{', '.join(sorted(sizes))}: images become squares for text generation; set their side in pixels with "
                 "processor.image_processor.generation_size."
             )
-        squares = self.image_processor.square(images)
+        squares = self.image_processor.square(images, kwargs.pop("input_data_format", None))
         squares = squares * len(texts) if len(squares) == 1 else squares
         texts = texts * len(squares) if len(texts) == 1 else texts
         if len(squares) != len(texts):

@@ -27,8 +27,10 @@ def complete_template(prompt: str | None, template: str = PROMPT_TEMPLATE) -> st
     Raises:
         `ValueError` if `{categories}` occurs more than once in `prompt`, or not exactly once in `template`.
     """
-    check_text(template, "The prompt template")
-    check_text(prompt or "", "The prompt")
+    for text, what in ((template, "The prompt template"), ("" if prompt is None else prompt, "The prompt")):
+        if not isinstance(text, str):
+            raise ValueError(f"{what} should be a string, not {text!r}.")
+        check_text(text, what)
     if template.count(CATEGORIES) != 1:
         raise ValueError(f'The prompt template "{template}" must contain {CATEGORIES} exactly once.')
     if prompt is None:

@@ -56,6 +56,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--only", nargs="+", choices=NAMES, metavar="NAME", help=f"rows to measure: {', '.join(NAMES)} (default: all)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate on the first N images only")
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="for images that can't be read (default: %(default)s)",
+    )
     parser.add_argument("--keep-models", action="store_true", help="keep the tuned models, in OUT/work")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/ablations"), help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -85,7 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
             data = data.select(read_categories(options.categories), options.rest)
         source = options.dataset if options.split is None else f"{options.dataset}, split {options.split}"
         settings = complete_settings({**read_settings(options.config), "model": options.model})
-        ablations = Ablations(source, data, options.model, settings, out, options.limit, options.keep_models)
+        ablations = Ablations(
+            source, data, options.model, settings, out, options.limit, options.keep_models, options.on_error
+        )
         report = ablations.run(ablations.check(options.only), options.seeds)
         print(f"\n{report}\nWritten to {out / 'ablations.md'}.")
     except (OSError, TrainingError, ValueError) as error:

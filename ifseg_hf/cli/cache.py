@@ -1,11 +1,11 @@
-"""`ifseg cache`: the tuned models that `ifseg segment` keeps."""
+"""`ifseg cache`: the models that `ifseg segment` tuned, and those that were converted on the way."""
 
 import time
 from typing import Annotated
 
 import typer
 
-from ifseg_hf.cache import CacheEntry, cache_entries, cache_folder, clear_cache
+from ifseg_hf.cache import CONVERTED, CacheEntry, cache_entries, cache_folder, clear_cache
 from ifseg_hf.cli.app import CommandError
 from ifseg_hf.cli.options import flag
 
@@ -18,7 +18,7 @@ def cache(
     ] = None,
     clear: Annotated[bool, flag("delete the entries", "--clear")] = False,
 ) -> int:
-    """Lists or clears the tuned models in the cache.
+    """Lists or clears the tuned and converted models in the cache.
 
     \b
     ifseg cache
@@ -37,13 +37,14 @@ def cache(
         print(describe(entry))
     size = sum(entry.size for entry in entries)
     done = "deleted from" if clear else "in"
-    print(f"{len(entries)} tuned models, {megabytes(size)}, {done} {cache_folder()}")
+    print(f"{len(entries)} models, {megabytes(size)}, {done} {cache_folder()}")
     return 0
 
 
 def describe(entry: CacheEntry) -> str:
     """An entry in one line: name, model and words, size, and the day of its last use."""
     words = ", ".join(entry.categories[:8]) + (", ..." if len(entry.categories) > 8 else "")
+    words = words or ("converted" if entry.folder.parent.name == CONVERTED else "?")
     state = time.strftime("%Y-%m-%d", time.localtime(entry.used)) if entry.complete else "interrupted"
     return f"{entry.name}  {entry.model}: {words}  {megabytes(entry.size)}  {state}"
 

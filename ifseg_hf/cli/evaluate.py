@@ -74,6 +74,14 @@ Unseen = Annotated[
     ),
 ]
 DatasetCategories = Annotated[str | None, option("names of the mask values, for a dataset that does not name them")]
+IgnoreIndex = Annotated[
+    Any,
+    option(
+        "mask values of unlabelled pixels, comma-separated, if the dataset does not name them",
+        metavar="VALUES",
+        parser=integers,
+    ),
+]
 SmoothingNeighbors = Annotated[
     Any,
     option(
@@ -109,7 +117,7 @@ def evaluate(
     rest: Rest = None,
     unseen: Unseen = None,
     dataset_categories: DatasetCategories = None,
-    ignore_index: Annotated[int | None, option("mask value of unlabelled pixels, if the dataset lacks it")] = None,
+    ignore_index: IgnoreIndex = None,
     streaming: Annotated[bool, flag("stream a dataset of the Hub", "--streaming")] = False,
     smoothing_neighbors: SmoothingNeighbors = None,
     smoothing_iterations: SmoothingIterations = None,

@@ -20,11 +20,11 @@ from ifseg_hf.cli.options import (
     flag,
     option,
 )
-from ifseg_hf.data.image_files import IMAGE_ENDINGS
+from ifseg_hf.data.image_files import IMAGE_ENDINGS, list_images
 from ifseg_hf.data.vocabularies import VOCABULARIES, read_background, read_categories
 from ifseg_hf.pretrained import EMBEDDED
 
-__all__ = ["segment", "split_arguments", "unique_stems"]
+__all__ = ["image_files", "segment", "split_arguments", "unique_stems"]
 
 WORD_FILES = (".txt", ".yaml", ".yml", ".json")
 
@@ -35,8 +35,8 @@ def segment(
         list[str],
         typer.Argument(
             metavar='IMAGE... ["WORDS"]',
-            help="image files, and last the words to look for: comma-separated, a file of words or the name of a "
-            "vocabulary (default: the model's own)",
+            help="image files or folders of images, and last the words to look for: comma-separated, a file of words "
+            "or the name of a vocabulary (default: the model's own)",
         ),
     ],
     categories: Annotated[str | None, option("the words, if all other arguments are images")] = None,
@@ -80,6 +80,7 @@ def segment(
     try:
         names = None if words is None else read_categories(words)
         rest = _background(names, background)
+        images = [file for image in images for file in image_files(image)]
         folder = resolve_checkpoint(model)
         if names is not None and not (no_tune or untuned):
             tuning["background"] = rest
@@ -97,17 +98,28 @@ def segment(
 def split_arguments(arguments: list[str], categories: str | None) -> tuple[list[str], str | None]:
     """Returns the images and the words among the arguments.
 
-    The last argument is the words, unless `categories` has them, it is the only one, or it is an image: a URL, or a
-    file that exists or has a usual ending of images.
+    The last argument is the words, unless `categories` has them, it is the only one, or it is an image: a URL, a
+    file that exists or has a usual ending of images, or a folder whose path has a slash.
     """
     if categories is not None or len(arguments) == 1:
         return arguments, categories
     last = arguments[-1]
     ending = os.path.splitext(last)[1].lower()
     is_file = os.path.isfile(last) and ending not in WORD_FILES and last not in VOCABULARIES
-    if is_file or "://" in last or ending in IMAGE_ENDINGS:
+    is_folder = "/" in last.replace(os.sep, "/") and os.path.isdir(last)
+    if is_file or is_folder or "://" in last or ending in IMAGE_ENDINGS:
         return arguments, None
     return arguments[:-1], last
+
+
+def image_files(image: str) -> list[str]:
+    """Returns the images in a folder and its sub-folders, or the file or URL itself. Raises `ValueError`."""
+    if not os.path.isdir(image):
+        return [image]
+    found = list(list_images(image).values())
+    if not found:
+        raise ValueError(f'There is no image in "{image}".')
+    return found
 
 
 def unique_stems(images: list[str]) -> list[str]:
@@ -192,6 +204,7 @@ def _segment_images(
     Args:
         how: arguments of the segmenter's `segment` beside the image.
     """
+    import numpy as np
     from PIL import Image
 
     from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
@@ -203,7 +216,7 @@ def _segment_images(
         try:
             if "://" not in source and not Path(source).is_file():
                 raise FileNotFoundError("there is no such file")
-            pixels = to_array(read_image(source))
+            image = Image.fromarray(to_array(read_image(source)))
         except (OSError, ValueError) as error:
             message = one_line(error)
             print(f"{program}: {message if source in message else f'{source}: {message}'}", file=sys.stderr)
@@ -211,8 +224,8 @@ def _segment_images(
             if on_error == "fail":
                 break
             continue
-        (mask,) = segmenter.segment([pixels], **how)
-        image, mask = Image.fromarray(pixels), mask.cpu()
+        (mask,) = segmenter.segment([np.asarray(image)], **how)
+        mask = mask.cpu().int()  # half the memory
         save_mask(mask, output_dir / f"{stem}_mask.png", names)
         overlay(image, mask, names).save(output_dir / f"{stem}_overlay.png")
         covered = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares(mask, names).items())

@@ -4,6 +4,7 @@ A crop, like a word map, is a pure function of (seed, index): a run sees the sam
 and loader workers, and a resumed run starts at the sample it needs.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,15 @@ import torch
 from datasets import IterableDataset, get_dataset_split_names
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
+from tqdm import tqdm
 
-from ifseg_hf.data.segmentation import BENCHMARKS, SegmentationDataset, folder_splits, load_segmentation_dataset
+from ifseg_hf.data.segmentation import (
+    BENCHMARKS,
+    SampleError,
+    SegmentationDataset,
+    folder_splits,
+    load_segmentation_dataset,
+)
 from ifseg_hf.data.vocabularies import read_categories
 from ifseg_hf.data.word_maps import WordMapSampler
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, resize_bilinear, resize_nearest
@@ -151,7 +159,7 @@ class CropDataset(Dataset):
     its image and has no padding. It is then flipped and distorted; see [`Augmentation`].
 
     Args:
-        data: images with masks. An image or mask that cannot be used raises `SampleError`.
+        data: images with masks.
         crop_size: side c of a crop.
         short_side: short side of an image at scale 1.
         mean, std: mean and standard deviation of the three colours, as in the image processor.
@@ -159,6 +167,8 @@ class CropDataset(Dataset):
         ignored: labels to replace by -100, such as those of unseen categories.
         long_side: largest long side of an image at scale 1, as in inference; without it there is no limit.
         masks: folder of PNGs named by the images' ids, whose labels (see [`read_labels`]) replace those of `data`.
+        on_error: "skip" shows the next image of the epoch in place of one that cannot be used, and prints the error
+            once; "fail" raises [`SampleError`].
     """
 
     def __init__(
@@ -172,9 +182,12 @@ class CropDataset(Dataset):
         ignored: Sequence[int] = (),
         masks: Path | None = None,
         long_side: int | None = None,
+        on_error: str = "fail",
     ):
         self.data = data
         self.crop_size, self.short_side, self.long_side = crop_size, short_side, long_side
+        self.on_error = on_error
+        self._skipped: set[int] = set()
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         self.seed = seed
         self.ignored = list(ignored)
@@ -189,11 +202,33 @@ class CropDataset(Dataset):
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.data.samples))
         return int(self._order[1][place])
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = self.data.samples[self.position(index)]
+    def _read(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image and labels at a position in `data.samples`. Raises [`SampleError`]."""
+        sample = self.data.samples[position]
         image, labels = self.data.read(sample)
         if self.masks is not None:
             labels = read_labels(self.masks / f"{sample['id']}.png")
+        return image, labels
+
+    def _read_or_skip(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image and labels of sample `index`, or of the next one that can be used. Raises [`SampleError`]."""
+        if self.on_error == "fail":
+            return self._read(self.position(index))
+        count = len(self.data.samples)
+        first = index - index % count  # of the epoch
+        for place in range(count):
+            position = self.position(first + (index + place) % count)
+            if position in self._skipped:
+                continue
+            try:
+                return self._read(position)
+            except SampleError as error:
+                self._skipped.add(position)
+                tqdm.write(f"Skipped: {error}", file=sys.stderr)
+        raise SampleError(f"None of the {count} images can be used.")
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        image, labels = self._read_or_skip(index)
         labels[np.isin(labels, self.ignored)] = IGNORE_INDEX
         random = np.random.default_rng([self.seed, index, 1])  # [seed, epoch] is the generator of an epoch's order
         drawn = random.uniform(*SCALES)

@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -19,11 +19,19 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, UnidentifiedImageError
 
 from ifseg_hf.data.image_files import MASK_ENDINGS, SPLIT_FILES, list_images, read_names
+from ifseg_hf.data.masks import (
+    LARGEST_VALUE,
+    UNKNOWN,
+    ignored_values,
+    label_table,
+    mask_labels,
+    named_values,
+    read_mask_metadata,
+    unique_keys,
+)
 from ifseg_hf.data.vocabularies import read_categories
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX
 from ifseg_hf.processing.image_reading_ifseg import to_array
-
-UNKNOWN = -1  # label of a mask value that stands for no category
 
 _FILE = datasets.Image(decode=False)
 _MASK_COLUMNS = ("mask", "label", "annotation", "segment", "target", "ground_truth")
@@ -73,12 +81,15 @@ class SegmentationDataset:
         labels (`np.ndarray`, int64): for each mask value an index into `names`, -100 for pixels to ignore, or -1 for
             a value that stands for no category. Values beyond the table stand for no category either.
         subsets: lists of labels by name, such as seen and unseen categories; may be empty.
+        colors (`np.ndarray`, int32): for masks of colours, those that stand for the values 0, 1, ...; see
+            [`mask_labels`].
     """
 
     samples: datasets.Dataset | datasets.IterableDataset
     names: list[str]
     labels: np.ndarray
     subsets: dict[str, list[int]]
+    colors: np.ndarray | None = None
 
     def read(self, sample: Mapping) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -98,32 +109,19 @@ class SegmentationDataset:
         except ValueError as error:
             raise SampleError(f"Can't use {_file_name(sample, 'image')}: {error}") from error
         mask, name = _open(sample, "mask"), _file_name(sample, "mask")
-        values = np.asarray(mask)
-        if values.ndim != 2 or values.dtype.kind not in "biu":
+        if mask.size != image.shape[1::-1]:
             raise SampleError(
-                f"{name} has mode {mask.mode}, but a mask has one integer per pixel (a grey or palette PNG): convert "
-                "its colours to integers."
+                f"{name} is {mask.width} x {mask.height} pixels, but its image {_file_name(sample, 'image')} is "
+                f"{image.shape[1]} x {image.shape[0]}."
             )
-        if values.shape != image.shape[:2]:
-            raise SampleError(
-                f"{name} is {values.shape[1]} x {values.shape[0]} pixels, but its image "
-                f"{_file_name(sample, 'image')} is {image.shape[1]} x {image.shape[0]}."
-            )
-        return image, self._to_labels(values.astype(np.int64), name)
+        try:
+            return image, self._to_labels(mask)
+        except ValueError as error:
+            raise SampleError(f"{name} {error}") from None
 
-    def _to_labels(self, values: np.ndarray, name: str) -> np.ndarray:
-        """Labels of the values (H, W) of the mask called `name`, both int64. Raises [`SampleError`]."""
-        inside = (values >= 0) & (values < len(self.labels))
-        labels = np.where(inside, self.labels[np.where(inside, values, 0)], UNKNOWN)
-        if (labels == UNKNOWN).any():
-            unknown, counts = np.unique(values[labels == UNKNOWN], return_counts=True)
-            listed = [f"{value} ({count} pixels)" for value, count in zip(unknown[:5], counts[:5], strict=True)]
-            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            raise SampleError(
-                f"{name} has values that stand for no category: {', '.join(listed)}{more}. "
-                "If one of them marks unlabelled pixels, give it as ignore_index."
-            )
-        return labels
+    def _to_labels(self, mask: Image.Image) -> np.ndarray:
+        """Labels of a mask's pixels, int64 (H, W). Raises `ValueError`, whose message lacks the mask's name."""
+        return mask_labels(mask, self.labels, self.colors)
 
     def select(
         self, categories: Sequence[str] | Mapping[str, Sequence[str]], rest: str | None = None
@@ -170,7 +168,7 @@ class SegmentationDataset:
             subsets[subset] = [label for label, group in enumerate(groups.values()) if subset_names.issuperset(group)]
         if not all(subsets.values()) or sum(map(len, subsets.values())) < len(names):
             subsets = {}
-        return SegmentationDataset(self.samples, names, labels, subsets)
+        return replace(self, names=names, labels=labels, subsets=subsets)
 
     def _with_rest(self, groups: Mapping[str, Sequence[str]], rest: str) -> dict[str, list[str]]:
         """`groups`, with all names that are in none of them added to the group `rest`. Raises `ValueError`."""
@@ -188,7 +186,7 @@ def load_segmentation_dataset(
     data_dir: str | os.PathLike | None = None,
     split: str | None = None,
     categories: Sequence[str] | None = None,
-    ignore_index: int | None = None,
+    ignore_index: int | Sequence[int] | None = None,
     streaming: bool = False,
 ) -> SegmentationDataset:
     """
@@ -203,15 +201,16 @@ def load_segmentation_dataset(
             - a folder with `images/` and `masks/`, or `<split>/images/` and `<split>/masks/`, in which a mask has the
               name of its image (see [`list_images`]; sub-folders included), and a `dataset.json` with `"categories"`,
               the names in order of the mask values (or `{"value": "name"}`, where values have gaps), and
-              `"ignore_index"`, the value of unlabelled pixels, if there is one. Splits may also be files beside
-              `images/`, such as `train.txt` and `val.txt`, that list the names;
+              `"ignore_index"`, the value or values of unlabelled pixels, if there are any; or with `"palette"`, where
+              masks have colours (see [`read_mask_metadata`]). Splits may also be files beside `images/`, such as
+              `train.txt` and `val.txt`, that list the names;
             - a dataset of the Hub, `owner/name`, or a folder that `datasets.load_dataset` can read, with a column of
               images and one of masks. The names come from `id2label.json` beside the data, or from a column that
               lists the categories of each image.
         data_dir: the folder of a benchmark.
         split: default: the validation split, or the only split.
         categories: the names of the mask values 0, 1, 2, ... except `ignore_index`, if the dataset does not name them.
-        ignore_index: the value of unlabelled pixels in masks, if the dataset does not name it.
+        ignore_index: the value or values of unlabelled pixels in masks, if the dataset does not name them.
         streaming: stream a dataset of the Hub instead of downloading it first.
 
     Raises:
@@ -274,46 +273,28 @@ def _load_ade20k(folder: Path, split: str | None) -> SegmentationDataset:
     images = _first_folder("images of ADE20K", *(root / "images" / part for root in roots))
     masks = _first_folder("masks of ADE20K", *(root / "annotations" / part for root in roots))
     names = list(read_categories("ade20k"))
-    return SegmentationDataset(paired_samples(images, masks), names, _label_table(range(1, 151), 0), {})
+    return SegmentationDataset(paired_samples(images, masks), names, label_table(range(1, 151), [0]), {})
 
 
 def _load_folder(
-    folder: Path, split: str | None, categories: Sequence[str] | None, ignore_index: int | None
+    folder: Path, split: str | None, categories: Sequence[str] | None, ignore_index: int | Sequence[int] | None
 ) -> SegmentationDataset:
     """A folder with `images/` and `masks/`, or with such a pair of folders for each split."""
-    file = folder / "dataset.json"
+    file, metadata = folder / "dataset.json", {}
     if file.exists():
         try:
-            metadata = json.loads(file.read_text(encoding="utf-8-sig"))
+            metadata = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} is not valid JSON: {error}") from None
-        if not isinstance(metadata, dict) or not isinstance(metadata.get("ignore_index"), (int, type(None))):
+        if not isinstance(metadata, dict):
             raise ValueError(f'{file} should hold {{"categories": [names], "ignore_index": an integer, if any}}.')
-        categories = _only_one(categories, metadata.get("categories"), "categories", file)
-        ignore_index = _only_one(ignore_index, metadata.get("ignore_index"), "ignore_index", file)
-    if not isinstance(categories, (Sequence, Mapping)):
-        raise ValueError(f'{file} has no list "categories": write one, or give the names of the mask values.')
-    names = _named_values(categories, ignore_index)
+    try:
+        masks = read_mask_metadata(metadata, categories, ignore_index)
+    except ValueError as error:
+        raise ValueError(f"{file} {error}") from None
     part, listed = _find_split(folder, split)
     samples = paired_samples(part / "images", part / "masks", listed)
-    return SegmentationDataset(samples, list(names.values()), _label_table(names, ignore_index), {})
-
-
-def _named_values(categories: Sequence[str] | Mapping[str, str], ignore_index: int | None) -> dict[int, str]:
-    """The names of the mask values: in order from 0 without `ignore_index`, or as a mapping has them by value."""
-    if isinstance(categories, Mapping):
-        try:
-            names = {int(value): name for value, name in categories.items()}
-        except (ValueError, TypeError):
-            raise ValueError('categories should be a list of names, or {"mask value": "name", ...}.') from None
-        if min(names, default=0) < 0:
-            raise ValueError("categories names a negative mask value.")
-        names = {value: names[value] for value in sorted(names) if value != ignore_index}
-    else:
-        listed = list(read_categories(categories))
-        values = [value for value in range(len(listed) + 1) if value != ignore_index]
-        names = dict(zip(values, listed, strict=False))
-    return dict(zip(names, read_categories(list(names.values())), strict=True))
+    return SegmentationDataset(samples, masks.names, masks.labels, {}, masks.colors)
 
 
 def _find_split(folder: Path, split: str | None) -> tuple[Path, list[str] | None]:
@@ -337,7 +318,11 @@ def _default_split(splits: Sequence[str]) -> str | None:
 
 
 def _load_hub(
-    source: str, split: str | None, categories: Sequence[str] | None, ignore_index: int | None, streaming: bool
+    source: str,
+    split: str | None,
+    categories: Sequence[str] | None,
+    ignore_index: int | Sequence[int] | None,
+    streaming: bool,
 ) -> SegmentationDataset:
     """A dataset that `datasets.load_dataset` can read."""
     try:
@@ -352,7 +337,11 @@ def _load_hub(
         reason = " ".join(str(error).split())
         raise ValueError(f'The dataset "{source}"{where} can\'t be loaded: {reason}') from error
     image, mask = _image_columns(source, samples.features or {})
-    names = _hub_categories(source, samples.features, categories, ignore_index)
+    try:
+        ignored = ignored_values(ignore_index)
+    except ValueError as error:
+        raise ValueError(f'The dataset "{source}" {error}') from None
+    names = _hub_categories(source, samples.features, categories, ignored)
     samples = samples.cast_column(image, _FILE).cast_column(mask, _FILE).select_columns([image, mask])
     samples = samples.rename_columns({old: new for old, new in ((image, "image"), (mask, "mask")) if old != new})
     if isinstance(samples, datasets.IterableDataset):
@@ -361,7 +350,7 @@ def _load_hub(
     else:
         samples = samples.add_column("id", [f"{index:06d}" for index in range(len(samples))])
     samples = samples.select_columns(["id", "image", "mask"])
-    return SegmentationDataset(samples, list(names.values()), _label_table(names, ignore_index), {})
+    return SegmentationDataset(samples, list(names.values()), label_table(names, ignored), {})
 
 
 def _image_columns(source: str, features: Mapping) -> tuple[str, str]:
@@ -379,7 +368,7 @@ def _image_columns(source: str, features: Mapping) -> tuple[str, str]:
 
 
 def _hub_categories(
-    source: str, features: Mapping, categories: Sequence[str] | None, ignore_index: int | None
+    source: str, features: Mapping, categories: Sequence[str] | None, ignored: Sequence[int]
 ) -> dict[int, str]:
     """The name of each mask value, from the dataset's metadata or `categories`. Raises `ValueError`."""
     file: str | Path = Path(source) / "id2label.json"
@@ -393,12 +382,12 @@ def _hub_categories(
     names: dict[int, str] = {}
     if file and Path(file).is_file():
         try:
-            id2label = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+            id2label = json.loads(Path(file).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
             names = {int(value): name for value, name in id2label.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             raise ValueError(f'id2label.json of "{source}" should hold {{"mask value": "name", ...}}.') from None
-        if min(names, default=0) < 0:
-            raise ValueError(f'id2label.json of "{source}" names a negative mask value.')
+        if not all(0 <= value <= LARGEST_VALUE for value in names):
+            raise ValueError(f'id2label.json of "{source}" names a mask value outside of 0 to {LARGEST_VALUE}.')
     elif len(lists) == 1:
         names = dict(enumerate(lists[0].names))
     if names and categories is not None:
@@ -408,26 +397,9 @@ def _hub_categories(
             raise ValueError(
                 f'The dataset "{source}" does not name its categories: give them, in order (--categories).'
             )
-        names = _named_values(categories, ignore_index)
-    names = {value: names[value] for value in sorted(names) if value != ignore_index}
+        names = named_values(categories, ignored)
+    names = {value: names[value] for value in sorted(names) if value not in ignored}
     return dict(zip(names, read_categories(list(names.values())), strict=True))
-
-
-def _label_table(values: Sequence[int] | Mapping[int, str], ignore_index: int | None) -> np.ndarray:
-    """A table with labels 0, 1, ... of the mask values `values`, -100 of `ignore_index` and -1 of all others."""
-    values = list(values)
-    labels = np.full(max([255, ignore_index or 0, *values]) + 1, UNKNOWN)
-    labels[values] = np.arange(len(values))
-    if ignore_index is not None and ignore_index >= 0:
-        labels[ignore_index] = IGNORE_INDEX
-    return labels
-
-
-def _only_one(given, in_file, what: str, file: Path):
-    """The argument `given`, or the value in a file. Raises `ValueError` if both are set."""
-    if given is not None and in_file is not None:
-        raise ValueError(f"{file} already has {what}: leave it out of the settings, or of the file.")
-    return in_file if given is None else given
 
 
 def _choose_split(split: str | None, splits: Mapping[str, Sequence[str]], default: str) -> str:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from ifseg_hf.data.masks import mask_values
 from ifseg_hf.data.segmentation import SegmentationDataset, paired_samples
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX
 
@@ -24,7 +26,8 @@ class UnnamedMasks(SegmentationDataset):
 
     ignore_index: int | None = None
 
-    def _to_labels(self, values: np.ndarray, name: str) -> np.ndarray:
+    def _to_labels(self, mask: Image.Image) -> np.ndarray:
+        values = mask_values(mask).astype(np.int64)
         return values if self.ignore_index is None else np.where(values == self.ignore_index, IGNORE_INDEX, values)
 
 
@@ -46,4 +49,4 @@ def load_unnamed_masks(
         `ValueError`: a folder cannot be read, or no image has an id map.
     """
     samples = paired_samples(Path(images), Path(masks))
-    return UnnamedMasks(samples, list(names), np.arange(len(names)), {}, ignore_index)
+    return UnnamedMasks(samples, list(names), np.arange(len(names)), {}, ignore_index=ignore_index)

@@ -88,6 +88,7 @@ class Ablations:
         out: folder for the results. Several processes may share it if their rows or seeds differ.
         limit: evaluate only the first images, this many.
         keep_models: keep the tuned models, in the folder work/NAME-SEED/tuned of `out`.
+        on_error: "skip" leaves out images that cannot be read; see [`evaluate_segmenter`].
     """
 
     source: str
@@ -97,6 +98,7 @@ class Ablations:
     out: Path
     limit: int | None = None
     keep_models: bool = False
+    on_error: str = "fail"
 
     @cached_property
     def config(self) -> IFSegConfig:
@@ -202,7 +204,13 @@ class Ablations:
         if not row.tuned:
             segmenter.set_words(self.data.names)
         evaluation = evaluate_segmenter(
-            segmenter, self.data, SMOOTHING, state_dir=work / "counts", limit=self.limit, progress=True
+            segmenter,
+            self.data,
+            SMOOTHING,
+            state_dir=work / "counts",
+            on_error=self.on_error,
+            limit=self.limit,
+            progress=True,
         )
         return {
             "images": evaluation.images,

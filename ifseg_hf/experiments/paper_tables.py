@@ -105,7 +105,7 @@ UNSEEN = "coco-stuff-unseen"
 OPEN_VOCABULARY = [("LSeg+", 13.0), ("OpenSeg", 15.3), ("ZSSeg", 20.5)]
 UNSUPERVISED = [("IIC", 0.6), ("PiCIE + H.", 4.6), ("TransFGU", 11.9), ("MaskCLIP+", 18.0)]
 # Table 9: mIoU of the unseen and of the seen categories, and their harmonic mean.
-ZERO_SHOT = [
+ZERO_SHOT: list[tuple[str, float, float, float]] = [
     ("ZS5", 10.6, 34.9, 16.2),
     ("CaGNet", 13.4, 35.3, 32.6),
     ("SIGN", 15.2, 36.4, 21.4),
@@ -163,12 +163,12 @@ TABLES: dict[str, list[Row]] = {
     "9": [
         row
         for column, part, paper, metric in [
-            (1, "unseen", 56.8, "mean_iou_unseen"),
-            (2, "seen", 41.9, "mean_iou_seen"),
-            (3, "harmonic mean", 48.2, "harmonic_mean_iou"),
+            (0, "unseen", 56.8, "mean_iou_unseen"),
+            (1, "seen", 41.9, "mean_iou_seen"),
+            (2, "harmonic mean", 48.2, "harmonic_mean_iou"),
         ]
         for row in (
-            *_quoted((f"{system[0]}, {part}", system[column]) for system in ZERO_SHOT),
+            *_quoted((f"{name}, {part}", scores[column]) for name, *scores in ZERO_SHOT),
             Row(f"IFSeg+, {part}", paper, "plus", "coco-stuff", PLAIN, metric),
         )
     ],

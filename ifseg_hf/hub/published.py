@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import WeakFileLock
 
-from ifseg_hf.cache import cache_folder
+from ifseg_hf.cache import CONVERTED, cache_folder
 from ifseg_hf.hub.checkpoint_reader import ConversionError, locate_checkpoint, read_json, weight_files
 from ifseg_hf.hub.conversion import TRANSFORMERS_VOCABULARY, convert_ofa_checkpoint, vocabulary_files
 from ifseg_hf.pretrained import CHECKPOINT_SUFFIXES, resolve_model, use_converted
@@ -48,7 +48,7 @@ def resolve_checkpoint(
     if found is None:
         return path
     source, key = found
-    cache = cache_folder() / "converted" if cache_dir is None else Path(cache_dir).expanduser()
+    cache = cache_folder() / CONVERTED if cache_dir is None else Path(cache_dir).expanduser()
     folder = cache / f"{_readable(path)}-{_digest([_FORMAT, *key])[:16]}"
     if not folder.is_dir():
         say = notify or (lambda sentence: print(sentence, file=sys.stderr, flush=True))

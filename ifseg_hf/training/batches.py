@@ -78,6 +78,7 @@ def crop_dataset(
         ignored=find_labels(data, config.unseen),
         masks=masks,
         long_side=size["longest_edge"],
+        on_error=config.on_error,
     )
 
 

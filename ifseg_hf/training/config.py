@@ -109,6 +109,13 @@ class TrainingConfig:
     online_after: int = setting(
         0, "steps after which the model itself labels the crops (0: never)", minimum=0, stages=["self-training"]
     )
+    on_error: str = setting(
+        "fail",
+        "for images that can't be read: fail, or skip, which trains and evaluates on the others",
+        choices=["fail", "skip"],
+        stages=ON_IMAGES,
+        may_change=True,
+    )
     eval_steps: int = setting(
         0,
         "steps between evaluations on images with masks, the first before step 1 (0: never)",

@@ -339,7 +339,8 @@ class TrainingRun:
         several = self.accelerator.num_processes > 1
         segmenter = IFSegSegmenter(self.accelerator.unwrap_model(self.model), self.processor)
         try:
-            evaluation = evaluate_segmenter(segmenter, self.eval_data, state_dir=counts if several else None)
+            folder, on_error = counts if several else None, self.config.on_error
+            evaluation = evaluate_segmenter(segmenter, self.eval_data, state_dir=folder, on_error=on_error)
         except ValueError as error:
             raise TrainingError(f"The evaluation after step {self.step} failed: {error}") from error
         self.accelerator.wait_for_everyone()  # every process has read the counts
@@ -370,7 +371,8 @@ class TrainingRun:
             incomplete.mkdir(exist_ok=True)
             model, dataset = self.accelerator.unwrap_model(self.model), Path(self.config.dataset)
             try:
-                refresh_labels(model, self.processor, self.data, dataset, incomplete, self.accelerator.state)
+                state, on_error = self.accelerator.state, self.config.on_error
+                refresh_labels(model, self.processor, self.data, dataset, incomplete, state, on_error)
             except SampleError as error:
                 raise TrainingError(str(error)) from error
         with on_every_process(self.accelerator), writing_errors(failure):

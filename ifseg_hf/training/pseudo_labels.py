@@ -212,12 +212,15 @@ def refresh_labels(
     folder: Path,
     output: Path,
     state: PartialState,
+    on_error: str = "fail",
 ) -> None:
     """Writes `output/ID.png` for each sample of this process: its given labels, and new predictions elsewhere.
 
     Args:
         data: read from `folder`, which [`write_pseudo_labels`] made.
         state: rank and number of the processes, among which the samples are divided.
+        on_error: "skip" leaves out images that cannot be used, which [`CropDataset`] names; "fail" raises
+            [`SampleError`].
     """
     config, keep_labels = label_settings(folder, data.names)
 
@@ -229,7 +232,8 @@ def refresh_labels(
 
     training = model.training
     indices = range(state.process_index, len(data.samples), state.num_processes)
-    label_images(IFSegSegmenter(model, processor), data, config, indices, given, write)
+    skip = (lambda error: None) if on_error == "skip" else None
+    label_images(IFSegSegmenter(model, processor), data, config, indices, given, write, skip)
     model.train(training)
 
 

@@ -18,6 +18,7 @@ Color = tuple[int, ...]  # red, green, blue, 0 to 255
 # The first colours are chosen by hand: distinct for most kinds of colour vision, and visible over an image.
 _FIRST_COLORS = ("#e6194b", "#1f9e46", "#4363d8", "#ffd21f", "#f58231", "#35c9ea", "#a029c9", "#f48fc4")
 _BACKGROUND, _TEXT, _GREY = (255, 255, 255), (30, 30, 30), (110, 110, 110)
+_BLOCK = 2**18  # pixels that are painted at a time, since floats take several times the memory of the image
 
 
 @lru_cache
@@ -47,12 +48,13 @@ def _color_distance(colors: np.ndarray, color: Color) -> np.ndarray:
 
 
 def _category_map(mask, names: Sequence[str]) -> np.ndarray:
-    """`mask` (H, W), an array or a tensor, as int64 array in which every value that is no index into `names` is -1."""
-    categories = np.asarray(mask)
-    if categories.ndim != 2:
-        raise ValueError(f"A mask has two dimensions (height, width), but this one has the shape {categories.shape}.")
-    categories = categories.astype(np.int64)
-    return np.where((categories >= 0) & (categories < len(names)), categories, -1)
+    """`mask` (H, W), an array or a tensor, as int32 array in which every value that is no index into `names` is -1."""
+    values = np.asarray(mask)
+    if values.ndim != 2:
+        raise ValueError(f"A mask has two dimensions (height, width), but this one has the shape {values.shape}.")
+    categories = np.full(values.shape, -1, np.int32)
+    np.copyto(categories, values, where=(values >= 0) & (values < len(names)), casting="unsafe")
+    return categories
 
 
 def label_map(segments: Sequence[dict], size: tuple[int, int], names: Sequence[str]) -> np.ndarray:
@@ -69,7 +71,9 @@ def label_map(segments: Sequence[dict], size: tuple[int, int], names: Sequence[s
 def shares(mask, names: Sequence[str]) -> dict[str, float]:
     """Returns the share of all pixels, from 0 to 1, of each category that occurs in `mask` (H, W), largest first."""
     categories = _category_map(mask, names)
-    counts = np.bincount(categories[categories >= 0], minlength=len(names))
+    counts = np.zeros(len(names), np.int64)
+    for block in np.split(categories.ravel(), range(_BLOCK, categories.size, _BLOCK)):
+        counts += np.bincount(block[block >= 0], minlength=len(names))
     order = np.argsort(-counts, kind="stable")
     return {names[i]: float(counts[i] / categories.size) for i in order if counts[i]}
 
@@ -82,11 +86,11 @@ def save_mask(mask, path: str | PathLike, names: Sequence[str]) -> None:
     """
     categories = _category_map(mask, names)
     if len(names) <= 255:
-        image = Image.fromarray(np.where(categories < 0, 255, categories).astype(np.uint8)).convert("P")
+        image = Image.fromarray(categories.astype(np.uint8))  # -1 becomes 255
         colors = [*palette(len(names)), *[(0, 0, 0)] * (256 - len(names))]
         image.putpalette([channel for color in colors for channel in color])
     else:
-        image = Image.fromarray(np.where(categories < 0, 65535, categories).astype(np.uint16))
+        image = Image.fromarray(categories.astype(np.uint16))
     text = PngInfo()
     text.add_itxt("categories", json.dumps(list(names), ensure_ascii=False))
     image.save(path, format="PNG", pnginfo=text)
@@ -114,22 +118,37 @@ def overlay(
         `ValueError`: the sizes of image and mask differ, or the font cannot be read.
     """
     categories = _category_map(mask, names)
-    pixels = to_array(image)
-    height, width = pixels.shape[:2]
+    painted = to_array(image)
+    height, width = painted.shape[:2]
     if categories.shape != (height, width):
         raise ValueError(
             f"The mask is {categories.shape[1]}x{categories.shape[0]} pixels and the image {width}x{height}: make the "
             "mask in the image's size (target_sizes)."
         )
-    pixels = pixels.astype(np.float32)
-    # Less saturation and no dark tones, so that the categories' colours stand out.
-    muted = 40 + 0.8 * (pixels + pixels.mean(axis=-1, keepdims=True)) / 2
+    edge = max(1, round(_font_size(image) / 14))
     colors = np.asarray([*palette(len(names)), (0, 0, 0)], dtype=np.float32)  # the last row is category -1
-    painted = (1 - alpha) * muted + alpha * colors[categories]
-    painted = np.where((categories < 0)[..., None], pixels, painted)
-    painted[_boundaries(categories, max(1, round(_font_size(image) / 14)))] = 255
-    result = Image.fromarray(painted.round().astype(np.uint8))
-    return _with_legend(result, shares(categories, names), names, font) if legend else result
+    rows = max(1, _BLOCK // width)
+    for start in range(0, height, rows):
+        block = slice(start, start + rows)
+        own = categories[block]
+        known = own >= 0
+        painted[block][known] = _painted(painted[block][known], colors[own[known]], alpha)
+        edges = _boundaries(categories[start : start + rows + edge], edge)
+        painted[block][edges[: len(own)]] = 255
+    result = Image.fromarray(painted)
+    if not legend:
+        return result
+    present = shares(categories, names)
+    del painted, categories  # of a large image, before the canvas with the legend is made
+    return _with_legend(result, present, names, font)
+
+
+def _painted(pixels: np.ndarray, colors: np.ndarray, alpha: float) -> np.ndarray:
+    """The pixels (n, 3), uint8 or float, below their colours (n, 3), as uint8."""
+    # Less saturation and no dark tones, so that the categories' colours stand out.
+    pixels = pixels.astype(np.float32)
+    muted = 40 + 0.8 * (pixels + pixels.mean(axis=-1, keepdims=True)) / 2
+    return ((1 - alpha) * muted + alpha * colors).round().astype(np.uint8)
 
 
 def _boundaries(categories: np.ndarray, width: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from ifseg_hf.modeling import (
     OFAModel,
     attention_ofa,
 )
-from ifseg_hf.modeling.loss_ifseg import segmentation_loss
+from ifseg_hf.modeling.loss_ifseg import LabelCheck, segmentation_loss
 from ifseg_hf.modeling.positions_ofa import add_blocks, grid_relative_bias, resize_grid
 
 
@@ -224,6 +224,18 @@ def test_labels_are_checked_as_by_cross_entropy(model, padded):
     for shape in [(3, 48, 48), (1, 1, 48, 48), (48, 48)]:
         with pytest.raises(ValueError, match=r"it must be \(1, height, width\)"):
             model(**inputs, labels=right.new_zeros(shape))
+
+
+def test_labels_can_be_checked_in_the_background():
+    """As on a GPU: wrong labels do not reach the loss, and the error comes when it is asked for."""
+    labels = torch.tensor([[[0, 255], [-100, 2]]])
+    check = LabelCheck(labels, 3, in_background=True)
+    assert check.labels.tolist() == [[[0, -100], [-100, 2]]]
+    with pytest.raises(ValueError, match="labels holds 255, but there are 3 categories"):
+        check.raise_for_wrong()
+    check = LabelCheck(labels.clamp(max=2), 3, in_background=True)
+    check.raise_for_wrong()
+    assert torch.equal(check.labels, labels.clamp(max=2))
 
 
 def test_paper_positions_add_no_parameters():
@@ -445,15 +457,18 @@ def test_save_and_load(model, tmp_path):
     assert loaded.config.prompt_ids == WORDS["prompt_ids"]
 
 
-def test_checkpoint_of_ofa_lacks_only_segmentation_positions(model, tmp_path):
-    positions = {name for name, _ in model.named_parameters() if "segmentation_positions." in name}
+def test_checkpoint_of_ofa_lacks_only_segmentation_positions(tmp_path):
+    """Which are not reported as missing."""
     torch.manual_seed(0)
     ofa = OFAForConditionalGeneration(OFAConfig(**SMALL))
     ofa.save_pretrained(tmp_path)
     _, report = OFAModel.from_pretrained(tmp_path, output_loading_info=True)
     assert (report["missing_keys"], report["unexpected_keys"]) == (set(), set())
     loaded, report = IFSegForSemanticSegmentation.from_pretrained(tmp_path, output_loading_info=True)
-    assert (report["missing_keys"], report["unexpected_keys"]) == (positions, set())
+    assert (report["missing_keys"], report["unexpected_keys"]) == (set(), set())
+    saved = {f"backbone.model.{name}" for name, _ in OFAModel(OFAConfig(**SMALL)).named_parameters()}
+    lacking = {name for name, _ in loaded.named_parameters()} - saved
+    assert all(name.startswith("backbone.segmentation_positions.") for name in lacking)
     assert torch.equal(loaded.get_input_embeddings().weight, ofa.get_input_embeddings().weight)
     automatic = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
     assert type(automatic) is IFSegForSemanticSegmentation

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -71,6 +72,21 @@ def test_writes_a_mask_and_an_overlay_with_the_models_words(tuned, image, tmp_pa
     assert captured.err == ""
     assert captured.out.startswith(f"{image}: ")
     assert "%" in captured.out
+
+
+def test_a_folder_stands_for_its_images(tuned, image, tmp_path, capsys):
+    (tmp_path / "images" / "trip").mkdir(parents=True)
+    for name in ("a.jpg", "trip/a.jpg", "trip/._a.jpg", "notes.txt"):
+        (tmp_path / "images" / name).write_bytes(image.read_bytes())
+    (tmp_path / "none").mkdir()
+    assert run(image, f"{tmp_path}/images/", "--model", tuned, "--output-dir", tmp_path / "out") == 0
+    assert {file.name for file in (tmp_path / "out").glob("*_mask.png")} == {
+        "image_mask.png",
+        "a_mask.png",
+        "a-2_mask.png",
+    }
+    assert run(tmp_path / "none", "--model", tuned, "--output-dir", tmp_path / "out") == 1
+    assert capsys.readouterr().err == f'segment.py: There is no image in "{tmp_path / "none"}".\n'
 
 
 def test_other_words_and_settings(untuned, image, tmp_path, capsys):
@@ -205,3 +221,35 @@ def test_as_a_program_from_any_folder(tuned, image, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert (tmp_path / "outputs" / "image_overlay.png").is_file()
+
+
+MEASURE = """
+import resource, sys
+
+import torch
+
+from scripts import load_script
+
+segment = load_script("segment")
+small, large, model, out = sys.argv[1:]
+peaks = []
+for image in (small, large):
+    assert segment.main([image, "--model", model, "--output-dir", out]) == 0
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+print(peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.slow
+def test_a_large_image_takes_little_memory(tuned, image, tmp_path):
+    """At most 36 bytes a pixel, so that an image of 8000 x 6000 takes 1.7 GB above the memory of torch and a model."""
+    pytest.importorskip("resource")
+    width, height = 3200, 2400
+    Image.open(image).resize((width, height)).save(tmp_path / "large.jpg")
+    arguments = [image, tmp_path / "large.jpg", tuned, tmp_path / "out"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.splitlines()[-1]) < 36 * width * height

@@ -16,7 +16,7 @@ from tiny_model import save_untuned_backbone
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from ifseg_hf.cache import cache_entries
+from ifseg_hf.cache import cache_entries, cache_folder
 from ifseg_hf.cli import tune as tune_module
 from ifseg_hf.cli.main import app
 from ifseg_hf.cli.segment import split_arguments
@@ -188,12 +188,25 @@ def test_words_are_tuned_once_and_the_cache_is_listed_and_cleared(model, place):
     listed = ifseg("cache").stdout.splitlines()
     assert len(listed) == 2
     assert listed[0].startswith(f"{entry.name}  {model}: cat, wet grass, sky  ")
-    assert listed[1].startswith("1 tuned models, ")
+    assert listed[1].startswith("1 models, ")
     assert ifseg("cache", "--clear", "nothing").exit_code == 1
     assert len(cache_entries()) == 1
     assert "deleted from" in ifseg("cache", "--clear", entry.name).stdout
     assert cache_entries() == []
     assert ifseg("cache", "--clear").exit_code == 0
+
+
+def test_converted_models_are_listed_and_cleared(place):
+    folder = cache_folder() / "converted" / "OFA-Sys--ofa-base-0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"x" * 1_200_000)
+    (folder.parent / f".{folder.name}-rest").mkdir()  # of a conversion that goes on
+    listed = ifseg("cache").stdout.splitlines()
+    assert listed[0].startswith(f"{folder.name}  OFA-Sys/ofa-base: converted  1.2 MB  ")
+    assert listed[1].startswith("1 models, 1.2 MB, in ")
+    assert "1 models" in ifseg("cache", "--clear", folder.name).stdout
+    assert not folder.exists()
+    assert cache_entries() == []
 
 
 def test_tuning_with_a_file_of_settings(model, place):

@@ -1,5 +1,7 @@
 """Crops as a pure function of seed and index, whose labels stay on their pixels, and word maps among them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from ifseg_hf.data.crops import (
     largest_share,
     load_training_dataset,
 )
-from ifseg_hf.data.segmentation import SegmentationDataset
+from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
 from ifseg_hf.data.word_maps import WordMapSampler, word_map_stream
 
 pytest.importorskip("kornia")
@@ -116,6 +118,30 @@ def test_the_long_side_is_limited_as_in_inference(monkeypatch):
     assert all(32 <= width <= 128 for _, width in sizes[20:])
     assert max(width for _, width in sizes[20:]) > 64
     assert all(abs(width / 10 - height) <= 1 for height, width in sizes[20:])
+
+
+def test_images_that_cannot_be_read_are_skipped(tmp_path, capsys, monkeypatch):
+    """The next image of the epoch is in their place, named once; every other image is seen in each epoch."""
+    folder = Path(save_masked_images(tmp_path, count=5))
+    for name in ("1", "3"):
+        (folder / "train" / "images" / f"{name}.png").write_bytes(b"damaged")
+    data = load_training_dataset(str(folder))
+    with pytest.raises(SampleError, match=r"\d.png is no image"):
+        [CropDataset(data, crop_size=32, short_side=48)[index] for index in range(5)]
+    seen, read = [], data.read
+    monkeypatch.setattr(data, "read", lambda sample: (read(sample), seen.append(sample["id"]))[0])
+    crops = CropDataset(data, crop_size=32, short_side=48, on_error="skip")
+    samples = [crops[index]["labels"] for index in range(15)]
+    assert all(set(seen[first : first + 5]) == {"0", "2", "4"} for first in (0, 5, 10))
+    messages = capsys.readouterr().err.splitlines()
+    assert len(messages) == len(set(messages)) == 2
+    assert all("Skipped: " in message and "is no image that Pillow can read" in message for message in messages)
+    again = CropDataset(data, crop_size=32, short_side=48, on_error="skip")  # a sample does not depend on earlier ones
+    assert all(torch.equal(again[index]["labels"], samples[index]) for index in reversed(range(15)))
+    for file in (folder / "train" / "images").glob("*.png"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(SampleError, match="None of the 5 images can be used"):
+        CropDataset(data, crop_size=32, short_side=48, on_error="skip")[0]
 
 
 def test_scales_range_from_half_to_twice_the_short_side(data, monkeypatch):

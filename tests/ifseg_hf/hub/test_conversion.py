@@ -219,9 +219,7 @@ def test_converted_ofa_loads_as_segmentation_model(tmp_path, hf_folder):
     convert_ofa_checkpoint(hf_folder, tmp_path / "out")
     model, info = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert isinstance(model, IFSegForSemanticSegmentation)
-    positions = {name for name in model.state_dict() if name.startswith("backbone.segmentation_positions.")}
-    assert info["missing_keys"] == positions
-    assert not any(found for kind, found in info.items() if kind != "missing_keys")
+    assert not any(info.values())  # positions for segmentation are expected to be new
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

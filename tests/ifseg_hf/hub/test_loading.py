@@ -1,6 +1,7 @@
 """Loading, device placement, attention kernels, adapters and changed categories, as for any transformers model."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from checkpoints import SMALL, WORDS, small_config, small_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny_model
 from torch.utils import backend_registration
 from transformers import (
@@ -205,7 +207,7 @@ def ofa_model(model) -> OFAModel:
     [
         (OFAModel, OFAForConditionalGeneration, set(), set()),  # the head is tied to the word embeddings
         (OFAForConditionalGeneration, OFAModel, set(), set()),
-        (OFAForConditionalGeneration, IFSegForSemanticSegmentation, NEW_IN_SEGMENTATION, set()),
+        (OFAForConditionalGeneration, IFSegForSemanticSegmentation, set(), set()),  # new ones are expected
         (IFSegForSemanticSegmentation, IFSegForSemanticSegmentation, set(), set()),
     ],
 )
@@ -220,6 +222,15 @@ def test_missing_and_unexpected_keys(saved, loaded, missing, unexpected, tmp_pat
     assert not report.get("error_msgs")
     ours, theirs = (ofa_model(x).state_dict() for x in (model, other))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_missing_positions_of_a_tuned_model_are_reported(tuned, tmp_path):
+    weights = load_file(f"{tuned}/model.safetensors")
+    left = {name: tensor for name, tensor in weights.items() if name not in NEW_IN_SEGMENTATION}
+    shutil.copytree(tuned, tmp_path / "model")
+    save_file(left, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    _, report = IFSegForSemanticSegmentation.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert set(report["missing_keys"]) == NEW_IN_SEGMENTATION
 
 
 def test_image_positions_need_no_new_weights(ofa):
@@ -348,8 +359,9 @@ def tune(model, steps: int = 5) -> float:
     return losses[0] - losses[-1]
 
 
-def test_lora_with_peft(ofa, tmp_path):
-    model = get_peft_model(with_words(ofa), lora())
+@pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION"])
+def test_lora_with_peft(task_type, ofa, tmp_path):
+    model = get_peft_model(with_words(ofa), lora(task_type=task_type))
     trained = {name for name, x in model.named_parameters() if x.requires_grad}
     assert all("lora_" in name or "segmentation_positions" in name for name in trained)
     before = logits(model)
@@ -368,6 +380,19 @@ def test_lora_with_peft(ofa, tmp_path):
     assert not report["unexpected_keys"]
     assert merged.config.id2label == WORDS["id2label"]
     torch.testing.assert_close(logits(merged), after)
+
+
+def test_lora_for_text_with_peft(ofa, tmp_path):
+    config = LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(OFAForConditionalGeneration.from_pretrained(ofa), config).eval()
+    inputs = {"pixel_values": IMAGE, "input_ids": torch.tensor([[0, 5, 6, 2]]), "labels": torch.tensor([[7, 8, 2]])}
+    expected = model(**inputs)
+    expected.loss.backward()
+    assert any(x.grad.any() for name, x in model.named_parameters() if "lora_" in name)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(OFAForConditionalGeneration.from_pretrained(ofa), tmp_path).eval()
+    torch.testing.assert_close(loaded(**inputs).logits, expected.logits, rtol=0, atol=0)
+    assert loaded.generate(pixel_values=IMAGE, input_ids=inputs["input_ids"], max_new_tokens=3).shape[0] == 1
 
 
 def test_lora_on_convolutions_of_the_trunk(tuned, expected, tmp_path):

@@ -388,6 +388,19 @@ def test_an_unusable_image_is_named(workers, tiny_model, images, tmp_path):
     assert "Error" not in str(caught.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unusable_images_are_left_out_on_request(workers, tiny_model, images, tmp_path, capfd):
+    """In training and in evaluation."""
+    damaged = shutil.copytree(images, tmp_path / "damaged")
+    shutil.copytree(damaged / "train", damaged / "val")
+    for split in ("train", "val"):
+        (damaged / split / "masks" / "3.png").unlink()
+    skip = {"on_error": "skip", "steps": 2, "eval_steps": 2}
+    train(settings(tiny_model, str(damaged), tmp_path / "out", dataloader_workers=workers, **skip))
+    assert capfd.readouterr().err.count("Skipped: There is no mask") == 1
+    assert read_log(tmp_path / "out")[-1]["mean_iou"] >= 0
+
+
 def test_every_batch_needs_an_image():
     config = TrainingConfig(None, "", stage="supervised", dataset="d", batch_size=16, word_map_ratio=0.75)
     assert samples_per_batch(config, 4) == 4
