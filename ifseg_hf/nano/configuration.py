@@ -2,11 +2,11 @@
 
 from ifseg_hf.modeling.configuration_ofa import OFAConfig
 
-# Sizes of images in pixels: at most 32 x 24 patches, which fit into the positions of 28 x 28 patches.
-SHORT_SIDE, LONG_SIDE = 384, 512
-# Neighbours and iterations of smoothing, chosen on development images: more neighbours and fewer iterations than the
-# paper's 3 and 25 name things better, and keep thin ones.
-NEIGHBORS, ITERATIONS = 8, 5
+# Sizes of images in pixels, and neighbours and iterations of smoothing, chosen on development images. An image has at
+# most 40 x 30 patches, for which the positions of 28 x 28 patches are resized. More neighbours and fewer iterations than
+# the paper's 3 and 25 name things better, and keep thin ones.
+SHORT_SIDE, LONG_SIDE = 480, 640
+NEIGHBORS, ITERATIONS = 12, 4
 
 # Settings of tuning on words, chosen on development images. Pre-training has already
 # named patches by the words of a prompt, and has positions for them: more or larger steps lead away from
