@@ -245,9 +245,9 @@ def test_entries_are_cleared_by_name_or_all(model):
 @pytest.mark.parametrize(
     ("words", "settings", "message"),
     [
-        (["cat"], {}, "at least two"),
+        (["cat"], {"background": "none"}, "at least two"),
         ("cat, cat", {}, "twice"),
-        (["cat", "x" * 200], {}, "positions"),
+        (["x" * 200, "cat"], {}, "positions"),
         (WORDS, {"stepz": 5}, 'no setting "stepz": steps?'),
         (WORDS, {"steps": "many"}, "must be a whole number"),
         (WORDS, {"image_size": 50}, "image_size=50: must be a multiple of the model's patch size 16"),

@@ -122,6 +122,7 @@ class Interrupted:
         self.segmenter, self.limit, self.seen = segmenter, limit, 0
         self.model, self.preprocess = segmenter.model, segmenter.preprocess
         self.smoothing, self.inference = segmenter.smoothing, segmenter.inference
+        self.background = segmenter.background
 
     def __call__(self, inputs):
         if self.limit is not None and self.seen + len(inputs["pixel_values"]) > self.limit:
