@@ -18,7 +18,7 @@ PER_IMAGE_INPUTS = (
     "attention_mask",
     "category_ids",
     "category_mask",
-    "label_mask",
+    "category_groups",
 )
 
 

@@ -148,8 +148,8 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
             if id(parameter) not in used:
                 parameter.requires_grad_(False)
 
-    def _own_label_mask(self, device: torch.device) -> torch.Tensor | None:
-        """The labels of the configuration's categories, as `label_mask` of [`forward`]; `None` without a background."""
+    def _own_category_groups(self, device: torch.device) -> torch.Tensor | None:
+        """`category_groups` of [`forward`] for the categories of the configuration; `None` without a background."""
         config = self.config
         if config.category_labels is None:
             return None
@@ -177,7 +177,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         category_ids: torch.Tensor | None = None,
         category_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        label_mask: torch.Tensor | None = None,
+        category_groups: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> IFSegSegmentationOutput:
         r"""
@@ -190,7 +190,7 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
             category_ids: (1 or batch, categories, sub-words) and category_mask of the same shape. Categories without
                 sub-words are never predicted. Without prompt and categories, the configuration's words are used.
             labels: (batch, H, W), integers, the category (or its label) of each pixel, -100 ignored; of any size.
-            label_mask: (1 or batch, labels, categories), beside `category_ids`: 1 where a category has the label. The
+            category_groups: (1 or batch, labels, categories), beside `category_ids`: 1 where a category has the label. The
                 logits are then those of the labels, whose probabilities are the sums over their categories.
 
         Raises `ValueError` where image and word map are both passed or both missing, where there are no words, and for
@@ -202,13 +202,13 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         device = (pixel_values if word_map is None else word_map).device
         hierarchical = category_ids is None and self.config.word_ids is not None
         if category_ids is None:
-            label_mask = self._own_label_mask(device)
+            category_groups = self._own_category_groups(device)
         input_ids, category_ids, category_mask = self._prompt_and_categories(
             input_ids, category_ids, category_mask, device
         )
         if labels is not None:
             images = len(pixel_values if word_map is None else word_map)
-            categories = (category_ids if label_mask is None else label_mask).shape[1]
+            categories = (category_ids if category_groups is None else category_groups).shape[1]
             check = LabelCheck(check_labels(labels, images), categories)
         image_tokens = None
         if word_map is not None:
@@ -223,8 +223,8 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         logits = (decoded.last_hidden_state @ categories.transpose(1, 2)).transpose(1, 2).unflatten(2, grid)
         absent = ~category_mask.to(logits.device).bool().any(2)
         logits = logits.masked_fill(absent[:, :, None, None], torch.finfo(logits.dtype).min)
-        if label_mask is not None:
-            logits = merge_logits(logits, label_mask)
+        if category_groups is not None:
+            logits = merge_logits(logits, category_groups)
         loss = None
         if labels is not None:
             loss = segmentation_loss(logits, check.labels)

@@ -112,7 +112,7 @@ class IFSegProcessor(ProcessorMixin):
             - **input_ids**, **attention_mask** (rows, tokens): the prompt, padded at the right.
             - **category_ids**, **category_mask** (rows, categories, sub-words): the sub-words of every category,
               padded. Lists with fewer categories than others of the batch are padded with empty categories (mask 0).
-            - **label_mask** (rows, labels, categories), with `background` only: 1 where a category has the label.
+            - **category_groups** (rows, labels, categories), with `background` only: 1 where a category has the label.
 
             For texts: `pixel_values`, and the texts as **input_ids**, **attention_mask** (rows, tokens), padded.
 

@@ -120,7 +120,7 @@ class PromptEncoder:
             "category_mask": category_mask,
         }
         if any("category_labels" in row for row in rows):
-            padded["label_mask"] = _label_masks(rows)
+            padded["category_groups"] = _category_groups(rows)
         return padded
 
     def encode_text(self, text: str) -> list[int]:
@@ -184,7 +184,7 @@ class PromptEncoder:
         return start + names + end
 
 
-def _label_masks(rows: list[dict]) -> list[list[list[int]]]:
+def _category_groups(rows: list[dict]) -> list[list[list[int]]]:
     """Returns for each result of [`PromptEncoder.encode`] rows of labels: 1 where a category has the label."""
     categories, count = (max(len(row[name]) for row in rows) for name in ("category_ids", "id2label"))
     masks = [[[0] * categories for _ in range(count)] for _ in rows]

@@ -82,7 +82,8 @@ class TableSettings:
         settings = read_settings(file)
         command = with_flag(command, "--steps", str(self.steps))
         if "online_after" in settings:
-            share = max(1, settings["online_after"] * self.steps // settings["steps"])
+            share = settings["online_after"] * self.steps // settings["steps"]
+            share = min(max(1, share), self.steps - 1)  # 0, never, in a run of one step
             command = with_flag(command, "--online-after", str(share))
         return command
 

@@ -3,8 +3,8 @@
 from ifseg_hf.modeling.configuration_ofa import OFAConfig
 
 # Sizes of images in pixels, and neighbours and iterations of smoothing, chosen on development images. An image has at
-# most 40 x 30 patches, for which the positions of 28 x 28 patches are resized. More neighbours and fewer iterations than
-# the paper's 3 and 25 name things better, and keep thin ones.
+# most 40 x 30 patches, for which the positions of 28 x 28 patches are resized. More neighbours and fewer iterations
+# than the paper's 3 and 25 name things better, and keep thin ones.
 SHORT_SIDE, LONG_SIDE = 480, 640
 NEIGHBORS, ITERATIONS = 12, 4
 

@@ -137,7 +137,7 @@ def test_a_full_disk_at_saving_is_reported(tiny_model, tmp_path, monkeypatch):
 def test_a_too_long_prompt_is_rejected_before_weights_are_loaded(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(IFSegForSemanticSegmentation, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     changed = settings(tiny_model, tmp_path / "out")
-    changed.categories = ["cat", "a" * 200]
+    changed.categories = ["a" * 200, "cat"]
     with pytest.raises(SettingError, match="120 positions"):
         train(changed)
 
