@@ -6,6 +6,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .blockwise_bias_ofa import BlockwiseBias
 from .configuration_ofa import OFAConfig
 
 
@@ -185,7 +186,7 @@ class OFAAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_bias: torch.Tensor,
+        attention_bias: torch.Tensor | BlockwiseBias,
         key_value_states: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         causal: bool = False,
@@ -198,6 +199,10 @@ class OFAAttention(nn.Module):
         """
         query = self._heads(self.q_proj(hidden_states))
         key, value = self._keys_and_values(hidden_states, key_value_states, past_key_values)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if isinstance(attention_bias, BlockwiseBias):
+            output = attention_bias.attention(query, key, value, self.scaling, dropout)
+            return self.out_proj((output * self.c_attn[:, None]).flatten(2)), None
         attention = ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
             self,
@@ -206,7 +211,7 @@ class OFAAttention(nn.Module):
             value,
             attention_bias,
             scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             causal=causal,
             **kwargs,
         )

@@ -13,14 +13,7 @@ from .configuration_ifseg import IFSegConfig
 from .configuration_ofa import OFAConfig
 from .modeling_ifseg import IFSegForSemanticSegmentation
 from .modeling_ofa import OFAEncoderOutput, OFAForConditionalGeneration, OFAModel, OFAPreTrainedModel
-from .positions_ofa import (
-    OFAPatchPositions,
-    OFATable,
-    cat_sequences,
-    prepend_start_token,
-    resize_grid,
-    resized_grid_relative_bias,
-)
+from .positions_ofa import OFAPatchPositions, OFATable, cat_sequences, resize_grid
 
 
 class OFASegmentationPositions(nn.Module):
@@ -42,13 +35,7 @@ class OFASegmentationPositions(nn.Module):
         start, grid = table[:1], table[1:]
         grid = resize_grid(grid.T.unflatten(1, (self.side, self.side)), height, width).flatten(1).T
         embeddings = self.layer_norm(torch.cat([start, grid]))[None]
-        tables = [table() for table in self.rel_pos_tables]
-
-        def relative_bias(layer: int):
-            patches = resized_grid_relative_bias(tables[layer][:-3], self.side, height, width)
-            return prepend_start_token(patches, tables[layer][-3:])
-
-        return OFAPatchPositions((height, width), embeddings, tables, relative_bias)
+        return OFAPatchPositions((height, width), embeddings, [table() for table in self.rel_pos_tables], self.side)
 
 
 class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
@@ -107,14 +94,9 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
         encoder, decoder = self.model.encoder, self.model.decoder
         start = encoder.embed_image_positions()[:1]
         grid = encoder.image_positions(height, width, interpolate=True)
-        tables = [table() for table in decoder.image_rel_pos_table_list]
-
-        def relative_bias(layer: int):
-            patches = decoder.image_relative_bias(layer, height, width, interpolate=True)
-            return prepend_start_token(patches, tables[layer][-3:])
-
         embeddings = encoder.image_pos_ln(torch.cat([start, grid]))[None]
-        return OFAPatchPositions((height, width), embeddings, tables, relative_bias)
+        tables = [table() for table in decoder.image_rel_pos_table_list]
+        return OFAPatchPositions((height, width), embeddings, tables, self.config.grid_size)
 
     def image_free_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters used in segmentation except those of the trunk, `image_proj` and the token embeddings."""

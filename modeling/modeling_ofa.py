@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_ofa import OFAAttention
 from .bias_cache_ofa import BiasCache
+from .blockwise_bias_ofa import BlockwiseBias, GridBias, is_large
 from .configuration_ofa import AUTO_MAP, PUBLISHED_COPIES, OFAConfig
 from .image_batches import group_by_image_size
 from .loading import Float32PreTrainedModel
@@ -43,6 +44,7 @@ from .positions_ofa import (
     project_positions,
     resize_grid,
     resized_grid_relative_bias,
+    start_token_blocks,
     text_relative_bias,
 )
 from .trunk_ofa import TRUNKS, OFAFrozenBatchNorm2d
@@ -293,30 +295,40 @@ class OFAEncoder(_OFAStack):
 
     def _layer_biases(
         self, positions: torch.Tensor, mask: torch.Tensor | None, grid, text_length: int, interpolate: bool
-    ) -> Callable[[int], torch.Tensor]:
+    ) -> Callable[[int], torch.Tensor | BlockwiseBias]:
         """
-        A function that returns the bias of a layer, (1 or batch, heads, L + T, L + T).
+        A function that returns the bias of a layer, (1 or batch, heads, L + T, L + T), in blocks for a large grid.
 
         It is the sum of the absolute bias, which all layers share, and the relative biases of the layer, between
         patches and between text tokens.
         """
         heads, factor = self.config.encoder_attention_heads, self.config.attn_scale_factor
         q, k = project_positions(self.pos_q_linear, self.pos_k_linear, positions, positions, heads, factor)
+        allowed = None if mask is None else mask[:, None, None]
+
+        def text_blocks(layer: int) -> list[BiasBlock]:
+            if not text_length:
+                return []
+            text = slice(-text_length, None)
+            return [(text, text, text_relative_bias(self.token_rel_pos_table_list[layer](), 0, text_length))]
+
+        def blockwise_bias(layer: int) -> BlockwiseBias:
+            table = self.image_rel_pos_table_list[layer]()[:-3]
+            relative = GridBias.from_table(table, self.config.grid_size, *grid)
+            return BlockwiseBias(q, k, *grid, grid=relative, blocks=text_blocks(layer), allowed=allowed)
+
+        if grid is not None and interpolate and is_large(self.config, q, k):
+            return blockwise_bias
 
         absolute: list[torch.Tensor] = []
 
         def layer_bias(layer: int) -> torch.Tensor:
             if not absolute:
-                absolute.append(masked_bias(q @ k.transpose(2, 3), None if mask is None else mask[:, None, None]))
-            blocks: list[BiasBlock] = []
+                absolute.append(masked_bias(q @ k.transpose(2, 3), allowed))
+            blocks = text_blocks(layer)
             if grid is not None:
-                height, width = grid
-                image = slice(height * width)
-                blocks.append((image, image, self.image_relative_bias(layer, height, width, interpolate)))
-            if text_length:
-                text = slice(-text_length, None)
-                relative = text_relative_bias(self.token_rel_pos_table_list[layer](), 0, text_length)
-                blocks.append((text, text, relative))
+                image = slice(grid[0] * grid[1])
+                blocks.insert(0, (image, image, self.image_relative_bias(layer, *grid, interpolate)))
             return add_blocks(absolute[0], blocks)
 
         if grid is None:
@@ -416,8 +428,11 @@ class OFADecoder(_OFAStack):
 
     def _layer_biases(
         self, positions, start, encoder_positions, attention_mask, encoder_attention_mask, patch_positions
-    ) -> Callable[[Any], torch.Tensor]:
-        """A function that returns the bias of a layer's self-attention or, for "cross", of every cross-attention."""
+    ) -> Callable[[Any], torch.Tensor | BlockwiseBias]:
+        """A function that returns the bias of a layer's self-attention or, for "cross", of every cross-attention.
+
+        For a large grid of patches it returns biases in blocks.
+        """
         heads, factor = self.config.decoder_attention_heads, self.config.attn_scale_factor
         queries, stop = positions[:, start:], positions.shape[1]
         self_q, self_k = project_positions(
@@ -427,12 +442,25 @@ class OFADecoder(_OFAStack):
             self.cross_pos_q_linear, self.cross_pos_k_linear, queries, encoder_positions, heads, factor
         )
 
+        cross_allowed = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
+
+        def blockwise_bias(layer: Any) -> BlockwiseBias:
+            grid = patch_positions.grid
+            if layer == "cross":
+                return BlockwiseBias(cross_q, cross_k, *grid, start=1, allowed=cross_allowed)
+            table = patch_positions.tables[layer]
+            relative = GridBias.from_table(table[:-3], patch_positions.side, *grid)
+            blocks = start_token_blocks(table[-3:])
+            return BlockwiseBias(self_q, self_k, *grid, grid=relative, start=1, blocks=blocks, causal=True)
+
+        if patch_positions is not None and attention_mask is None and is_large(self.config, cross_q, cross_k):
+            return blockwise_bias
+
         causal: list[torch.Tensor] = []
 
         def compute_bias(layer: Any) -> torch.Tensor:
             if layer == "cross":
-                allowed = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
-                return masked_bias(cross_q @ cross_k.transpose(2, 3), allowed)
+                return masked_bias(cross_q @ cross_k.transpose(2, 3), cross_allowed)
             if not causal:
                 steps = torch.arange(stop, device=self_q.device)
                 allowed = steps[start:, None] >= steps

@@ -5,7 +5,6 @@ and a relative one per layer.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +66,20 @@ def resized_grid_relative_bias(table: torch.Tensor, side: int, height: int, widt
     bias = rows.permute(0, 2, 3, 1) @ columns.flatten(1)
     bias = bias.unflatten(3, (width, width)).transpose(2, 3)
     return bias.reshape(-1, height * width, height * width).to(table.dtype)
+
+
+def resized_grid_factors(table: torch.Tensor, side: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of [`resized_grid_relative_bias`]: lines (D, height, height) and columns (heads, D, width, width).
+
+    The bias of query (y, x) and key (y', x') is the sum of lines[d, y, y'] * columns[:, d, x, x'] over the
+    D = 2 * side - 1 distances d. Both are float32, or float64 if the table is.
+    """
+    window = table if table.dtype == torch.float64 else table.float()
+    diagonals = math.isqrt(len(window))
+    crop = slice(diagonals // 2 - side + 1, diagonals // 2 + side)
+    window = window.view(diagonals, diagonals, -1).permute(2, 0, 1)[:, crop, crop]
+    one_hot = torch.eye(2 * side - 1, dtype=window.dtype, device=window.device)
+    return _resized_differences(one_hot, side, height), _resized_differences(window, side, width)
 
 
 def _resized_differences(values: torch.Tensor, side: int, size: int) -> torch.Tensor:
@@ -133,16 +146,16 @@ def add_blocks(bias: torch.Tensor, blocks: list[BiasBlock]) -> torch.Tensor:
     return add(bias, places, *(block.to(bias.device) for _, _, block in blocks))
 
 
-def prepend_start_token(bias: torch.Tensor, rows: torch.Tensor) -> list[BiasBlock]:
+def start_token_blocks(rows: torch.Tensor) -> list[BiasBlock]:
     """
-    Relative biases of `<s>` and the patches, blocks of (heads, L + 1, L + 1), from the biases of the patches.
+    Relative biases of `<s>` and the patches behind it, without those between patches.
 
     Args:
-        bias: (heads, L, L); rows: (3, heads), the last rows of a relative table: `<s>` as query, as key, as both.
+        rows: (3, heads), the last rows of a relative table: `<s>` as query, as key, as both.
     """
     start, patches = slice(0, 1), slice(1, None)
     query, key, both = rows[:, :, None, None].unbind()
-    return [(patches, patches, bias), (start, patches, query), (patches, start, key), (start, start, both)]
+    return [(start, patches, query), (patches, start, key), (start, start, both)]
 
 
 def project_positions(
@@ -177,14 +190,20 @@ class OFAPatchPositions:
     Args:
         grid: height and width in patches.
         embeddings: (1, height * width + 1, d_model), normalised.
-        tables: relative tables of all layers, which `relative_bias` reads.
-        relative_bias: function from the index of a layer to blocks of (heads, height * width + 1, height * width + 1).
+        tables: relative tables of all layers, the rows of [`start_token_blocks`] last.
+        side: side of the square grid whose relative biases are resized.
     """
 
     grid: tuple[int, int]
     embeddings: torch.Tensor
     tables: list[torch.Tensor]
-    relative_bias: Callable[[int], list[BiasBlock]]
+    side: int
+
+    def relative_bias(self, layer: int) -> list[BiasBlock]:
+        """Relative biases of a layer, blocks of (heads, height * width + 1, height * width + 1)."""
+        table, patches = self.tables[layer], slice(1, None)
+        bias = resized_grid_relative_bias(table[:-3], self.side, *self.grid)
+        return [(patches, patches, bias), *start_token_blocks(table[-3:])]
 
 
 __all__ = [
@@ -195,9 +214,10 @@ __all__ = [
     "cat_sequences",
     "grid_relative_bias",
     "masked_bias",
-    "prepend_start_token",
     "project_positions",
     "resize_grid",
+    "resized_grid_factors",
     "resized_grid_relative_bias",
+    "start_token_blocks",
     "text_relative_bias",
 ]

@@ -47,7 +47,7 @@ def test_a_second_image_computes_no_bias(positions, monkeypatch):
     before = kept(model)
     assert len(before) == 2 + 2 + 1  # two encoder layers, two decoder layers, cross-attention
     monkeypatch.setattr("ifseg_hf.modeling.modeling_ofa.resized_grid_relative_bias", None)
-    monkeypatch.setattr("ifseg_hf.modeling.backbone_ofa.resized_grid_relative_bias", None)
+    monkeypatch.setattr("ifseg_hf.modeling.positions_ofa.resized_grid_relative_bias", None)
     assert torch.equal(segment(model), first)
     assert all(a is b for a, b in zip(kept(model), before, strict=True))
 
