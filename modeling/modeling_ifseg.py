@@ -190,8 +190,8 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
             category_ids: (1 or batch, categories, sub-words) and category_mask of the same shape. Categories without
                 sub-words are never predicted. Without prompt and categories, the configuration's words are used.
             labels: (batch, H, W), integers, the category (or its label) of each pixel, -100 ignored; of any size.
-            category_groups: (1 or batch, labels, categories), beside `category_ids`: 1 where a category has the label. The
-                logits are then those of the labels, whose probabilities are the sums over their categories.
+            category_groups: (1 or batch, labels, categories), beside `category_ids`: 1 where a category has the label.
+                The logits are then those of the labels, whose probabilities are the sums over their categories.
 
         Raises `ValueError` where image and word map are both passed or both missing, where there are no words, and for
         labels that are no integers, no category, or not one map for each image.

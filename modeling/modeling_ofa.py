@@ -11,10 +11,8 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
@@ -32,6 +30,7 @@ from .bias_cache_ofa import BiasCache
 from .blockwise_bias_ofa import BlockwiseBias, GridBias, is_large
 from .configuration_ofa import AUTO_MAP, PUBLISHED_COPIES, OFAConfig
 from .image_batches import group_by_image_size
+from .layers_ofa import OFADecoderLayer, OFAEncoderLayer
 from .loading import Float32PreTrainedModel
 from .positions_ofa import (
     BiasBlock,
@@ -67,90 +66,6 @@ class OFAEncoderOutput(BaseModelOutput):
     patch_mask: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     position_embeddings: torch.Tensor | None = None
-
-
-def drop_path(hidden_states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Stochastic depth: zeroes the branch of a sample with probability `rate` and rescales the others."""
-    if rate == 0.0 or not training:
-        return hidden_states
-    keep = torch.rand(len(hidden_states), *[1] * (hidden_states.ndim - 1), device=hidden_states.device) >= rate
-    return hidden_states * keep / (1 - rate)
-
-
-class OFALayer(GradientCheckpointingLayer):
-    """Base of encoder and decoder layers: the residual branches and the feed-forward block."""
-
-    def __init__(self, config: OFAConfig, ffn_dim: int, drop_path_rate: float):
-        super().__init__()
-        self.config = config
-        self.drop_path_rate = drop_path_rate
-        self.activation_fn = ACT2FN[config.activation_function]
-        self.fc1 = nn.Linear(config.d_model, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, config.d_model)
-        self.ffn_layer_norm = nn.LayerNorm(ffn_dim, eps=config.layer_norm_eps)
-        self.final_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-
-    def _add(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        branch = nn.functional.dropout(branch, p=self.config.dropout, training=self.training)
-        return hidden_states + drop_path(branch, self.drop_path_rate, self.training)
-
-    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        branch = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
-        branch = nn.functional.dropout(branch, p=self.config.activation_dropout, training=self.training)
-        return self._add(hidden_states, self.fc2(self.ffn_layer_norm(branch)))
-
-
-class OFAEncoderLayer(OFALayer):
-    def __init__(self, config: OFAConfig, layer_idx: int, drop_path_rate: float):
-        super().__init__(config, config.encoder_ffn_dim, drop_path_rate)
-        self.self_attn = OFAAttention(config, config.encoder_attention_heads, layer_idx)
-        self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.self_attn_mid_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor, attention_bias: torch.Tensor, **kwargs) -> torch.Tensor:
-        branch, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_bias, **kwargs)
-        hidden_states = self._add(hidden_states, self.self_attn_mid_layer_norm(branch))
-        return self._feed_forward(hidden_states)
-
-
-class OFADecoderLayer(OFALayer):
-    def __init__(self, config: OFAConfig, layer_idx: int, drop_path_rate: float):
-        super().__init__(config, config.decoder_ffn_dim, drop_path_rate)
-        self.self_attn = OFAAttention(config, config.decoder_attention_heads, layer_idx)
-        self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.self_attn_mid_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.cross_attn = OFAAttention(config, config.decoder_attention_heads, layer_idx)
-        self.cross_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.cross_attn_mid_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_bias: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None,
-        cross_attention_bias: torch.Tensor | None,
-        past_key_values: Cache | None = None,
-        causal: bool = False,
-        **kwargs,
-    ) -> torch.Tensor:
-        branch, _ = self.self_attn(
-            self.self_attn_layer_norm(hidden_states),
-            attention_bias,
-            past_key_values=past_key_values,
-            causal=causal,
-            **kwargs,
-        )
-        hidden_states = self._add(hidden_states, self.self_attn_mid_layer_norm(branch))
-        if encoder_hidden_states is not None:
-            branch, _ = self.cross_attn(
-                self.cross_attn_layer_norm(hidden_states),
-                cross_attention_bias,
-                key_value_states=encoder_hidden_states,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-            hidden_states = self._add(hidden_states, self.cross_attn_mid_layer_norm(branch))
-        return self._feed_forward(hidden_states)
 
 
 class OFAPreTrainedModel(Float32PreTrainedModel):
@@ -314,8 +229,9 @@ class OFAEncoder(_OFAStack):
 
         def blockwise_bias(layer: int) -> BlockwiseBias:
             table = self.image_rel_pos_table_list[layer]()[:-3]
-            relative = GridBias.from_table(table, self.config.grid_size, *grid)
-            return BlockwiseBias(q, k, *grid, grid=relative, blocks=text_blocks(layer), allowed=allowed)
+            height, width = grid
+            relative = GridBias.from_table(table, self.config.grid_size, height, width)
+            return BlockwiseBias(q, k, height, width, grid=relative, blocks=text_blocks(layer), allowed=allowed)
 
         if grid is not None and interpolate and is_large(self.config, q, k):
             return blockwise_bias
@@ -327,8 +243,9 @@ class OFAEncoder(_OFAStack):
                 absolute.append(masked_bias(q @ k.transpose(2, 3), allowed))
             blocks = text_blocks(layer)
             if grid is not None:
-                image = slice(grid[0] * grid[1])
-                blocks.insert(0, (image, image, self.image_relative_bias(layer, *grid, interpolate)))
+                height, width = grid
+                image = slice(height * width)
+                blocks.insert(0, (image, image, self.image_relative_bias(layer, height, width, interpolate)))
             return add_blocks(absolute[0], blocks)
 
         if grid is None:
@@ -445,13 +362,13 @@ class OFADecoder(_OFAStack):
         cross_allowed = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
 
         def blockwise_bias(layer: Any) -> BlockwiseBias:
-            grid = patch_positions.grid
+            height, width = patch_positions.grid
             if layer == "cross":
-                return BlockwiseBias(cross_q, cross_k, *grid, start=1, allowed=cross_allowed)
+                return BlockwiseBias(cross_q, cross_k, height, width, start=1, allowed=cross_allowed)
             table = patch_positions.tables[layer]
-            relative = GridBias.from_table(table[:-3], patch_positions.side, *grid)
+            relative = GridBias.from_table(table[:-3], patch_positions.side, height, width)
             blocks = start_token_blocks(table[-3:])
-            return BlockwiseBias(self_q, self_k, *grid, grid=relative, start=1, blocks=blocks, causal=True)
+            return BlockwiseBias(self_q, self_k, height, width, grid=relative, start=1, blocks=blocks, causal=True)
 
         if patch_positions is not None and attention_mask is None and is_large(self.config, cross_q, cross_k):
             return blockwise_bias

@@ -27,9 +27,10 @@ COMMANDS = {
     "labels": "pseudo_label.py --model {image-free} --images {dataset}/train/images --categories {words} "
     "--min-confidence 0.3",
     "self-training": f"{ON_IMAGES_EVALUATED} --stage self-training --model {{image-free}} --dataset {{labels}} "
-    "--learning-rate 1e-4 --seed {seed}",
+    "--seed {seed}",
     "supervised": f"{ON_IMAGES_EVALUATED} --model {{model}} --dataset {{dataset}} --seed {{seed}}",
-    "from-scratch": f"{ON_IMAGES_EVALUATED} --model {{model}} --dataset {{dataset}} --from-scratch --seed {{seed}}",
+    "from-scratch": f"{ON_IMAGES_EVALUATED} --model {{model}} --dataset {{dataset}} --from-scratch "
+    "--learning-rate 1e-3 --seed {seed}",
     "seen-only": f"{ON_IMAGES} --model {{model}} --dataset {{dataset}} --unseen {{unseen}} --freeze words "
     "--seed {seed}",
     "unseen-labels": "pseudo_label.py --model {image-free} --dataset {dataset} --keep-labels --unseen {unseen}",

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("modeling", "processing", "ifseg_hf", "scripts")
 FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
-LONG_FILES = {"modeling/modeling_ofa.py": 700}
+LONG_FILES = {"modeling/modeling_ofa.py": 640}
 # pip's names of third-party modules, where they differ.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 # Folders of ifseg_hf, each with the folders that it may import; scripts may import all of them.
@@ -129,7 +129,7 @@ def test_the_segmentation_model_knows_no_backbone():
     files_of_ofa = {file for file in files if file.stem.endswith("_ofa")}
     of_ofa = set().union(*map(assigned_names, files_of_ofa))
     general = set().union(*map(assigned_names, files - files_of_ofa))
-    general |= {"forward", "pad_token_id", "requires_grad", "weight"}  # of torch and transformers
+    general |= {"forward", "pad_token_id", "requires_grad", "to", "weight"}  # of torch and transformers
     used = {node.attr for node in ast.walk(parse(file)) if isinstance(node, ast.Attribute)}
     assert used & (of_ofa - general) == set()
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ifseg_hf.modeling import OFAConfig, OFAForConditionalGeneration, OFAModel, attention_ofa
 from ifseg_hf.modeling.attention_ofa import BlockwiseAttention
 from ifseg_hf.modeling.image_batches import image_sizes
-from ifseg_hf.modeling.modeling_ofa import drop_path
+from ifseg_hf.modeling.layers_ofa import drop_path
 from ifseg_hf.modeling.positions_ofa import add_blocks, grid_relative_bias, text_relative_bias
 
 

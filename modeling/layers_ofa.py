@@ -1,0 +1,100 @@
+"""Layers of OFA's encoder and decoder."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention_ofa import OFAAttention
+from .blockwise_bias_ofa import BlockwiseBias
+from .configuration_ofa import OFAConfig
+
+
+def drop_path(hidden_states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
+    """Stochastic depth: zeroes the branch of a sample with probability `rate` and rescales the others."""
+    if rate == 0.0 or not training:
+        return hidden_states
+    keep = torch.rand(len(hidden_states), *[1] * (hidden_states.ndim - 1), device=hidden_states.device) >= rate
+    return hidden_states * keep / (1 - rate)
+
+
+class OFALayer(GradientCheckpointingLayer):
+    """Base of encoder and decoder layers: the residual branches and the feed-forward block."""
+
+    def __init__(self, config: OFAConfig, ffn_dim: int, drop_path_rate: float):
+        super().__init__()
+        self.config = config
+        self.drop_path_rate = drop_path_rate
+        self.activation_fn = ACT2FN[config.activation_function]
+        self.fc1 = nn.Linear(config.d_model, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, config.d_model)
+        self.ffn_layer_norm = nn.LayerNorm(ffn_dim, eps=config.layer_norm_eps)
+        self.final_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+
+    def _add(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        branch = nn.functional.dropout(branch, p=self.config.dropout, training=self.training)
+        return hidden_states + drop_path(branch, self.drop_path_rate, self.training)
+
+    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        branch = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
+        branch = nn.functional.dropout(branch, p=self.config.activation_dropout, training=self.training)
+        return self._add(hidden_states, self.fc2(self.ffn_layer_norm(branch)))
+
+
+class OFAEncoderLayer(OFALayer):
+    def __init__(self, config: OFAConfig, layer_idx: int, drop_path_rate: float):
+        super().__init__(config, config.encoder_ffn_dim, drop_path_rate)
+        self.self_attn = OFAAttention(config, config.encoder_attention_heads, layer_idx)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.self_attn_mid_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | BlockwiseBias, **kwargs
+    ) -> torch.Tensor:
+        branch, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_bias, **kwargs)
+        hidden_states = self._add(hidden_states, self.self_attn_mid_layer_norm(branch))
+        return self._feed_forward(hidden_states)
+
+
+class OFADecoderLayer(OFALayer):
+    def __init__(self, config: OFAConfig, layer_idx: int, drop_path_rate: float):
+        super().__init__(config, config.decoder_ffn_dim, drop_path_rate)
+        self.self_attn = OFAAttention(config, config.decoder_attention_heads, layer_idx)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.self_attn_mid_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.cross_attn = OFAAttention(config, config.decoder_attention_heads, layer_idx)
+        self.cross_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.cross_attn_mid_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_bias: torch.Tensor | BlockwiseBias,
+        encoder_hidden_states: torch.Tensor | None,
+        cross_attention_bias: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        causal: bool = False,
+        **kwargs,
+    ) -> torch.Tensor:
+        branch, _ = self.self_attn(
+            self.self_attn_layer_norm(hidden_states),
+            attention_bias,
+            past_key_values=past_key_values,
+            causal=causal,
+            **kwargs,
+        )
+        hidden_states = self._add(hidden_states, self.self_attn_mid_layer_norm(branch))
+        if encoder_hidden_states is not None:
+            branch, _ = self.cross_attn(
+                self.cross_attn_layer_norm(hidden_states),
+                cross_attention_bias,
+                key_value_states=encoder_hidden_states,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            hidden_states = self._add(hidden_states, self.cross_attn_mid_layer_norm(branch))
+        return self._feed_forward(hidden_states)
+
+
+__all__ = ["OFADecoderLayer", "OFAEncoderLayer"]
