@@ -33,7 +33,6 @@ from .image_batches import group_by_image_size
 from .layers_ofa import OFADecoderLayer, OFAEncoderLayer
 from .loading import Float32PreTrainedModel
 from .positions_ofa import (
-    BiasBlock,
     OFAPatchPositions,
     OFATable,
     add_blocks,
@@ -221,7 +220,7 @@ class OFAEncoder(_OFAStack):
         q, k = project_positions(self.pos_q_linear, self.pos_k_linear, positions, positions, heads, factor)
         allowed = None if mask is None else mask[:, None, None]
 
-        def text_blocks(layer: int) -> list[BiasBlock]:
+        def text_blocks(layer: int) -> list:  # of BiasBlock; torch.compile cannot trace list[...]
             if not text_length:
                 return []
             text = slice(-text_length, None)
