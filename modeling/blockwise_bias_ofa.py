@@ -110,11 +110,10 @@ class BlockwiseBias:
         # The absolute bias is a part of the product of queries and keys, with more columns.
         query = torch.cat([query * scaling, self.query_positions.to(query.dtype).expand(batch, -1, -1, -1)], dim=3)
         key = torch.cat([key, self.key_positions.to(key.dtype).expand(batch, -1, -1, -1)], dim=3)
-        blocks = []
+        blocks, trained = [], torch.is_grad_enabled()
         for rows in self.rows():
             keys = slice(rows.stop if self.causal else key.shape[2])
             inputs = rows, query[:, :, rows], key[:, :, keys], value[:, :, keys], dropout
-            trained = torch.is_grad_enabled()
             blocks.append(checkpoint(self._attend, *inputs, use_reentrant=False) if trained else self._attend(*inputs))
         return torch.cat(blocks, dim=2).transpose(1, 2)
 

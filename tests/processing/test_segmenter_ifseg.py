@@ -1,30 +1,11 @@
 """The segmenter: whole images or crops, smoothing, words in the model's own prompt."""
 
-import numpy as np
 import pytest
 import torch
-from checkpoints import small_model
 
 from ifseg_hf.processing import IFSegProcessor, IFSegSegmenter, patch_scores, sliding_window_outputs
 
 NAMES = ["cat", "dog", "sky"]
-
-
-@pytest.fixture
-def segmenter(small_processor) -> IFSegSegmenter:
-    model = small_model(vocab_size=len(small_processor.tokenizer)).train()
-    with torch.no_grad():  # so that several categories win somewhere
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-    segmenter = IFSegSegmenter(model, small_processor)
-    segmenter.set_words(NAMES)
-    return segmenter
-
-
-@pytest.fixture(scope="module")
-def images() -> list[np.ndarray]:
-    coarse = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
-    return [coarse[0].repeat(20, 0).repeat(30, 1), coarse[1].repeat(25, 0).repeat(14, 1)]
 
 
 def test_segments_as_model_and_post_processing_do(segmenter, images):

@@ -10,25 +10,6 @@ from hypothesis import strategies as st
 from ifseg_hf.processing import IFSegSegmenter, resize_scores, resized_argmax
 from ifseg_hf.processing.post_processing_ifseg import patch_labels
 
-NAMES = ["cat", "dog", "sky"]
-
-
-@pytest.fixture
-def segmenter(small_processor) -> IFSegSegmenter:
-    model = small_model(vocab_size=len(small_processor.tokenizer))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-    segmenter = IFSegSegmenter(model, small_processor)
-    segmenter.set_words(NAMES)
-    return segmenter
-
-
-@pytest.fixture(scope="module")
-def images() -> list[np.ndarray]:
-    coarse = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
-    return [coarse[0].repeat(20, 0).repeat(30, 1), coarse[1].repeat(25, 0).repeat(14, 1)]
-
 
 @given(
     seed=st.integers(0, 2**31),

@@ -200,7 +200,7 @@ def test_converted_models_are_listed_and_cleared(place):
     folder = cache_folder() / "converted" / "OFA-Sys--ofa-base-0123456789abcdef"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"x" * 1_200_000)
-    (folder.parent / f".{folder.name}-rest").mkdir()  # of a conversion that goes on
+    (folder.parent / f".{folder.name}-rest").mkdir()  # a conversion in progress
     listed = ifseg("cache").stdout.splitlines()
     assert listed[0].startswith(f"{folder.name}  OFA-Sys/ofa-base: converted  1.2 MB  ")
     assert listed[1].startswith("1 models, 1.2 MB, in ")

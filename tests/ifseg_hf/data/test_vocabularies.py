@@ -40,7 +40,7 @@ def test_the_hierarchy_of_ade20k_has_synonyms_of_its_150_categories(tmp_path):
     assert len(synonyms) == 177
     assert not set(synonyms) & set(names)
     assert [name for name in set(synonyms) if synonyms.count(name) > 1] == ["ground"]
-    # The model tells all synonyms of a category apart; a name of two categories is two words.
+    # Every synonym has different tokens. A name that two categories share is a word of each.
     processor = IFSegProcessor.from_pretrained(save_tiny_model(tmp_path))
     processor.tokenizer.model_max_length = 4096
     words = processor.encode_categories(hierarchy)
