@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import conv2d, embedding_bag
 
 _SMALLEST = 1e-5  # probabilities below are raised to it, so that no label is impossible
 
@@ -63,27 +63,32 @@ def dense_crf(probabilities: Tensor, image: Tensor, settings: DenseCRFSettings |
         )
     with torch.autocast(probabilities.device.type, enabled=False):
         logits = probabilities.float().clamp(min=_SMALLEST).log().flatten(1).T.contiguous()  # (pixels, categories)
-        near = _Normalized(_PositionFilter(height, width, settings.gaussian_sxy, logits.device), height * width)
+        near = _Normalized(
+            _PositionFilter(height, width, settings.gaussian_sxy, logits.device),
+            height * width,
+            settings.gaussian_weight,
+        )
         positions = torch.meshgrid(*(torch.arange(n, device=image.device) for n in (height, width)), indexing="ij")
         colours = image.reshape(-1, 3).float() / settings.bilateral_srgb
         places = torch.stack(positions, dim=-1).reshape(-1, 2).float() / settings.bilateral_sxy
-        alike = _Normalized(PermutohedralLattice(torch.cat([places, colours], dim=1)), height * width)
+        lattice = PermutohedralLattice(torch.cat([places, colours], dim=1))
+        alike = _Normalized(lattice, height * width, settings.bilateral_weight)
         current = logits.softmax(1)
         for _ in range(settings.iterations):
-            messages = settings.gaussian_weight * near(current) + settings.bilateral_weight * alike(current)
-            current = (logits + messages).softmax(1)
+            current = near(current).add_(alike(current)).add_(logits).softmax(1)
     return current.T.reshape(categories, height, width)
 
 
 class _Normalized:
-    """A filter K, normalised symmetrically: D^-1/2 K D^-1/2 with the row sums D of K."""
+    """A filter K, normalised symmetrically, times a weight w: w D^-1/2 K D^-1/2 with the row sums D of K."""
 
-    def __init__(self, kernel, pixels: int):
+    def __init__(self, kernel, pixels: int, weight: float):
         self.kernel = kernel
         self.scale = kernel(torch.ones(pixels, 1, device=kernel.device)).clamp(min=1e-20).rsqrt()
+        self.weighted = weight * self.scale
 
     def __call__(self, values: Tensor) -> Tensor:
-        return self.scale * self.kernel(self.scale * values)
+        return self.kernel(self.scale * values).mul_(self.weighted)
 
 
 class _PositionFilter:
@@ -91,18 +96,17 @@ class _PositionFilter:
 
     def __init__(self, height: int, width: int, sigma: float, device: torch.device):
         self.size, self.device = (height, width), device
-        self.weights = [math.exp(-0.5 * (step / sigma) ** 2) for step in range(1, math.ceil(5 * sigma) + 1)]
+        self.reach = math.ceil(5 * sigma)
+        steps = torch.arange(-self.reach, self.reach + 1, device=device)
+        self.weights = torch.exp(-0.5 * (steps / sigma) ** 2)
 
     def __call__(self, values: Tensor) -> Tensor:
-        source = values.reshape(*self.size, -1)
-        for axis, length in enumerate(self.size):
-            result = source.clone()
-            for step, weight in enumerate(self.weights[: length - 1], 1):
-                rest = length - step
-                result.narrow(axis, step, rest).add_(source.narrow(axis, 0, rest), alpha=weight)
-                result.narrow(axis, 0, rest).add_(source.narrow(axis, step, rest), alpha=weight)
-            source = result
-        return source.flatten(0, 1)
+        count = values.shape[1]
+        image = values.reshape(1, *self.size, count).permute(0, 3, 1, 2)  # channels last, so nothing is copied
+        vertical = self.weights.view(1, 1, -1, 1).expand(count, -1, -1, -1)
+        rows = conv2d(image, vertical, padding=(self.reach, 0), groups=count)
+        both = conv2d(rows, vertical.transpose(2, 3), padding=(0, self.reach), groups=count)
+        return both.permute(0, 2, 3, 1).reshape(-1, count)
 
 
 class PermutohedralLattice:
