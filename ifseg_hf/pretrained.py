@@ -6,6 +6,8 @@ from pathlib import Path
 EMBEDDED = "ifseg-ofa-nano"
 NANO = Path(__file__).resolve().parent / "nano"
 """Folder of the embedded checkpoint, a small OFA that has not been tuned on words, for `from_pretrained`."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""peft's file in the folder or repository of an adapter."""
 CHECKPOINT_SUFFIXES = (".pt", ".pth")
 """Suffixes of checkpoints that fairseq saves, which are converted before use."""
 

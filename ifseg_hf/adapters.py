@@ -1,0 +1,104 @@
+"""LoRA adapters of words: made for training, saved with their words, found in folders and on the Hub.
+
+An adapter changes the linear layers among the parameters that tuning on words trains (section 3 of the paper), and
+replaces what the vision-language model lacks, such as OFA's segmentation positions.
+"""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ifseg_hf.modeling.adapters_ifseg import PEFT_MISSING, WORDS_FILE
+from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
+from ifseg_hf.pretrained import ADAPTER_CONFIG, EMBEDDED, resolve_model
+
+__all__ = ["ADAPTER_WEIGHTS", "add_lora", "base_of_adapter", "lora_targets", "new_modules", "save_adapter"]
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def add_lora(model: IFSegForSemanticSegmentation, rank: int, base: str) -> None:
+    """
+    Adds a LoRA adapter to a model and freezes all other parameters.
+
+    Args:
+        model: gets the layers of [`lora_targets`] adapted and those of [`new_modules`] copied.
+        rank: of the two matrices of each layer; their product is scaled by 2.
+        base: folder, Hub id or name of the model, which the saved adapter names.
+
+    Raises `ImportError` without peft.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(PEFT_MISSING)
+    from peft import LoraConfig  # an optional dependency
+
+    lora = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=lora_targets(model), modules_to_save=new_modules(model) or None
+    )
+    model.add_adapter(lora)
+    path = resolve_model(base, converted=False)
+    lora.base_model_name_or_path = (
+        EMBEDDED if base == EMBEDDED else str(path.resolve() if isinstance(path, Path) else path)
+    )
+
+
+def lora_targets(model: IFSegForSemanticSegmentation) -> list[str]:
+    """Names of the linear layers whose weights are among the backbone's `image_free_parameters`."""
+    trained = {id(parameter) for parameter in model.backbone.image_free_parameters()}
+    kept = tuple(f"{name}." for name in new_modules(model))
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) in trained and not name.startswith(kept)
+    ]
+
+
+def new_modules(model: IFSegForSemanticSegmentation) -> list[str]:
+    """Names of the modules with the backbone's `new_parameters`, which an adapter holds in full."""
+    names = {f"backbone.{name.rstrip('.')}" for name in model.backbone.new_parameters}
+    return [name for name, _ in model.named_modules() if name in names]
+
+
+def save_adapter(
+    model: IFSegForSemanticSegmentation, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """
+    Writes the active adapter and the words of a model, in peft's layout, with weights in float16.
+
+    Args:
+        state_dict: the weights of the model. Default: `model.state_dict()`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (name,) = model.active_adapters()
+    weights = model.get_adapter_state_dict(name, state_dict=None if state_dict is None else dict(state_dict))
+    half = {f"base_model.model.{key}": x.detach().half().contiguous().cpu() for key, x in weights.items()}
+    save_file(half, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = model.peft_config[name]
+    training, config.inference_mode = config.inference_mode, True
+    try:
+        config.save_pretrained(folder)
+    finally:
+        config.inference_mode = training
+    model.save_words(folder)
+
+
+def base_of_adapter(folder: str | Path) -> str:
+    """The name, folder or Hub id of the model that the adapter in a folder was tuned on. Raises `ValueError`."""
+    file = Path(folder) / ADAPTER_CONFIG
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f'"{folder}" is no adapter: its {ADAPTER_CONFIG} cannot be read, or names no base model.')
+    if not (Path(folder) / WORDS_FILE).is_file():
+        raise ValueError(
+            f'The adapter "{folder}" has no words ({WORDS_FILE}): `ifseg tune --lora` makes one with words.'
+        )
+    return base
