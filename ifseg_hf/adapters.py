@@ -4,21 +4,34 @@ An adapter changes the linear layers among the parameters that tuning on words t
 replaces what the vision-language model lacks, such as OFA's segmentation positions.
 """
 
+import copy
 import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ifseg_hf.loading import quiet_loading
 from ifseg_hf.modeling.adapters_ifseg import PEFT_MISSING, WORDS_FILE
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.pretrained import ADAPTER_CONFIG, EMBEDDED, resolve_model
 
-__all__ = ["ADAPTER_WEIGHTS", "add_lora", "base_of_adapter", "lora_targets", "new_modules", "save_adapter"]
+__all__ = [
+    "ADAPTER_WEIGHTS",
+    "add_lora",
+    "base_of_adapter",
+    "find_adapter",
+    "load_adapter",
+    "lora_targets",
+    "new_modules",
+    "save_adapter",
+]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -74,17 +87,21 @@ def save_adapter(
     Args:
         state_dict: the weights of the model. Default: `model.state_dict()`.
     """
+    from peft import get_peft_model_state_dict  # an optional dependency
+
     folder.mkdir(parents=True, exist_ok=True)
     (name,) = model.active_adapters()
-    weights = model.get_adapter_state_dict(name, state_dict=None if state_dict is None else dict(state_dict))
+    weights = get_peft_model_state_dict(
+        model,
+        None if state_dict is None else dict(state_dict),
+        name,
+        save_embedding_layers=False,  # or else peft looks for the base model on the Hub
+    )
     half = {f"base_model.model.{key}": x.detach().half().contiguous().cpu() for key, x in weights.items()}
     save_file(half, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = model.peft_config[name]
-    training, config.inference_mode = config.inference_mode, True
-    try:
-        config.save_pretrained(folder)
-    finally:
-        config.inference_mode = training
+    config = copy.copy(model.peft_config[name])
+    config.inference_mode, config.target_modules = True, sorted(config.target_modules)
+    config.save_pretrained(folder)
     model.save_words(folder)
 
 
@@ -102,3 +119,39 @@ def base_of_adapter(folder: str | Path) -> str:
             f'The adapter "{folder}" has no words ({WORDS_FILE}): `ifseg tune --lora` makes one with words.'
         )
     return base
+
+
+def find_adapter(name: str | Path) -> Path | None:
+    """
+    Returns the local folder of an adapter; one of the Hub is downloaded first, unless its files are in the cache.
+
+    Args:
+        name: folder or Hub id of an adapter or of a model.
+
+    Returns:
+        `None` if it is no adapter, also where the Hub has no such repository or cannot be reached.
+    """
+    try:
+        path = resolve_model(name)
+    except FileNotFoundError:
+        return None
+    if isinstance(path, Path):
+        return path if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file() else None
+    try:
+        files = [hf_hub_download(path, file) for file in (ADAPTER_CONFIG, WORDS_FILE, ADAPTER_WEIGHTS)]
+    except (OSError, ValueError):
+        return None
+    return Path(files[0]).parent
+
+
+def load_adapter(model: IFSegForSemanticSegmentation, folder: Path, name: str = "default") -> None:
+    """Loads an adapter into a model, with its words, and makes it the active one.
+
+    Raises `ValueError` without peft, and for an adapter that is not of this model or cannot be read.
+    """
+    try:
+        with quiet_loading():
+            model.load_adapter(folder, name)
+    except (ImportError, OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f'The adapter "{folder}" cannot be loaded: {" ".join(str(error).split())}'[:500]) from error
+    model.eval()
