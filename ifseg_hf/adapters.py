@@ -18,22 +18,22 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ifseg_hf.loading import quiet_loading
-from ifseg_hf.modeling.adapters_ifseg import PEFT_MISSING, WORDS_FILE
+from ifseg_hf.modeling.adapters_ifseg import PEFT_MISSING
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.pretrained import ADAPTER_CONFIG, EMBEDDED, resolve_model
+from ifseg_hf.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_WORDS, EMBEDDED, resolve_model
+
+ADAPTER_FILES = (ADAPTER_WORDS, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 __all__ = [
-    "ADAPTER_WEIGHTS",
     "add_lora",
     "base_of_adapter",
     "find_adapter",
     "load_adapter",
     "lora_targets",
     "new_modules",
+    "require_adapter",
     "save_adapter",
 ]
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def add_lora(model: IFSegForSemanticSegmentation, rank: int, base: str) -> None:
@@ -114,19 +114,15 @@ def base_of_adapter(folder: str | Path) -> str:
         base = None
     if not isinstance(base, str) or not base:
         raise ValueError(f'"{folder}" is no adapter: its {ADAPTER_CONFIG} cannot be read, or names no base model.')
-    if not (Path(folder) / WORDS_FILE).is_file():
-        raise ValueError(
-            f'The adapter "{folder}" has no words ({WORDS_FILE}): `ifseg tune --lora` makes one with words.'
-        )
     return base
 
 
-def find_adapter(name: str | Path) -> Path | None:
+def find_adapter(name: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path | None:
     """
-    Returns the local folder of an adapter; one of the Hub is downloaded first, unless its files are in the cache.
+    Returns the local folder of an adapter with words; one of the Hub is downloaded, unless its files are in the cache.
 
     Args:
-        name: folder or Hub id of an adapter or of a model.
+        name: folder or Hub id of an adapter or of a model; revision, token: of a repository on the Hub.
 
     Returns:
         `None` if it is no adapter, also where the Hub has no such repository or cannot be reached.
@@ -136,12 +132,22 @@ def find_adapter(name: str | Path) -> Path | None:
     except FileNotFoundError:
         return None
     if isinstance(path, Path):
-        return path if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file() else None
-    try:
-        files = [hf_hub_download(path, file) for file in (ADAPTER_CONFIG, WORDS_FILE, ADAPTER_WEIGHTS)]
+        return path if all((path / file).is_file() for file in ADAPTER_FILES) else None
+    try:  # the words first, which adapters of other programs lack
+        files = [hf_hub_download(path, file, revision=revision, token=token) for file in ADAPTER_FILES]
     except (OSError, ValueError):
         return None
     return Path(files[0]).parent
+
+
+def require_adapter(name: str | Path) -> Path:
+    """As [`find_adapter`]; raises `ValueError` if it is no adapter."""
+    folder = find_adapter(name)
+    if folder is None:
+        raise ValueError(
+            f'"{name}" is no adapter with words: give the folder of an adapter of `ifseg tune --lora`, or its Hub id.'
+        )
+    return folder
 
 
 def load_adapter(model: IFSegForSemanticSegmentation, folder: Path, name: str = "default") -> None:

@@ -8,13 +8,14 @@ import copy
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.utils import cached_file, is_peft_available
+from transformers.utils import cached_file, is_peft_available, logging
 
 WORDS_FILE = "ifseg_words.json"
 WORDS = (  # attributes of the configuration that `set_words` sets
@@ -62,11 +63,39 @@ class AdapterWords:
         if saved is not None:
             words = self._checked_words(saved.get("words"), source)
             self._check_base(saved.get("base_weights"), source)
-        loaded = super().load_adapter(source, name, *args, **kwargs)
-        if words is not None:
-            self._words_of_adapters[name] = words
+        if words is None:
+            loaded = super().load_adapter(source, name, *args, **kwargs)
+        else:
+            loaded = self._load_complete(source, name, *args, **kwargs)
+            self.adapter_words[name] = words
         self._cast_adapter(name)
         self.set_adapter(name)
+        return loaded
+
+    def _load_complete(self, source: str, name: str, *args, **kwargs):
+        """Loads an adapter without reports on the screen. Raises `ValueError` where its weights are not complete."""
+        if name in getattr(self, "peft_config", {}):
+            raise ValueError(
+                f'The model has an adapter "{name}" already: choose another name, or delete_adapter first.'
+            )
+        problem = None
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # transformers would list the weights of the model as missing
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
+                loaded = super().load_adapter(source, name, *args, **kwargs)
+            missing = sorted(key for key in loaded.missing_keys if f".{name}." in key and ".base_layer." not in key)
+            if missing or loaded.mismatched_keys:
+                problem = f"{len(missing)} tensors are missing" if missing else "its tensors have other shapes"
+        except (RuntimeError, ValueError, KeyError) as error:
+            problem = " ".join(str(error).split())
+        finally:
+            logging.set_verbosity(verbosity)
+        if problem is not None:
+            if name in getattr(self, "peft_config", {}):
+                self.delete_adapter(name)
+            raise ValueError(f'The weights of the adapter "{source}" do not fit this model: {problem}.')
         return loaded
 
     def _cast_adapter(self, name: str) -> None:
@@ -80,14 +109,14 @@ class AdapterWords:
         super().set_adapter(adapter_name)
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name in names:
-            if name in self._words_of_adapters:
-                self.set_words(**self._words_of_adapters[name])
+            if name in self.adapter_words:
+                self.set_words(**self.adapter_words[name])
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """Deletes adapters, with their words. Raises `ValueError` for an unknown name."""
         super().delete_adapter(adapter_names)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self._words_of_adapters.pop(name, None)
+            self.adapter_words.pop(name, None)
 
     @contextmanager
     def use_adapter(self, adapter_name: str | None) -> Iterator[None]:
@@ -112,8 +141,8 @@ class AdapterWords:
         return {name: copy.deepcopy(getattr(self.config, name)) for name in WORDS}
 
     @property
-    def _words_of_adapters(self) -> dict:
-        """Words by the name of the adapter."""
+    def adapter_words(self) -> dict[str, dict]:
+        """Words by the name of the loaded adapter, as the arguments of `set_words`."""
         return self.__dict__.setdefault("_adapter_words", {})
 
     def save_words(self, folder: str | os.PathLike) -> None:

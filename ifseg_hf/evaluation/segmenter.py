@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ifseg_hf.adapters import base_of_adapter, find_adapter, load_adapter
+from ifseg_hf.adapters import base_of_adapter, find_adapter, load_adapter, require_adapter
 from ifseg_hf.evaluation.cosine import COSINE, CosineSegmenter
 from ifseg_hf.loading import load_segmentation_model
 from ifseg_hf.pretrained import resolve_model
@@ -85,9 +85,7 @@ def load_segmenter(
         if baseline not in BASELINES:
             raise ValueError(f'There is no baseline "{baseline}": choose from {", ".join((COSINE, *BASELINES))}.')
         return load_baseline(baseline, model, device)
-    folder = find_adapter(model if adapter is None else adapter)
-    if adapter is not None and folder is None:
-        raise ValueError(f'"{adapter}" is no adapter: give a folder of `ifseg tune --lora`, or its id on the Hub.')
+    folder = find_adapter(model) if adapter is None else require_adapter(adapter)
     path = resolve_model(model if folder is None or adapter is not None else base_of_adapter(folder))
     try:
         import_backbone(path, trust_remote_code)
