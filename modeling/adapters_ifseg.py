@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers.utils import cached_file, is_peft_available, logging
 
+from .loading import Float32PreTrainedModel
+
 WORDS_FILE = "ifseg_words.json"
 WORDS = (  # attributes of the configuration that `set_words` sets
     "id2label",
@@ -33,9 +35,9 @@ DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revis
 SAMPLES = 64  # values of each parameter in the digest of a base model
 
 
-class AdapterWords:
+class AdaptablePreTrainedModel(Float32PreTrainedModel):
     """
-    Mixin for a segmentation model: its adapters bring their words, and the words change with the active adapter.
+    A model with words whose adapters bring their own: the words change with the active adapter.
 
     The adapters share the weights of the model; each adds its own small ones. Switching between them changes the
     configuration, so that a model must not be used by several threads at once.
@@ -222,4 +224,4 @@ def _read_words(source: str, download: dict) -> dict | None:
     return saved
 
 
-__all__ = ["PEFT_MISSING", "WORDS_FILE", "AdapterWords", "base_digest", "base_parameters"]
+__all__ = ["PEFT_MISSING", "WORDS_FILE", "AdaptablePreTrainedModel", "base_digest", "base_parameters"]

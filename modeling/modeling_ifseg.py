@@ -12,11 +12,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .adapters_ifseg import AdapterWords
+from .adapters_ifseg import AdaptablePreTrainedModel
 from .backbone import IFSegBackbone
 from .configuration_ifseg import IFSegConfig
 from .image_batches import group_by_image_size
-from .loading import Float32PreTrainedModel
 from .loss_ifseg import LabelCheck, check_labels, segmentation_loss
 from .merged_labels import merge_logits, one_hot_labels
 
@@ -46,7 +45,7 @@ class IFSegSegmentationOutput(ModelOutput):
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class IFSegForSemanticSegmentation(AdapterWords, Float32PreTrainedModel):
+class IFSegForSemanticSegmentation(AdaptablePreTrainedModel):
     """
     Segments an image, or an artificial image made of words, into categories that are named by words.
 

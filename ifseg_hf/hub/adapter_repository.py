@@ -46,8 +46,8 @@ def adapter_content(folder: Path, base_model: str | None = None) -> dict[str, Pa
     base = base_model or config.get("base_model_name_or_path")
     if base != EMBEDDED and (not isinstance(base, str) or not _HUB_ID.fullmatch(base) or Path(base).is_dir()):
         raise ValueError(
-            f'The adapter was tuned on "{base}", a folder of this machine: publish this model, too, and name its Hub id '
-            "(--base-model owner/name)."
+            f'The adapter was tuned on "{base}", a folder of this machine: publish this model, too, and name its Hub '
+            "id (--base-model owner/name)."
         )
     config["base_model_name_or_path"] = base
     files: dict[str, Path | bytes] = {name: folder / name for name in (ADAPTER_WEIGHTS, ADAPTER_WORDS)}

@@ -61,8 +61,8 @@ def push_to_hub(
 
     Uploads weights, configuration, processor, code, the public training settings and a model card, which is the
     README.md of the folder or, without one, the card of [`model_card`]. Of an adapter, uploads its weights, its
-    configuration, its words, the settings and a card that names the base model. Weight files in the repository that are not
-    part of this model are deleted from the revision.
+    configuration, its words, the settings and a card that names the base model. Weight files in the repository that
+    are not part of this model are deleted from the revision.
 
     Args:
         folder: folder of a saved model with its processor, such as training and conversion write, or of an adapter.
