@@ -80,6 +80,7 @@ class AdaptablePreTrainedModel(Float32PreTrainedModel):
             raise ValueError(
                 f'The model has an adapter "{name}" already: choose another name, or delete_adapter first.'
             )
+        before = self.active_adapters() if getattr(self, "peft_config", None) else [name]
         problem = None
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # transformers would list the weights of the model as missing
@@ -96,6 +97,7 @@ class AdaptablePreTrainedModel(Float32PreTrainedModel):
             logging.set_verbosity(verbosity)
         if problem is not None:
             if name in getattr(self, "peft_config", {}):
+                super().set_adapter(before[0])  # peft deletes no adapter while none is active
                 self.delete_adapter(name)
             raise ValueError(f'The weights of the adapter "{source}" do not fit this model: {problem}.')
         return loaded
