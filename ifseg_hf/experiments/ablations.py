@@ -22,7 +22,7 @@ from ifseg_hf.experiments.plan import MARKERS, save_settings, write_text
 from ifseg_hf.experiments.results import markdown_table, mean_and_deviation
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.pretrained import ADAPTER_CONFIG, resolve_model
-from ifseg_hf.training.config import TrainingConfig
+from ifseg_hf.training.config import LORA_RATE, TrainingConfig
 from ifseg_hf.training.loop import train
 from ifseg_hf.training.setup import DECODER_CHOICES
 
@@ -156,7 +156,10 @@ class Ablations:
             "seed": seed,
             "resume": "latest",
         }
-        return TrainingConfig(**{**self.settings, **row.settings, **given})
+        config = TrainingConfig(**{**self.settings, **row.settings, **given})
+        if row.settings.get("lora") and not self.settings.get("lora"):
+            config.learning_rate *= LORA_RATE
+        return config
 
     # Measurement ------------------------------------------------------------------------------------------------------
 

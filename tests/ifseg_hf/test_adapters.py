@@ -124,6 +124,13 @@ def test_a_resumed_run_ends_with_the_same_bits(made, model, monkeypatch, tmp_pat
         train(settings(model, tmp_path / "run", lora_rank=8, resume="latest"))
 
 
+def test_the_learning_rate_is_ten_times_that_of_the_recipe(model):
+    given = {"categories": STREET, "output_dir": "", "model": str(model)}
+    assert training_config(given).learning_rate == 1e-3
+    assert training_config({**given, "lora": True}).learning_rate == pytest.approx(1e-2)
+    assert training_config({**given, "lora": True, "learning_rate": 1e-4}).learning_rate == 1e-4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
