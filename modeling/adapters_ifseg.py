@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,8 @@ class AdaptablePreTrainedModel(Float32PreTrainedModel):
         else:
             loaded = self._load_complete(source, name, *args, **kwargs)
             self.adapter_words[name] = words
-        self._cast_adapter(name)
+        for parameter in self._adapter_parameters(name):  # a file may hold them in half precision
+            parameter.data = parameter.data.to(self.dtype)
         self.set_adapter(name)
         return loaded
 
@@ -88,7 +90,7 @@ class AdaptablePreTrainedModel(Float32PreTrainedModel):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
                 loaded = super().load_adapter(source, name, *args, **kwargs)
-            missing = sorted(key for key in loaded.missing_keys if f".{name}." in key and ".base_layer." not in key)
+            missing = [key for key in loaded.missing_keys if _is_of_adapter(key, name)]
             if missing or loaded.mismatched_keys:
                 problem = f"{len(missing)} tensors are missing" if missing else "its tensors have other shapes"
         except (RuntimeError, ValueError, KeyError) as error:
@@ -102,17 +104,17 @@ class AdaptablePreTrainedModel(Float32PreTrainedModel):
             raise ValueError(f'The weights of the adapter "{source}" do not fit this model: {problem}.')
         return loaded
 
-    def _cast_adapter(self, name: str) -> None:
-        """Gives an adapter's weights, which a file may hold in half precision, the dtype of the model's."""
-        for key, parameter in self.named_parameters():
-            if f".{name}." in f"{key}." and parameter.dtype != self.dtype:
-                parameter.data = parameter.data.to(self.dtype)
+    def _adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter."""
+        return [parameter for key, parameter in self.named_parameters() if _is_of_adapter(key, name)]
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
         """Makes a loaded adapter the active one, with its words. Raises `ValueError` for an unknown name."""
         super().set_adapter(adapter_name)
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for name in names:
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            if self.peft_config[name].inference_mode:  # transformers lets every active adapter train
+                for parameter in self._adapter_parameters(name):
+                    parameter.requires_grad_(False)
             if name in self.adapter_words:
                 self.set_words(**self.adapter_words[name])
 
@@ -136,7 +138,7 @@ class AdaptablePreTrainedModel(Float32PreTrainedModel):
             yield
         finally:
             if before:
-                super().set_adapter(before if len(before) > 1 else before[0])
+                self.set_adapter(before if len(before) > 1 else before[0])
             self.set_words(**words)
 
     @property
@@ -164,11 +166,11 @@ class AdaptablePreTrainedModel(Float32PreTrainedModel):
             backbone = copy.deepcopy(self.config.backbone_config)
             config = type(self.config)(backbone_config=backbone, **words)
             config.check_words()
+            ids = [*config.prompt_ids, *(x for row in [*config.category_ids, *(config.word_ids or [])] for x in row)]
+            if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+                raise ValueError(f"the token ids are not those of a vocabulary of {self.config.vocab_size}.")
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{problem}{' '.join(str(error).split())}") from error
-        ids = [*config.prompt_ids, *(x for row in [*config.category_ids, *(config.word_ids or [])] for x in row)]
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise ValueError(f"{problem}its token ids are not those of a vocabulary of {self.config.vocab_size}.")
         return {name: getattr(config, name) for name in WORDS}
 
     def _check_base(self, digest: str | None, source: str) -> None:
@@ -180,6 +182,11 @@ class AdaptablePreTrainedModel(Float32PreTrainedModel):
                 f'The adapter "{source}" was tuned on another model than this one: load it with the model that its '
                 "adapter_config.json names."
             )
+
+
+def _is_of_adapter(key: str, name: str) -> bool:
+    """Whether a parameter, by its name in the model, belongs to a LoRA adapter."""
+    return re.search(rf"\.(lora_\w+|modules_to_save)\.{re.escape(name)}(\.|$)", key) is not None
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

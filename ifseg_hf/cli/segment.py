@@ -83,10 +83,11 @@ def segment(
         names = None if words is None else read_categories(words)
         rest = _background(names, background)
         images = [file for image in images for file in image_files(image)]
-        folder = _resolve(model if adapter is None or _is_given(ctx, "model") else None, adapter)
+        base, adapter = _model_and_adapter(ctx, model, adapter)
+        folder = _resolve(base, adapter)
         if names is not None and adapter is None and not (no_tune or untuned):
             tuning["background"] = rest
-            folder = _tuned(model, names, config, {key: value for key, value in tuning.items() if value})
+            folder = _tuned(base, names, config, {key: value for key, value in tuning.items() if value})
         segmenter = _load(folder, names, prompt, trust_remote_code, untuned, rest, adapter)
         if names is not None and background is None and rest is not None:
             _report_background(names)
@@ -97,10 +98,16 @@ def segment(
     return _segment_images(segmenter, images, how, output_dir, ctx.command_path, on_error)
 
 
-def _is_given(ctx: typer.Context, name: str) -> bool:
-    """Whether an option is on the command line."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _model_and_adapter(ctx: typer.Context, model: str, adapter: str | None) -> tuple[str | None, str | None]:
+    """The model, `None` for the base model of the adapter, and the adapter, which may be given as the model."""
+    if adapter is not None:
+        source = ctx.get_parameter_source("model")
+        return (model if source is not None and source.name == "COMMANDLINE" else None), adapter
+    from ifseg_hf.adapters import find_adapter  # takes seconds
+
+    if model != EMBEDDED and find_adapter(model) is not None:
+        return None, model
+    return model, None
 
 
 def _resolve(model: str | None, adapter: str | None) -> Any:

@@ -15,7 +15,7 @@ from ifseg_hf.hub.model_folder import public_settings, read_json, read_settings
 from ifseg_hf.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_WORDS, EMBEDDED
 from ifseg_hf.training.config import SETTINGS_FILE
 
-__all__ = ["adapter_card", "adapter_content", "is_adapter"]
+__all__ = ["adapter_card", "adapter_content", "check_base", "is_adapter"]
 
 _TEMPLATE = Path(__file__).with_name("adapter_card_template.md")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -24,6 +24,16 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and not a model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def check_base(base: Any) -> str:
+    """Returns the name of a base model that others can load. Raises `ValueError` for a folder of this machine."""
+    if base == EMBEDDED or (isinstance(base, str) and _HUB_ID.fullmatch(base) and not Path(base).is_dir()):
+        return base
+    raise ValueError(
+        f'The adapter is for "{base}", a folder of this machine: publish this model first, and name its Hub id '
+        "(--base-model owner/name of `ifseg push`)."
+    )
 
 
 def adapter_content(folder: Path, base_model: str | None = None) -> dict[str, Path | bytes]:
@@ -43,13 +53,7 @@ def adapter_content(folder: Path, base_model: str | None = None) -> dict[str, Pa
     words = read_json(folder / ADAPTER_WORDS)
     if not isinstance(words, dict) or not isinstance(words.get("words"), dict) or not words["words"].get("id2label"):
         raise ValueError(f'"{folder / ADAPTER_WORDS}" holds no words: make the adapter again.')
-    base = base_model or config.get("base_model_name_or_path")
-    if base != EMBEDDED and (not isinstance(base, str) or not _HUB_ID.fullmatch(base) or Path(base).is_dir()):
-        raise ValueError(
-            f'The adapter was tuned on "{base}", a folder of this machine: publish this model, too, and name its Hub '
-            "id (--base-model owner/name)."
-        )
-    config["base_model_name_or_path"] = base
+    config["base_model_name_or_path"] = check_base(base_model or config.get("base_model_name_or_path"))
     files: dict[str, Path | bytes] = {name: folder / name for name in (ADAPTER_WEIGHTS, ADAPTER_WORDS)}
     if (folder / "README.md").is_file():
         files["README.md"] = folder / "README.md"

@@ -22,7 +22,7 @@ from ifseg_hf.training.settings import ON_IMAGES, STAGES, convert, setting
 
 SETTINGS_FILE = "training_config.json"  # beside a tuned model: the settings it was trained with
 INCOMPLETE = ".incomplete"  # suffix of a folder that is being written or deleted
-LORA_RANK = 8
+LORA_RANK = 4
 LORA_RATE = 10  # learning rate of a LoRA adapter, as a multiple of the recipe's
 PSEUDO_LABELS = "pseudo_labels"  # key of a dataset.json that `ifseg pseudo-label` wrote
 OF_MASKS = "masks"  # key under it, if whole masks were labelled

@@ -40,7 +40,7 @@ def model(tmp_path_factory):
 
 def settings(model, folder, words=STREET, **changes) -> TrainingConfig:
     given = {"categories": list(words), "output_dir": str(folder), "model": str(model), "lora": True, "cpu": True}
-    return training_config({**given, "learning_rate": 0.05, "lora_rank": 4, **changes})
+    return training_config({**given, "learning_rate": 0.05, "lora_rank": 3, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_resumed_run_ends_with_the_same_bits(made, model, monkeypatch, tmp_pat
     whole, resumed = (load_file(folder / ADAPTER_WEIGHTS) for folder in (made["street"], tmp_path / "run"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
-    with pytest.raises(ValueError, match=r"lora_rank \(was 4, is 8\)"):
+    with pytest.raises(ValueError, match=r"lora_rank \(was 3, is 8\)"):
         train(settings(model, tmp_path / "run", lora_rank=8, resume="latest"))
 
 
@@ -134,7 +134,7 @@ def test_the_learning_rate_is_ten_times_that_of_the_recipe(model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": False}, "lora_rank=4 belongs to lora"),
+        ({"lora": False}, "lora_rank=3 belongs to lora"),
         ({"lora_rank": 0}, "lora_rank=0: must be at least 1"),
         ({"decoder_positions": "image"}, "decoder_positions=image would change the model itself"),
         ({"image_size": 32}, "image_size=32 would change the model itself"),
@@ -177,7 +177,7 @@ def test_adapters_of_the_default_rank_are_small(name, limit):
 
 
 def test_the_file_has_the_counted_size(made, model):
-    parameters, _ = adapter_size(OFAConfig.from_pretrained(model), 4)
+    parameters, _ = adapter_size(OFAConfig.from_pretrained(model), 3)
     assert sum(tensor.numel() for tensor in load_file(made["street"] / ADAPTER_WEIGHTS).values()) == parameters
 
 
@@ -207,11 +207,14 @@ def test_adapters_by_turns_give_the_results_of_each_alone(made, model, image):
     assert torch.equal(outputs(segmenter, image), alone["street"])
 
 
-def test_weights_are_computed_with_in_the_dtype_of_the_model(made, model):
+def test_weights_of_an_adapter_have_the_dtype_of_the_model(made, model):
     for dtype in (torch.float32, torch.bfloat16):
         loaded = IFSegForSemanticSegmentation.from_pretrained(model, dtype=dtype)
-        loaded.load_adapter(made["street"])
+        loaded.load_adapter(made["street"], "encoder")  # the name of a module, too
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+        frozen = {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
+        assert {name for name in frozen if "lora_" in name}
+        assert "backbone.model.encoder.layer_norm.weight" not in frozen
 
 
 def test_pipeline_loads_an_adapter_and_switches_per_call(made, model, image, monkeypatch):
@@ -281,6 +284,7 @@ def test_an_adapter_of_another_model_is_refused(made, tmp_path):
         (lambda saved: json.dumps({**saved, "words": {**saved["words"], "category_ids": [[5]]}}), "are damaged"),
         (lambda saved: json.dumps({**saved, "words": {**saved["words"], "prompt_ids": [99999]}}), "a vocabulary of"),
         (lambda saved: json.dumps({**saved, "words": {**saved["words"], "prompt_ids": "x"}}), "are damaged"),
+        (lambda saved: json.dumps({**saved, "words": {**saved["words"], "category_ids": None}}), "are damaged"),
     ],
 )
 def test_damaged_words_are_refused(made, model, tmp_path, damage, message):
@@ -342,7 +346,7 @@ def test_an_adapter_of_the_embedded_model_names_it(tmp_path):
     assert base_digest(model) == digest
     save_adapter(model, tmp_path)
     assert base_of_adapter(tmp_path) == EMBEDDED
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 400_000
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 250_000
     load_adapter(load_segmentation_model(NANO), tmp_path)
     pipe = pipeline("image-segmentation", model=str(tmp_path))
     assert list(pipe.model.config.id2label.values()) == STREET

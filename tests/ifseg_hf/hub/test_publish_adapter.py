@@ -115,7 +115,7 @@ def test_a_base_model_in_a_folder_needs_a_hub_id(adapter, tmp_path):
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     file = tmp_path / "own" / ADAPTER_CONFIG
     file.write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path)}))
-    with pytest.raises(ValueError, match="a folder of this machine: publish this model, too"):
+    with pytest.raises(ValueError, match="a folder of this machine: publish this model first"):
         push_to_hub(tmp_path / "own", "alice/own")
     content = adapter_content(tmp_path / "own", "alice/base")
     assert json.loads(content[ADAPTER_CONFIG])["base_model_name_or_path"] == "alice/base"
