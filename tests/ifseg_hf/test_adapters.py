@@ -212,9 +212,7 @@ def test_weights_of_an_adapter_have_the_dtype_of_the_model(made, model):
         loaded = IFSegForSemanticSegmentation.from_pretrained(model, dtype=dtype)
         loaded.load_adapter(made["street"], "encoder")  # the name of a module, too
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-        frozen = {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
-        assert {name for name in frozen if "lora_" in name}
-        assert "backbone.model.encoder.layer_norm.weight" not in frozen
+        assert not any(parameter.requires_grad for name, parameter in loaded.named_parameters() if "lora_" in name)
 
 
 def test_pipeline_loads_an_adapter_and_switches_per_call(made, model, image, monkeypatch):
