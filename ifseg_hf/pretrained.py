@@ -6,6 +6,10 @@ from pathlib import Path
 EMBEDDED = "ifseg-ofa-nano"
 NANO = Path(__file__).resolve().parent / "nano"
 """Folder of the embedded checkpoint, a small OFA that has not been tuned on words, for `from_pretrained`."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""peft's files in the folder or repository of an adapter."""
+ADAPTER_WORDS = "ifseg_words.json"
+"""File beside them with the words that the adapter was tuned on."""
 CHECKPOINT_SUFFIXES = (".pt", ".pth")
 """Suffixes of checkpoints that fairseq saves, which are converted before use."""
 

@@ -1,5 +1,10 @@
 """Registration of the classes with transformers' Auto classes and its image-segmentation pipeline."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -7,11 +12,13 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     AutoProcessor,
     AutoTokenizer,
+    pipelines,
 )
 
 # From its own module: up to 5.17, `transformers.AutoImageProcessor` refuses to work without torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
+from wrapt import FunctionWrapper, wrap_function_wrapper
 
 from ifseg_hf.modeling import (
     IFSegConfig,
@@ -48,6 +55,23 @@ def register() -> None:
     # For every other model the class creates transformers' own pipeline.
     _, task, _ = PIPELINE_REGISTRY.check_task("image-segmentation")
     task["impl"] = IFSegImageSegmentationPipeline
+    _accept_adapters()
+
+
+def _accept_adapters() -> None:
+    """Lets `pipeline()` load the adapters of this package, whose words and embedded base model only it knows."""
+    if not isinstance(pipelines.pipeline, FunctionWrapper):
+        wrap_function_wrapper(pipelines, "pipeline", _pipeline)
+        transformers.pipeline = pipelines.pipeline  # kept there once it was read
+
+
+def _pipeline(wrapped: Callable, instance: None, args: tuple, kwargs: dict) -> Any:
+    """`transformers.pipeline`, with the base model and the words of an adapter. Raises `ValueError` without peft."""
+    from ifseg_hf.adapter_pipeline import load_adapter_arguments  # imports much that other pipelines do not need
+
+    arguments = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    arguments |= arguments.pop("kwargs", {})
+    return wrapped(**load_adapter_arguments(arguments))
 
 
 __all__ = ["register"]

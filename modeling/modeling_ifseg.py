@@ -12,10 +12,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .adapters_ifseg import AdaptablePreTrainedModel
 from .backbone import IFSegBackbone
 from .configuration_ifseg import IFSegConfig
 from .image_batches import group_by_image_size
-from .loading import Float32PreTrainedModel
 from .loss_ifseg import LabelCheck, check_labels, segmentation_loss
 from .merged_labels import merge_logits, one_hot_labels
 
@@ -45,7 +45,7 @@ class IFSegSegmentationOutput(ModelOutput):
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class IFSegForSemanticSegmentation(Float32PreTrainedModel):
+class IFSegForSemanticSegmentation(AdaptablePreTrainedModel):
     """
     Segments an image, or an artificial image made of words, into categories that are named by words.
 
@@ -279,13 +279,21 @@ class IFSegForSemanticSegmentation(Float32PreTrainedModel):
         return CONFIG_MAPPING[model_type]
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
-        """Saves weights, configuration and code: the file of the backbone and all files that it imports."""
+        """
+        Saves weights, configuration and code: the file of the backbone and all files that it imports.
+
+        Of a model with an adapter, saves the active adapter and its words alone.
+        """
         module = type(self.backbone).__module__.rpartition(".")[2]
         classes = {"AutoConfig": self.config_class, "AutoModelForSemanticSegmentation": type(self)}
         self.config.auto_map = {name: f"{module}.{cls.__name__}" for name, cls in classes.items()}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
+        if not is_main_process:
+            return
+        if not getattr(self, "peft_config", None):
             custom_object_save(self.backbone, save_directory)
+        elif self.config.category_ids is not None:
+            self.save_words(save_directory)
 
 
 __all__ = ["IFSegForSemanticSegmentation", "IFSegSegmentationOutput"]

@@ -18,7 +18,17 @@ from .segmenter_ifseg import IFSegSegmenter
 
 PREPROCESS = ("do_rescale", "timeout")
 POSTPROCESS = ("smoothing_neighbors", "smoothing_iterations", "threshold")
-ARGUMENTS = (*PREPROCESS, *POSTPROCESS, "categories", "prompt", "background", "inference", "untuned", "subtask")
+ARGUMENTS = (
+    *PREPROCESS,
+    *POSTPROCESS,
+    "categories",
+    "prompt",
+    "background",
+    "inference",
+    "untuned",
+    "adapter",
+    "subtask",
+)
 
 
 class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
@@ -63,6 +73,7 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
                 [`IFSegSegmenter`].
             do_rescale (`bool`, *optional*): `False` for an image whose values are floats from 0 to 1.
             untuned (`bool`, *optional*): also segment with a model that was never tuned, which is refused otherwise.
+            adapter (`str`, *optional*): name of the adapter to use, with its words; see [`load_adapter`].
             subtask (`str`, *optional*): only "semantic" is supported.
             timeout (`float`, *optional*): seconds to wait for a URL.
 
@@ -91,6 +102,17 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         """The processor's words of `background="default"`."""
         return getattr(self.processor, "background_words", list(BACKGROUND_WORDS))
 
+    def load_adapter(self, adapter: str, name: str = "default") -> None:
+        """
+        Loads an adapter, such as one of `ifseg tune --lora`, with its words; see [`IFSegSegmenter.load_adapter`].
+
+        ```python
+        pipe.load_adapter("me/street-words", "street")
+        pipe("image.jpg", adapter="street")
+        ```
+        """
+        self._segmenter().load_adapter(adapter, name)
+
     def _segmenter(self, inference: str | None = None, untuned: bool = False) -> IFSegSegmenter:
         """Returns a new segmenter, because `model` and `image_processor` may have been replaced since the last call."""
         return IFSegSegmenter(self.model, self, inference, self.device, untuned)
@@ -113,11 +135,17 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
             forward["untuned"] = untuned
         else:  # as it was given when the pipeline was created
             untuned = getattr(self, "_forward_params", {}).get("untuned", False)
+        adapter = kwargs.get("adapter", getattr(self, "_forward_params", {}).get("adapter"))
         given = {name: kwargs.get(name) for name in ("categories", "prompt", "background")}
-        if any(value is not None for value in given.values()):
-            segmenter = self._segmenter(untuned=untuned)
-            words = segmenter.encode_words(**given)
-            forward["words"], postprocess["labels"] = segmenter.word_inputs(words), words["id2label"]
+        segmenter = self._segmenter(untuned=untuned)
+        with segmenter.using_adapter(adapter):
+            if any(value is not None for value in given.values()):
+                words = segmenter.encode_words(**given)
+                forward["words"], postprocess["labels"] = segmenter.word_inputs(words), words["id2label"]
+            elif kwargs.get("adapter") is not None:
+                forward["words"], postprocess["labels"] = None, dict(self.model.config.id2label)
+        if adapter is not None:
+            forward["adapter"] = adapter
         return preprocess, forward, postprocess
 
     def preprocess(self, image, timeout: float | None = None, do_rescale: bool | None = None) -> dict:
@@ -136,8 +164,9 @@ class IFSegImageSegmentationPipeline(ImageSegmentationPipeline):
         words: dict[str, torch.Tensor] | None = None,
         inference: str | None = None,
         untuned: bool = False,
+        adapter: str | None = None,
     ) -> ModelOutput:
-        outputs = self._segmenter(inference, untuned)(_pad_batch(model_inputs["images"]), words)
+        outputs = self._segmenter(inference, untuned)(_pad_batch(model_inputs["images"]), words, adapter)
         needed = {name: outputs[name] for name in ("logits", "image_features", "patch_mask")}
         return ModelOutput({**needed, "target_size": model_inputs["target_size"]})
 

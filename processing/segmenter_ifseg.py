@@ -1,6 +1,7 @@
 """Segmenter: a model and its processor, from images and words to label maps."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -83,6 +84,23 @@ class IFSegSegmenter:
                 "segment without tuning."
             )
 
+    def load_adapter(self, adapter: str, name: str = "default") -> None:
+        """
+        Loads an adapter with its words and makes it the active one; the weights of the model are not copied.
+
+        Args:
+            adapter: folder or Hub id of an adapter of this model.
+            name: for the argument `adapter` of a call.
+
+        Raises:
+            `ImportError` without peft; `ValueError` for an adapter of another model, or a name that is taken.
+        """
+        self.model.load_adapter(str(adapter), name)
+
+    def using_adapter(self, name: str | None) -> AbstractContextManager:
+        """Makes an adapter the active one inside of a `with` block; `None` changes nothing."""
+        return nullcontext() if name is None else self.model.use_adapter(name)
+
     def check_words(self) -> None:
         """Raises `ValueError` if the model has no words from tuning or [`set_words`], or as [`check_tuned`] does."""
         self.check_tuned()
@@ -132,21 +150,26 @@ class IFSegSegmenter:
         return self.image_processor(images, input_data_format="channels_last", return_tensors="pt")
 
     @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Tensor], words: Mapping[str, Tensor] | None = None):
+    def __call__(
+        self, inputs: Mapping[str, Tensor], words: Mapping[str, Tensor] | None = None, adapter: str | None = None
+    ):
         """
         Returns the model's outputs: `logits`, `image_features` and `patch_mask`.
 
         Args:
             inputs: `pixel_values` (batch, 3, H, W) and `pixel_mask` (batch, H, W), on any device.
             words (*optional*): result of [`word_inputs`], in place of the model's own words.
+            adapter (`str`, *optional*): name of the adapter to use for this call, with its words. Default: the active
+                one. One model must not be called by several threads at once.
         """
-        if words is None:
-            self.check_words()
-        self.check_tuned()
-        inputs = {name: tensor.to(self.device) for name, tensor in {**inputs, **(words or {})}.items()}
-        if self.inference == "whole":
-            return self.model(**inputs)
-        return sliding_window_outputs(self.model, **inputs, crop=self.image_processor.sliding_window)
+        with self.using_adapter(adapter):
+            if words is None:
+                self.check_words()
+            self.check_tuned()
+            inputs = {name: tensor.to(self.device) for name, tensor in {**inputs, **(words or {})}.items()}
+            if self.inference == "whole":
+                return self.model(**inputs)
+            return sliding_window_outputs(self.model, **inputs, crop=self.image_processor.sliding_window)
 
     def patch_scores(self, outputs, neighbors: int | None = None, iterations: int | None = None) -> Iterator[Tensor]:
         """
@@ -165,6 +188,7 @@ class IFSegSegmenter:
         iterations: int | None = None,
         crf: bool = False,
         threshold: float | None = None,
+        adapter: str | None = None,
     ) -> list[Tensor]:
         """
         Returns label maps, int64 tensors (H, W) of indices of categories.
@@ -175,8 +199,9 @@ class IFSegSegmenter:
             crf (`bool`, defaults to `False`): fit the label maps to the colours of the images; see [`dense_crf`].
             threshold (`float`, *optional*): pixels whose category has a lower probability get -1; see
                 [`IFSegImageProcessor.post_process_semantic_segmentation`].
+            adapter (`str`, *optional*): name of the adapter to use for this call, with its words.
         """
-        outputs = self(self.preprocess(images))
+        outputs = self(self.preprocess(images), adapter=adapter)
         sizes = [image.shape[:2] for image in images]
         fitted = {"crf": True, "images": images} if crf else {}
         return self.image_processor.post_process_semantic_segmentation(

@@ -28,6 +28,9 @@ NAMES = (
     "no-unknown",
     "image-positions",
     "segmentation-positions",
+    "lora-4",
+    "lora-16",
+    "lora-64",
     "no-cross-attention",
 )
 

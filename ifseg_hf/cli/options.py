@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 __all__ = [
+    "Adapter",
     "Background",
     "Cpu",
     "DataDir",
@@ -46,6 +47,14 @@ def at_least(minimum: float) -> Callable[[Any], Any]:
 
 
 ImageModel = Annotated[str, option("folder or Hub id (default: ifseg-ofa-nano, the embedded model)")]
+Adapter = Annotated[
+    str | None,
+    option(
+        "folder or Hub id of an adapter of `ifseg tune --lora`, which is used with its words (its base model, unless "
+        "--model names it, too)",
+        metavar="ADAPTER",
+    ),
+]
 DataDir = Annotated[str | None, option("folder that coco-stuff or ade20k was unpacked to")]
 NewFolder = Annotated[Path, option("folder for the results")]
 SmoothingNeighbors = Annotated[

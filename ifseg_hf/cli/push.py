@@ -12,7 +12,9 @@ __all__ = ["push"]
 
 
 def push(
-    folder: Annotated[str, typer.Argument(help="folder of a trained or converted model", metavar="FOLDER")],
+    folder: Annotated[
+        str, typer.Argument(help="folder of a trained or converted model or an adapter", metavar="FOLDER")
+    ],
     repo_id: Annotated[
         str, typer.Argument(help="owner/name of the repository, created if it does not exist", metavar="REPO_ID")
     ],
@@ -25,7 +27,7 @@ def push(
         str | None, option("Hub id of the model that this one was trained or converted from", metavar="ID")
     ] = None,
 ) -> int:
-    """Publishes a saved model on the Hub, with its processor, code and model card.
+    """Publishes a saved model on the Hub, with its processor, code and model card, or an adapter with its words.
 
     \b
     ifseg push tuned me/my-words

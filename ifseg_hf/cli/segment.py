@@ -9,6 +9,7 @@ import typer
 
 from ifseg_hf.cli.app import CommandError, one_line
 from ifseg_hf.cli.options import (
+    Adapter,
     Background,
     ImageModel,
     OnError,
@@ -41,6 +42,7 @@ def segment(
     ],
     categories: Annotated[str | None, option("the words, if all other arguments are images")] = None,
     model: ImageModel = EMBEDDED,
+    adapter: Adapter = None,
     prompt: Annotated[
         str | None, option("question before the words, or a template with {categories} (default: the model's own)")
     ] = None,
@@ -49,6 +51,7 @@ def segment(
     config: Annotated[
         str | None, option("YAML or JSON file with settings of tuning (default: the model's recipe)", metavar="FILE")
     ] = None,
+    lora: Annotated[bool, flag("tune a LoRA adapter, a small file, in place of the whole model", "--lora")] = False,
     no_tune: Annotated[bool, flag("skip tuning, also if the model was tuned on other words", "--no-tune")] = False,
     untuned: Untuned = False,
     smoothing_neighbors: SmoothingNeighbors = None,
@@ -64,6 +67,7 @@ def segment(
     ifseg segment street.jpg "sky, road, car"
     ifseg segment *.jpg --model tuned
     ifseg segment cat.jpg cat --threshold 0.5
+    ifseg segment street.jpg --adapter me/street-words
 
     A model that is not tuned for the words is tuned on them first, without any image. This happens once: the result is
     kept in a cache, which `ifseg cache` lists and clears. What is not a single word is segmented as background, unless
@@ -74,18 +78,17 @@ def segment(
     the status is then 1.
     """
     images, words = split_arguments(arguments, categories)
-    from ifseg_hf.hub.published import resolve_checkpoint  # takes seconds
-
-    tuning = {"prompt": prompt, "trust_remote_code": trust_remote_code}
+    tuning = {"prompt": prompt, "trust_remote_code": trust_remote_code, "lora": lora}
     try:
         names = None if words is None else read_categories(words)
         rest = _background(names, background)
         images = [file for image in images for file in image_files(image)]
-        folder = resolve_checkpoint(model)
-        if names is not None and not (no_tune or untuned):
+        base, adapter = _model_and_adapter(ctx, model, adapter)
+        folder = _resolve(base, adapter)
+        if names is not None and adapter is None and not (no_tune or untuned):
             tuning["background"] = rest
-            folder = _tuned(model, names, config, {key: value for key, value in tuning.items() if value})
-        segmenter = _load(folder, names, prompt, trust_remote_code, untuned, rest)
+            folder = _tuned(base, names, config, {key: value for key, value in tuning.items() if value})
+        segmenter = _load(folder, names, prompt, trust_remote_code, untuned, rest, adapter)
         if names is not None and background is None and rest is not None:
             _report_background(names)
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -93,6 +96,32 @@ def segment(
         raise CommandError(error) from error
     how = {"neighbors": smoothing_neighbors, "iterations": smoothing_iterations, "crf": crf, "threshold": threshold}
     return _segment_images(segmenter, images, how, output_dir, ctx.command_path, on_error)
+
+
+def _model_and_adapter(ctx: typer.Context, model: str, adapter: str | None) -> tuple[str | None, str | None]:
+    """The model, `None` for the base model of the adapter, and the adapter, which may be given as the model."""
+    if adapter is not None:
+        source = ctx.get_parameter_source("model")
+        return (model if source is not None and source.name == "COMMANDLINE" else None), adapter
+    from ifseg_hf.adapters import find_adapter  # takes seconds
+
+    if model != EMBEDDED and find_adapter(model) is not None:
+        return None, model
+    return model, None
+
+
+def _resolve(model: str | None, adapter: str | None) -> Any:
+    """The folder or Hub id of the model, or else of the base model of the adapter; a published OFA is converted first.
+
+    Raises `ValueError` or `FileNotFoundError` where there is none.
+    """
+    from ifseg_hf.hub.published import resolve_checkpoint  # takes seconds
+
+    if model is not None:
+        return resolve_checkpoint(model)
+    from ifseg_hf.adapters import base_of_adapter, require_adapter
+
+    return resolve_checkpoint(base_of_adapter(require_adapter(adapter)))
 
 
 def split_arguments(arguments: list[str], categories: str | None) -> tuple[list[str], str | None]:
@@ -175,6 +204,7 @@ def _load(
     trust_remote_code: bool,
     untuned: bool,
     background: str | list[str] | None,
+    adapter: str | None,
 ) -> Any:
     """The segmenter with its words. Raises `ValueError`."""
     from accelerate import PartialState
@@ -182,7 +212,11 @@ def _load(
     from ifseg_hf.evaluation.segmenter import load_segmenter
 
     segmenter = load_segmenter(
-        folder, device=PartialState().device, trust_remote_code=trust_remote_code, untuned=untuned
+        folder,
+        device=PartialState().device,
+        trust_remote_code=trust_remote_code,
+        untuned=untuned,
+        adapter=adapter,
     )
     if names is None and segmenter.model.config.category_ids is None:
         raise ValueError(f'{folder} was not tuned for any words: name some, as in "cat, grass".')

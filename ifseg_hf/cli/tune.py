@@ -93,9 +93,12 @@ def parse_settings(words: str | None, config: str | None, flags: dict[str, Any])
     except ValueError as error:
         raise CommandError(error, 2) from error
     if checked.push_to_hub and os.environ.get("RANK", "0") == "0":  # one request to the Hub, not one per process
+        from ifseg_hf.hub.adapter_repository import check_base
         from ifseg_hf.hub.publish import HubError, check_access
 
         try:
+            if checked.lora:
+                check_base(checked.model)
             check_access(checked.push_to_hub)
         except (ValueError, HubError) as error:
             raise CommandError(error, 2) from error

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ifseg_hf.adapters import base_of_adapter, find_adapter, load_adapter, require_adapter
 from ifseg_hf.evaluation.cosine import COSINE, CosineSegmenter
 from ifseg_hf.loading import load_segmentation_model
 from ifseg_hf.pretrained import resolve_model
@@ -54,12 +55,14 @@ def load_segmenter(
     seed: int | None = 0,
     trust_remote_code: bool = False,
     untuned: bool = False,
+    adapter: str | Path | None = None,
 ):
     """
     Loads a [`Segmenter`]: a model in evaluation mode, its processor and, if it was tuned, its words.
 
     Args:
-        model: folder or Hub id; "ifseg-ofa-nano" is the embedded checkpoint.
+        model: folder or Hub id; "ifseg-ofa-nano" is the embedded checkpoint. For an adapter, the model that it names
+            is loaded with it.
         baseline: `None` for IFSeg, "cosine" for the similarity of IFSeg's patches and words without any tuning, "clip"
             or "maskclip" for [`load_baseline`].
         device: where the model computes, in float32.
@@ -82,7 +85,8 @@ def load_segmenter(
         if baseline not in BASELINES:
             raise ValueError(f'There is no baseline "{baseline}": choose from {", ".join((COSINE, *BASELINES))}.')
         return load_baseline(baseline, model, device)
-    path = resolve_model(model)
+    folder = find_adapter(model) if adapter is None else require_adapter(adapter)
+    path = resolve_model(model if folder is None or adapter is not None else base_of_adapter(folder))
     try:
         import_backbone(path, trust_remote_code)
         processor = IFSegProcessor.from_pretrained(path)
@@ -93,5 +97,7 @@ def load_segmenter(
         raise ValueError(
             f'"{model}" is no IFSeg model that can be loaded: {" ".join(str(error).split())}'[:500]
         ) from error
+    if folder is not None:
+        load_adapter(loaded, folder)
     kind = IFSegSegmenter if baseline is None else CosineSegmenter
     return kind(loaded.to(device), processor, inference, untuned=untuned or baseline is not None)

@@ -5,6 +5,7 @@ pass over the images. The result of each row and seed is a file, so an interrupt
 """
 
 import hashlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -20,8 +21,8 @@ from ifseg_hf.evaluation.report import Smoothing, setting_name
 from ifseg_hf.experiments.plan import MARKERS, save_settings, write_text
 from ifseg_hf.experiments.results import markdown_table, mean_and_deviation
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
-from ifseg_hf.pretrained import resolve_model
-from ifseg_hf.training.config import TrainingConfig
+from ifseg_hf.pretrained import ADAPTER_CONFIG, resolve_model
+from ifseg_hf.training.config import LORA_RATE, TrainingConfig
 from ifseg_hf.training.loop import train
 from ifseg_hf.training.setup import DECODER_CHOICES
 
@@ -71,6 +72,9 @@ ROWS = {
     "no-unknown": Row('prompt without "unknown"', settings={"append_unknown": False}),
     "image-positions": Row("decoder positions of the image", settings={"decoder_positions": "image"}),
     "segmentation-positions": Row("separate decoder positions", settings={"decoder_positions": "segmentation"}),
+    "lora-4": Row("LoRA, rank 4", settings={"lora": True, "lora_rank": 4}),
+    "lora-16": Row("LoRA, rank 16", settings={"lora": True, "lora_rank": 16}),
+    "lora-64": Row("LoRA, rank 64", settings={"lora": True, "lora_rank": 64}),
     "no-cross-attention": Row("no cross-attention", settings={"decoder_cross_attention": False}),
 }
 
@@ -130,6 +134,8 @@ class Ablations:
         """Why a row cannot be measured, or equals the row `tuned`; `None` if it is measured."""
         if not row.tuned or row == ROWS["tuned"]:
             return None
+        if row.settings.get("lora") and importlib.util.find_spec("peft") is None:
+            return "it needs peft"
         side = self.config.grid_size
         if (row.settings.get("max_cells") or 0) > side:
             return f"a word map of this model has {side} cells a side at most"
@@ -150,7 +156,10 @@ class Ablations:
             "seed": seed,
             "resume": "latest",
         }
-        return TrainingConfig(**{**self.settings, **row.settings, **given})
+        config = TrainingConfig(**{**self.settings, **row.settings, **given})
+        if row.settings.get("lora") and not self.settings.get("lora"):
+            config.learning_rate *= LORA_RATE
+        return config
 
     # Measurement ------------------------------------------------------------------------------------------------------
 
@@ -196,9 +205,9 @@ class Ablations:
         """Tunes and evaluates a row. `work`: folder of the tuned model and the counts."""
         model, seconds = self.model, None
         if row.tuned:
-            model = str(work / "tuned")
-            if not (work / "tuned" / MARKERS["train.py"]).is_file():
-                seconds = train(self.training(row, work / "tuned", seed)).seconds
+            model, config = str(work / "tuned"), self.training(row, work / "tuned", seed)
+            if not (work / "tuned" / (ADAPTER_CONFIG if config.lora else MARKERS["train.py"])).is_file():
+                seconds = train(config).seconds
         device = PartialState(cpu=bool(self.settings.get("cpu"))).device
         segmenter = load_segmenter(model, row.baseline, device, seed=seed, untuned=not row.tuned)
         if not row.tuned:

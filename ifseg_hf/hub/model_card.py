@@ -1,12 +1,12 @@
 """The model card of a saved model, rendered from `model_card_template.md`."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ifseg_hf.hub.markdown import escape as _escape
 from ifseg_hf.hub.model_folder import public_settings, read_json, read_results, read_settings
 from ifseg_hf.training.config import SETTINGS_FILE
 
@@ -90,11 +90,6 @@ def _setting_rows(settings: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and value, as Markdown, of every public setting that has a value. The categories have their own section."""
     public = public_settings(settings)
     return [(name, _escape(value)) for name, value in public.items() if name != "categories" and value is not None]
-
-
-def _escape(value: Any) -> str:
-    """Markdown that shows `str(value)` literally; None is shown as an empty string."""
-    return "" if value is None else re.sub(r"([\\`*_\[\]<>#|~])", r"\\\1", str(value))
 
 
 __all__ = ["model_card"]

@@ -22,9 +22,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 
+from ifseg_hf.hub.adapter_repository import adapter_card, adapter_content, is_adapter
 from ifseg_hf.hub.model_card import model_card
 from ifseg_hf.hub.model_folder import RESULTS_FILE, public_settings, read_json, read_results, read_settings
-from ifseg_hf.pretrained import EMBEDDED
+from ifseg_hf.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_WORDS, EMBEDDED
 from ifseg_hf.training.config import SETTINGS_FILE
 
 # The files of a folder that are published besides weights and code. Checkpoints and logs of training are not.
@@ -59,18 +60,19 @@ def push_to_hub(
     """Publishes a saved model in one commit, so that the repository never holds half a model. `folder` is not changed.
 
     Uploads weights, configuration, processor, code, the public training settings and a model card, which is the
-    README.md of the folder or, without one, the card of [`model_card`]. Weight files in the repository that are not
-    part of this model are deleted from the revision.
+    README.md of the folder or, without one, the card of [`model_card`]. Of an adapter, uploads its weights, its
+    configuration, its words, the settings and a card that names the base model. Weight files in the repository that
+    are not part of this model are deleted from the revision.
 
     Args:
-        folder: folder of a saved model with its processor, such as training and conversion write.
+        folder: folder of a saved model with its processor, such as training and conversion write, or of an adapter.
         repo_id: `owner/name`, or `name` for the owner of the token. The repository is created if it does not exist.
         private: whether a new repository is private. Default: the owner's default.
         revision: a branch, created if it does not exist. Default: `main`.
         commit_message: first line of the commit's message.
         token: default: the token of `hf auth login` or `HF_TOKEN`.
         base_model: for the card, the Hub id of the model that this model was trained or converted from. Default: the
-            model in the training settings, if the Hub has it.
+            model in the training settings, if the Hub has it; for an adapter, the base model that it names.
 
     Returns:
         [`~huggingface_hub.CommitInfo`], with the addresses `commit_url` and `repo_url`.
@@ -80,7 +82,12 @@ def push_to_hub(
         [`HubError`]: the Hub refused the upload or cannot be reached. The message ends with the command to try again.
     """
     folder = Path(folder).expanduser()
-    files = files_to_publish(folder)
+    adapter = is_adapter(folder)
+    content: dict[str, Any]
+    if adapter:
+        content = dict(adapter_content(folder, base_model))
+    else:
+        content = {file.name: file for file in files_to_publish(folder)}
     for name in (repo_id, base_model):
         if name is not None:
             check_repo_id(name)
@@ -95,19 +102,24 @@ def push_to_hub(
             )
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        content: dict[str, Any] = {file.name: file for file in files}
         if "README.md" not in content:
-            card = model_card(folder, repo_id, revision, base_model or settings.get("model"))
+            if adapter:
+                card = adapter_card(folder, repo_id, base_model)
+            else:
+                card = model_card(folder, repo_id, revision, base_model or settings.get("model"))
             content["README.md"] = str(card).encode()
         if settings:
             content[SETTINGS_FILE] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
         # transformers prefers one weight file over several, so it would load one that an earlier model left there.
-        stale = [name for name in api.list_repo_files(repo_id, revision=revision) if _WEIGHTS.fullmatch(name)]
+        # The configuration of a model and the files of an adapter exclude each other.
+        other = ("config.json",) if adapter else (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_WORDS)
+        present = api.list_repo_files(repo_id, revision=revision)
+        stale = [name for name in present if _WEIGHTS.fullmatch(name) or name in other]
         return api.create_commit(
             repo_id,
             [CommitOperationDelete(path_in_repo=name) for name in stale if name not in content]
             + [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content[name]) for name in sorted(content)],
-            commit_message=commit_message or "Upload IFSeg model",
+            commit_message=commit_message or f"Upload IFSeg {'adapter' if adapter else 'model'}",
             revision=revision,
         )
     except Exception as error:  # huggingface_hub, its HTTP library and its transfer library raise different classes

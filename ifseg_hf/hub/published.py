@@ -16,10 +16,11 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import WeakFileLock
 
+from ifseg_hf.adapters import base_of_adapter, find_adapter
 from ifseg_hf.cache import CONVERTED, cache_folder
 from ifseg_hf.hub.checkpoint_reader import ConversionError, locate_checkpoint, read_json, weight_files
 from ifseg_hf.hub.conversion import TRANSFORMERS_VOCABULARY, convert_ofa_checkpoint, vocabulary_files
-from ifseg_hf.pretrained import CHECKPOINT_SUFFIXES, resolve_model, use_converted
+from ifseg_hf.pretrained import CHECKPOINT_SUFFIXES, NANO, resolve_model, use_converted
 
 _FORMAT = "1"  # counted up when conversion gives another result, so that models are converted again
 
@@ -33,6 +34,7 @@ def resolve_checkpoint(
     fairseq `.pt` file with its vocabulary beside it. No code in them is run. The converted folder stays in a cache, by
     the commit of the Hub or the contents of the files, and appears there only when it is complete; of several
     processes one converts, the others wait. In this process, [`ifseg_hf.resolve_model`] then returns the folder, too.
+    The base model of an adapter is converted likewise.
 
     Args:
         name: folder, Hub id, "ifseg-ofa-nano", or `.pt` file.
@@ -46,6 +48,8 @@ def resolve_checkpoint(
     path = resolve_model(name, converted=False)
     found = _find_published(path)
     if found is None:
+        if path != NANO and (adapter := find_adapter(path)) is not None:
+            resolve_checkpoint(base_of_adapter(adapter), cache_dir, notify)
         return path
     source, key = found
     cache = cache_folder() / CONVERTED if cache_dir is None else Path(cache_dir).expanduser()

@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from ifseg_hf.adapters import save_adapter
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
+from ifseg_hf.pretrained import ADAPTER_CONFIG
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.training.config import (
     CHECKPOINT_FILE,
@@ -29,6 +32,7 @@ __all__ = [
     "prepare_output",
     "pseudo_labels_name",
     "save_checkpoint",
+    "save_lora",
     "save_model",
 ]
 
@@ -40,6 +44,10 @@ def prepare_output(config: TrainingConfig, step: int) -> None:
         for folder in output.glob(f"*{INCOMPLETE}"):
             shutil.rmtree(folder, ignore_errors=True)
         prune(config, step)
+        other = output / ("config.json" if config.lora else ADAPTER_CONFIG)
+        if other.is_file():
+            held = "a model and not an adapter" if config.lora else "an adapter and not a model"
+            raise SettingError(f'The output folder "{output}" holds {held}: choose another.')
         if not (output / SETTINGS_FILE).exists():
             write_settings(config, output)
 
@@ -140,15 +148,33 @@ def save_model(
     last: Path | None,
 ) -> None:
     """Writes model, processor and settings to the output folder. Raises `TrainingError`."""
+
+    def write(folder: Path) -> None:
+        with torch.device("meta"):  # a model without weights, because FSDP changes the class of the trained one
+            empty = IFSegForSemanticSegmentation(model_config)
+        empty.save_pretrained(folder, state_dict=state_dict)
+        processor.save_pretrained(folder)
+
+    _save_result(config, write, last)
+
+
+def save_lora(
+    config: TrainingConfig,
+    model: IFSegForSemanticSegmentation,
+    state_dict: dict[str, torch.Tensor],
+    last: Path | None,
+) -> None:
+    """Writes the trained adapter with its words and settings to the output folder. Raises `TrainingError`."""
+    _save_result(config, lambda folder: save_adapter(model, folder, state_dict), last)
+
+
+def _save_result(config: TrainingConfig, write: Callable[[Path], None], last: Path | None) -> None:
+    """Lets `write` fill a folder, adds the settings, and moves its files to the output folder when all are complete."""
     output = Path(config.output_dir)
     incomplete = output / f"result{INCOMPLETE}"
     failure = f'The model could not be saved in "{output}". {describe_last(last)} The reason'
     with writing_errors(failure, incomplete):
-        # Files are moved to the output folder when they are complete, so that it never holds half a file.
-        with torch.device("meta"):  # a model without weights, because FSDP changes the class of the trained one
-            empty = IFSegForSemanticSegmentation(model_config)
-        empty.save_pretrained(incomplete, state_dict=state_dict)
-        processor.save_pretrained(incomplete)
+        write(incomplete)
         write_settings(config, incomplete)
         for path in incomplete.iterdir():
             flush_to_disk(path)

@@ -11,18 +11,19 @@ import dataclasses
 import difflib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from ifseg_hf.pretrained import EMBEDDED, resolve_model
+from ifseg_hf.training.checkpoint_files import CHECKPOINT_FILE, checkpoints, read_checkpoint
 from ifseg_hf.training.settings import ON_IMAGES, STAGES, convert, setting
 
 SETTINGS_FILE = "training_config.json"  # beside a tuned model: the settings it was trained with
-CHECKPOINT_FILE = "checkpoint.json"  # in every checkpoint: its step and the settings of its run
 INCOMPLETE = ".incomplete"  # suffix of a folder that is being written or deleted
+LORA_RANK = 4
+LORA_RATE = 10  # learning rate of a LoRA adapter, as a multiple of the recipe's
 PSEUDO_LABELS = "pseudo_labels"  # key of a dataset.json that `ifseg pseudo-label` wrote
 OF_MASKS = "masks"  # key under it, if whole masks were labelled
 
@@ -156,6 +157,15 @@ class TrainingConfig:
     )
     random_cells: bool = setting(
         True, "draw the sizes of the grids; otherwise every grid has max_cells a side", recipe=True
+    )
+    lora: bool = setting(
+        False,
+        "train a LoRA adapter, a small file that also holds the words, and leave the model unchanged; its learning "
+        f"rate is {LORA_RATE} times the recipe's",
+        stages=["word-maps"],
+    )
+    lora_rank: int = setting(
+        LORA_RANK, "rank of the LoRA adapter, with which its file grows", minimum=1, stages=["word-maps"]
     )
     seed: int = setting(0, "seed of the samples, new parameters and dropout", minimum=0)
     steps: int = setting(2000, "optimiser steps", minimum=1, recipe=True)
@@ -317,6 +327,8 @@ class TrainingConfig:
                 f"batch_size={self.batch_size} cannot be accumulated from gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps} equal batches."
             )
+        if self.lora_rank != LORA_RANK and not self.lora:
+            raise ValueError(f"lora_rank={self.lora_rank} belongs to lora: give it, too (--lora).")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps}: must be fewer than steps={self.steps}.")
 
@@ -440,25 +452,6 @@ def _brief(value: Any) -> str:
         names = list(value)
         return f"{len(names)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
     return json.dumps(value, ensure_ascii=False)
-
-
-# Checkpoints ----------------------------------------------------------------------------------------------------------
-
-
-def checkpoints(folder: str | Path) -> dict[int, Path]:
-    """The complete checkpoints in `folder` by step, in ascending order."""
-    names = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(folder).glob("checkpoint-*")}
-    found = {int(name[1]): path for path, name in names.items() if name and (path / CHECKPOINT_FILE).is_file()}
-    return dict(sorted(found.items()))
-
-
-def read_checkpoint(checkpoint: Path) -> dict:
-    """The metadata of a checkpoint: `step`, `settings`, ... Raises `ValueError`, in one line, if it is damaged."""
-    try:
-        metadata = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))
-        return {**metadata, "step": int(metadata["step"]), "settings": dict(metadata["settings"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f'The checkpoint "{checkpoint}" is damaged: its {CHECKPOINT_FILE} cannot be read.') from None
 
 
 # Settings in a file ---------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ifseg_hf.training.checkpointing import (
     prepare_output,
     pseudo_labels_name,
     save_checkpoint,
+    save_lora,
     save_model,
 )
 from ifseg_hf.training.config import INCOMPLETE, TrainingConfig, read_checkpoint
@@ -171,11 +172,12 @@ class TrainingRun:
     def _check_fsdp(self) -> None:
         config = self.config
         own_labels = config.refresh_every or config.online_after
-        unsupported = config.frozen == "nothing" or own_labels or config.eval_steps
+        unsupported = config.frozen == "nothing" or own_labels or config.eval_steps or config.lora
         if self.accelerator.distributed_type == DistributedType.FSDP and unsupported:
             raise SettingError(
-                "FSDP trains no word embeddings, makes no pseudo-labels and does not evaluate: use --freeze words "
-                "without --refresh-every, --online-after and --eval-steps, or data parallelism (MULTI_GPU)."
+                "FSDP trains no word embeddings and no LoRA, makes no pseudo-labels and does not evaluate: use "
+                "--freeze words without --lora, --refresh-every, --online-after and --eval-steps, or data parallelism "
+                "(MULTI_GPU)."
             )
 
     def _read_checkpoint(self) -> None:
@@ -401,11 +403,15 @@ class TrainingRun:
         self.checkpoint = save_checkpoint(self.accelerator, self.config, self.step, self.loss, self.checkpoint)
 
     def save(self) -> None:
-        """Writes the trained model with its words, processor and settings. Raises `TrainingError`."""
+        """Writes the trained model with its words, processor and settings, or its adapter. Raises `TrainingError`."""
         self.accelerator.wait_for_everyone()
         state_dict = self.accelerator.get_state_dict(self.model)  # gathered from all processes with FSDP
         if self.accelerator.is_main_process:
-            save_model(self.config, self.model_config, state_dict, self.processor, self.checkpoint)
+            if self.config.lora:
+                model = self.accelerator.unwrap_model(self.model)
+                save_lora(self.config, model, state_dict, self.checkpoint)
+            else:
+                save_model(self.config, self.model_config, state_dict, self.processor, self.checkpoint)
         self.peak_memory = peak_memory(self.accelerator.device)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ifseg_hf.data.vocabularies import read_background, read_categories
 from ifseg_hf.pretrained import EMBEDDED, checkpoint_folder
-from ifseg_hf.training.config import TrainingConfig, check_settings
+from ifseg_hf.training.config import LORA_RATE, TrainingConfig, check_settings
 
 __all__ = ["complete_settings", "model_recipe", "published_recipe", "training_config"]
 
@@ -51,13 +51,16 @@ def model_recipe(model: str | Path) -> dict[str, Any]:
 def complete_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The given settings over the recipe of their model, which is for tuning on words alone.
 
-    Where fewer steps are asked for than the recipe has, its warm-up is at most half of them.
+    Where fewer steps are asked for than the recipe has, its warm-up is at most half of them. The learning rate of a
+    LoRA adapter is LORA_RATE times the recipe's.
     """
     if settings.get("stage", "word-maps") != "word-maps":
         return dict(settings)
     recipe = model_recipe(settings.get("model", EMBEDDED))
     if "warmup_steps" in recipe and "steps" in settings:
         recipe["warmup_steps"] = min(recipe["warmup_steps"], settings["steps"] // 2)
+    if settings.get("lora"):
+        recipe["learning_rate"] = LORA_RATE * recipe.get("learning_rate", TrainingConfig.learning_rate)
     return {**recipe, **settings}
 
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import parse_flag_from_env
 
+from ifseg_hf.adapters import add_lora
 from ifseg_hf.data.crops import CropDataset, find_labels, load_training_dataset, load_validation_dataset
 from ifseg_hf.data.segmentation import BENCHMARKS, SegmentationDataset, load_segmentation_dataset
 from ifseg_hf.loading import load_segmentation_model
@@ -158,9 +159,19 @@ def load_model(
         raise SettingError(f'"{config.model}" has no model that can be loaded: {error}'[:500]) from error
     model.set_words(**words)
     freeze(model, config.frozen)
+    if config.lora:
+        _add_lora(model, config)
     if config.on_images:
         prepare_image_processor(processor, config, model.config)
     return processor, model
+
+
+def _add_lora(model: IFSegForSemanticSegmentation, config: TrainingConfig) -> None:
+    """Adds the adapter that the run trains. Raises `SettingError` without peft."""
+    try:
+        add_lora(model, config.lora_rank, config.model)
+    except ImportError as error:
+        raise SettingError(str(error)) from error
 
 
 def change_backbone(model_config: IFSegConfig, processor: IFSegProcessor, config: TrainingConfig) -> None:
@@ -176,6 +187,9 @@ def change_backbone(model_config: IFSegConfig, processor: IFSegProcessor, config
             raise SettingError(f"{name}={changes[name]}: the backbone {backbone.model_type} has no such choice.")
     if not changes:
         return
+    if config.lora:
+        shown = ", ".join(f"{name}={value}" for name, value in changes.items())
+        raise SettingError(f"{shown} would change the model itself, which a LoRA adapter cannot: leave it out.")
     try:
         changed = type(backbone).from_dict({**backbone.to_dict(), **changes})  # which checks them
     except ValueError as error:

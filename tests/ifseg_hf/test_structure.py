@@ -175,7 +175,7 @@ def test_every_import_is_a_declared_dependency():
     extras = {
         canonicalize_name(r.name)
         for r in required
-        for extra in ("onnx", "train", "plot")
+        for extra in ("onnx", "peft", "train", "plot")
         if r.marker and r.marker.evaluate({"extra": extra})
     }
     assert {name for name in used if name not in optional.values()} <= always | extras

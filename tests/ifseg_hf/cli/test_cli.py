@@ -268,3 +268,31 @@ def test_an_image_size_without_positions_is_named(model):
     done = ifseg("tune", WORDS, "--model", model, "--output-dir", "out", "--image-size", side)
     assert done.exit_code == 2
     assert "image_bucket_size" in done.stderr.splitlines()[-1]
+
+
+# Adapters -------------------------------------------------------------------------------------------------------------
+
+
+def test_commands_tune_and_use_adapters(model, place):
+    made = ifseg("tune", WORDS, "--lora", "--lora-rank", 2, "--model", model, "--output-dir", "own")
+    assert made.exit_code == 0, made.output
+    masks = set()
+    for arguments in (["--adapter", "own"], ["--model", "own"], ["--adapter", "own", "--model", model]):
+        done = ifseg("segment", "a.png", *arguments, "--output-dir", "out")
+        assert done.exit_code == 0, done.output
+        masks.add((place / "out" / "a_mask.png").read_bytes())
+    assert len(masks) == 1
+    assert ifseg("segment", "a.png", "cup, bed", "--model", "own").exit_code == 0  # other words, without tuning
+    assert cache_entries() == []
+    assert ifseg("segment", "a.png", WORDS, "--lora", "--model", model).exit_code == 0
+    (entry,) = cache_entries()
+    assert (entry.folder / "adapter_model.safetensors").is_file()
+    wrong = program("segment", "a.png", "--adapter", "missing")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert 'ifseg segment: "missing" is no adapter with words' in wrong.stderr
+
+
+def test_an_adapter_of_a_local_model_is_not_pushed(model):
+    done = program("tune", WORDS, "--lora", "--model", model, "--output-dir", "own", "--push-to-hub", "me/own")
+    assert done.returncode == 2
+    assert "a folder of this machine: publish this model first" in done.stderr

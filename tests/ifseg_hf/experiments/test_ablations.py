@@ -131,6 +131,8 @@ def test_results_of_other_settings_are_an_error(make, model, tmp_path):
         ("no-cross-attention", {}, None),
         ("no-cross-attention", {"decoder_cross_attention": False}, "it equals the row tuned"),
         ("image-positions", {}, None),
+        ("lora-4", {}, None),
+        ("lora-4", {"lora": True, "lora_rank": 4}, "it equals the row tuned"),
         ("max-cells-4", {}, None),
         ("fixed-grid", {"max_cells": None}, None),
     ],

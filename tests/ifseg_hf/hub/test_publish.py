@@ -28,7 +28,7 @@ from ifseg_hf.hub.model_folder import RESULTS_FILE
 from ifseg_hf.hub.publish import check_repo_id, files_to_publish
 from ifseg_hf.training.config import SETTINGS_FILE
 
-MODELING = "configuration loss modeling"
+MODELING = "adapters configuration loss modeling"
 PROCESSING = (
     "background dense_crf image_processing image_reading pipeline post_processing processing prompt segmenter "
     "sliding_window text"
