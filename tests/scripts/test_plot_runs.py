@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from ifseg_hf.training.log import LOG_FILE, read_log
+from ifseg_hf.visualization.colors import palette
 from ifseg_hf.visualization.curves import common_steps, running_mean
-from ifseg_hf.visualization.overlays import palette
 from scripts import load_script
 
 main = load_script("plot_runs").main
