@@ -23,7 +23,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 
 from ifseg_hf.hub.model_card import model_card
-from ifseg_hf.hub.model_folder import RESULTS_FILE, public_settings, read_json, read_results, read_settings
+from ifseg_hf.hub.model_folder import CARD_IMAGE, RESULTS_FILE, public_settings, read_json, read_results, read_settings
 from ifseg_hf.pretrained import EMBEDDED
 from ifseg_hf.training.config import SETTINGS_FILE
 
@@ -38,6 +38,7 @@ _FILES = (
     "vocab.json",
     "merges.txt",
     "README.md",
+    CARD_IMAGE,
     RESULTS_FILE,
 )
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -58,8 +59,9 @@ def push_to_hub(
 ) -> CommitInfo:
     """Publishes a saved model in one commit, so that the repository never holds half a model. `folder` is not changed.
 
-    Uploads weights, configuration, processor, code, the public training settings and a model card, which is the
-    README.md of the folder or, without one, the card of [`model_card`]. Weight files in the repository that are not
+    Uploads weights, configuration, processor, code, the public training settings, the picture of the model card, if
+    there is one, and a model card, which is the README.md of the folder or, without one, the card of [`model_card`].
+    Weight files in the repository that are not
     part of this model are deleted from the revision.
 
     Args:

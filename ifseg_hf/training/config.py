@@ -213,6 +213,13 @@ class TrainingConfig:
         may_change=True,
         bare_flag="latest",
     )
+    card_image: str | None = setting(
+        None,
+        "image, a file or URL, for the picture of the model card: it is segmented with the result, and kept and "
+        "published beside it (default: no picture)",
+        private=True,
+        may_change=True,
+    )
     push_to_hub: str | None = setting(
         None, "publish the result in this Hub repository, owner/name", private=True, may_change=True
     )

@@ -87,7 +87,7 @@ def train(config: TrainingConfig, report: bool = True) -> TrainingResult:
 
     Call it under `accelerate launch` to train in several processes; the samples of a step do not depend on their
     number. `resume="latest"` continues an interrupted run from its last checkpoint, with the same final weights as an
-    uninterrupted run. The Hub settings are for `ifseg tune`: this function publishes nothing.
+    uninterrupted run. `card_image` and the Hub settings are for `ifseg tune`: this function publishes nothing.
 
     Args:
         config: the settings.

@@ -240,4 +240,14 @@ def side_by_side(
     return sheet
 
 
-__all__ = ["label_map", "overlay", "save_mask", "shares", "side_by_side"]
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """Returns the images below each other on white, with their left edges aligned."""
+    sheet = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), _BACKGROUND)
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    return sheet
+
+
+__all__ = ["label_map", "overlay", "save_mask", "shares", "side_by_side", "stacked"]
