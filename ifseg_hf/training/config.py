@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ifseg_hf.pretrained import EMBEDDED, resolve_model
-from ifseg_hf.training.settings import ON_IMAGES, STAGES, convert, setting
+from ifseg_hf.training.settings import ON_IMAGES, STAGES, brief, convert, setting
 
 SETTINGS_FILE = "training_config.json"  # beside a tuned model: the settings it was trained with
 CHECKPOINT_FILE = "checkpoint.json"  # in every checkpoint: its step and the settings of its run
@@ -214,11 +214,7 @@ class TrainingConfig:
         bare_flag="latest",
     )
     card_image: str | None = setting(
-        None,
-        "image, a file or URL, for the picture of the model card: it is segmented with the result, and kept and "
-        "published beside it (default: no picture)",
-        private=True,
-        may_change=True,
+        None, "image, a file or URL, that the model card shows beside its segmentation", private=True, may_change=True
     )
     push_to_hub: str | None = setting(
         None, "publish the result in this Hub repository, owner/name", private=True, may_change=True
@@ -391,7 +387,7 @@ class TrainingConfig:
             elif field.name == "model" and not same:
                 same = os.path.realpath(os.path.expanduser(was)) == os.path.realpath(self.model_path)
             if not same:
-                changed.append(f"{field.name} (was {_brief(was)}, is {_brief(now)})")
+                changed.append(f"{field.name} (was {brief(was)}, is {brief(now)})")
         if changed:
             raise ValueError(
                 f'The run of "{checkpoint}" cannot be resumed with other settings: {", ".join(changed)}. Give the '
@@ -439,14 +435,6 @@ def _pseudo_label_settings(dataset: str) -> dict | None:
         return json.loads((Path(dataset) / "dataset.json").read_text(encoding="utf-8")).get(PSEUDO_LABELS)
     except (OSError, ValueError):
         return None
-
-
-def _brief(value: Any) -> str:
-    """A value as JSON; a list or a mapping as its length and its first three names."""
-    if isinstance(value, (list, dict)):
-        names = list(value)
-        return f"{len(names)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
-    return json.dumps(value, ensure_ascii=False)
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
