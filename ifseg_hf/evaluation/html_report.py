@@ -15,7 +15,7 @@ __all__ = ["write_evaluation_report"]
 
 _MOST_ROWS = 200  # categories in the confusion matrix
 _DENSE = 24  # with more categories, the cells of the matrix have no numbers
-_CONFUSIONS = 20  # rows of the table of confusions
+_CONFUSIONS = 12  # rows of the table of confusions
 _SECTIONS = ("summary", "categories", "confusions", "worst", "best", "settings")
 _TITLES = {"worst": "Worst images", "best": "Best images"}
 OTHER, NO_WORD = "other words", "no word"  # columns of the matrix

@@ -153,4 +153,11 @@ def _setting_rows(settings: dict[str, Any]) -> list[tuple[str, Any]]:
     """Name and value of the settings that do not describe the machine or its user."""
     private = private_settings() | {"categories"}
     rows = [(name, value) for name, value in settings.items() if name not in private and value is not None]
-    return [(name, ", ".join(map(str, value)) if isinstance(value, list) else value) for name, value in rows]
+    return [(name, _shown(value)) for name, value in rows]
+
+
+def _shown(value: Any) -> Any:
+    """A setting as text: lists with commas, and the last part of a path of this machine."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -83,6 +83,7 @@ def line_chart(
     for tick in x_ticks:
         x, _ = place(tick, y_low)
         parts.append(f'<text x="{x}" y="{_HEIGHT - 8}" text-anchor="middle">{tick:.6g}</text>')
+    parts.append(f'<text x="{_LEFT - 6}" y="{_HEIGHT - 8}" text-anchor="end">step</text>')
     color = 0
     for name, line in points.items():
         path = " ".join("{},{}".format(*place(*point)) for point in line)

@@ -58,6 +58,7 @@ def test_a_report_has_curves_settings_time_and_memory(runs, tmp_path, capsys):
     run = tmp_path / "run-0"
     words = ["cat", "<script>alert(1)</script>"]
     settings = {"categories": words, "model": "/home/me/nano", "output_dir": "/home/me/out", "steps": 10, "seed": 3}
+    settings |= {"dataset": "/home/me/streets"}
     (run / SETTINGS_FILE).write_text(json.dumps({**settings, "prompt": None}))
     part = {"first_step": 1, "last_step": 4, "seconds": 2.0, "peak_memory": 2**30, "device": "cpu"}
     part |= {"processes": 1, "mixed_precision": "no"}
@@ -74,7 +75,7 @@ def test_a_report_has_curves_settings_time_and_memory(runs, tmp_path, capsys):
     ]
     assert ["1 to 4", "2.0 s", "2.00", "1.00 GiB", "cpu"] in page.rows
     assert ["5 to 10", "2.0 min", "0.05", "1.00 GiB", "2 x cpu, bf16"] in page.rows
-    for row in (["1", "0.0"], ["5", "20.0"], ["10", "45.0"], ["seed", "3"]):
+    for row in (["1", "0.0"], ["5", "20.0"], ["10", "45.0"], ["seed", "3"], ["dataset", "streets"]):
         assert row in page.rows
     text = " ".join(page.texts)
     assert "Words: cat, <script>alert(1)</script>." in text

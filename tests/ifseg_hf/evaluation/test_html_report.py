@@ -79,10 +79,10 @@ def test_settings_and_skipped_images_are_listed(tmp_path):
 def test_the_matrix_has_shares_of_the_rows(tmp_path):
     evaluation, results = evaluated(["sky", "road", "tree", "car"])
     page = page_of(tmp_path, evaluation, results)
-    (header,) = (row for row in page.rows if row[0] == "true")
-    assert header == ["true", "sky", "road", "tree", "other words", "no word"]
+    (header,) = (row for row in page.rows if row[0] == "true / predicted")
+    assert header == ["true / predicted", "sky", "road", "tree", "other words", "no word"]
     matrix = evaluation.matrices[1, 0]
-    rows = {row[0]: row[1:] for row in page.rows if len(row) == 6 and row[0] != "true" and row[2]}
+    rows = {row[0]: row[1:] for row in page.rows if len(row) == 6 and row[0] != "true / predicted" and row[2]}
     for i, name in enumerate(["sky", "road", "tree"]):
         expected = [f"{100 * count / matrix[i].sum():.0f}" for count in matrix[i]]
         assert [rows[name][j] for j in range(5)] == expected
