@@ -14,7 +14,7 @@ from PIL import Image
 __all__ = ["data_uri", "jpeg", "line_chart", "page_file", "render_page"]
 
 _WIDTH, _HEIGHT = 560, 280  # of a chart, in units of its SVG
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 30  # margins of a chart
+_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 14, 12, 30  # margins of a chart
 _MOST_POINTS = 500  # of a line
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -79,7 +79,7 @@ def line_chart(
     for tick in y_ticks:
         _, y = place(x_low, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:.4g}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 5}" text-anchor="end">{tick:.4g}</text>')
     for tick in x_ticks:
         x, _ = place(tick, y_low)
         parts.append(f'<text x="{x}" y="{_HEIGHT - 8}" text-anchor="middle">{tick:.6g}</text>')

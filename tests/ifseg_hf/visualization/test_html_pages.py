@@ -35,7 +35,7 @@ def test_long_lines_are_thinned_and_keep_their_ends():
     (line,) = Page(line_chart({"loss": (range(1, 20001), [1.0] * 20000)})).all("polyline")
     points = line["points"].split()
     assert len(points) == 500
-    assert points[0].startswith("62.0,")
+    assert points[0].startswith("74.0,")
     assert points[-1].startswith("546.0,")
 
 
