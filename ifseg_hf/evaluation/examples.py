@@ -48,7 +48,7 @@ class ExtremeImages:
     Keeps the `count` best and the `count` worst images of those that are added, by their mean IoU.
 
     The pictures of an image are drawn when it is among them, so that memory does not grow with the number of images. Of
-    images with equal scores the first in the dataset are kept.
+    images with equal scores the earlier one in the dataset counts as worse.
 
     Args:
         names: the categories.
@@ -88,8 +88,7 @@ class ExtremeImages:
 
     def _is_extreme(self, score: float, index: int) -> bool:
         worse = sum((example.score, example.index) < (score, index) for example in self.kept)
-        better = sum((-example.score, example.index) < (-score, index) for example in self.kept)
-        return min(worse, better) < self.count
+        return min(worse, len(self.kept) - worse) < self.count
 
     def to_json(self) -> str:
         """The kept images as JSON, for [`read_examples`]."""
@@ -98,11 +97,8 @@ class ExtremeImages:
 
 def extremes(examples: Iterable[Example], count: int) -> list[Example]:
     """Returns the `count` worst and the `count` best of the images, each once, from worst to best."""
-    examples = list(examples)
-    worst = sorted(examples, key=lambda example: (example.score, example.index))[:count]
-    best = sorted(examples, key=lambda example: (-example.score, example.index))[:count]
-    kept = {example.index: example for example in (*worst, *best)}
-    return sorted(kept.values(), key=lambda example: (example.score, example.index))
+    ranked = sorted(examples, key=lambda example: (example.score, example.index))
+    return [*ranked[:count], *ranked[max(count, len(ranked) - count) :]]
 
 
 def read_examples(texts: Iterable[str]) -> list[Example]:

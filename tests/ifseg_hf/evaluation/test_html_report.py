@@ -175,12 +175,12 @@ def test_the_best_and_the_worst_images_are_kept():
     assert extreme.kept[-1].score == 1
 
 
-def test_of_equal_images_the_first_are_kept():
+def test_of_equal_images_the_earlier_counts_as_worse():
     extreme = ExtremeImages(["a", "b"], 2)
     add_with_scores(extreme, [0.5] * 8)
-    assert [example.index for example in extreme.kept] == [0, 1]
+    assert [example.index for example in extreme.kept] == [0, 1, 6, 7]
     add_with_scores(extreme, [0.4, 0.6], 8)
-    assert [example.index for example in extreme.kept] == [9, 0, 8]
+    assert [example.index for example in extreme.kept] == [9, 0, 7, 8]
 
 
 def test_parts_together_keep_what_one_run_keeps():

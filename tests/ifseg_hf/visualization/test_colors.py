@@ -24,7 +24,7 @@ MACHADO = {
 
 
 def cielab(color: tuple[int, ...], vision: str) -> np.ndarray:
-    """CIELAB coordinates (D65) of an sRGB colour as it is seen."""
+    """CIELAB coordinates (D65) of an sRGB colour for a kind of colour vision."""
     linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in (level / 255 for level in color)]
     linear = np.clip(np.array(MACHADO[vision]) @ linear, 0, 1)
     xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
