@@ -1,4 +1,4 @@
-# make demo | test | common-tests | quality | bench | clean
+# make demo | pictures | test | common-tests | quality | bench | clean
 #
 # Every target first creates the environment .venv with the tested versions. After that only common-tests needs a
 # network, once: it downloads transformers' own tests from the package index.
@@ -20,10 +20,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export IMAGE CATEGORIES
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test common-tests quality bench clean
+.PHONY: demo pictures test common-tests quality bench clean
 
 demo: $(STAMP)
 	@$(BIN)/python scripts/demo.py $${IMAGE:+--image "$$IMAGE"} $${CATEGORIES:+--categories "$$CATEGORIES"}
+
+# The picture of the README and of the embedded model's card: images, before and after tuning.
+pictures: $(STAMP)
+	@$(BIN)/python scripts/demo.py --picture ifseg_hf/nano/card_image.jpg
 
 # One thread per process: torch is slower with more threads than cores.
 test: $(STAMP)

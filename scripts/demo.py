@@ -2,6 +2,7 @@
 
     python scripts/demo.py
     python scripts/demo.py --image cat.jpg --categories "cat, sofa, wall"
+    python scripts/demo.py --picture ifseg_hf/nano/card_image.jpg     # the picture of the README (make pictures)
 
 Without --image, the images are a palace and a flower (scikit-learn), a cat, a cup of coffee and a motorcycle
 (scikit-image).
@@ -11,10 +12,13 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ifseg_hf.cli.output import escape_unprintable
 
 # Settings of the tuning, with words for the bundled images.
+IN_PICTURE = ("palace", "coffee")  # the bundled images in the picture of the README
+WIDTH = 400  # of an image in that picture
 SETTINGS = Path(__file__).resolve().parent / "configs" / "nano.yaml"
 
 
@@ -28,6 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output-dir", type=Path, default=Path("outputs/demo"), help="folder for the results (%(default)s)"
     )
+    parser.add_argument("--picture", type=Path, help="write images, before and after, into one file, too")
     options = parser.parse_args(arguments)
     if options.image and not options.categories:
         parser.error('give the words to look for in your image: --categories "cat, grass, sky"')
@@ -48,13 +53,28 @@ def bundled_images() -> dict:
     }
 
 
+def compared(pixels: Any, masks: dict[str, Any], names: list[str], width: int | None = None) -> Any:
+    """Returns an image and its overlays with the masks, in a row below their titles, each `width` pixels wide."""
+    import numpy as np
+    from PIL import Image
+
+    from ifseg_hf.visualization.overlays import overlay, side_by_side
+
+    image = Image.fromarray(pixels)
+    size = (width, round(image.height * width / image.width)) if width else image.size
+    columns = {"image": image.resize(size)}
+    for title, mask in masks.items():
+        resized = Image.fromarray(np.asarray(mask, np.int32)).resize(size, Image.Resampling.NEAREST)
+        columns[title] = overlay(columns["image"], np.asarray(resized), names)
+    return side_by_side(list(columns.values()), list(columns))
+
+
 def main(arguments: list[str] | None = None) -> int:
     escape_unprintable()
     options = parse_arguments(arguments)
 
     # Imports that take seconds come after the arguments, so that wrong arguments are reported at once.
     from accelerate import PartialState
-    from PIL import Image
     from transformers import logging
 
     import ifseg_hf
@@ -64,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ifseg_hf.training.config import read_settings
     from ifseg_hf.training.loop import SettingError, TrainingError, train
     from ifseg_hf.training.recipes import training_config
-    from ifseg_hf.visualization.overlays import overlay, shares, side_by_side
+    from ifseg_hf.visualization.overlays import shares, stacked
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -93,15 +113,18 @@ def main(arguments: list[str] | None = None) -> int:
         )
         segmenters[title].set_words(categories)
     print("\nShare of each image that a word covers, after tuning, and the file that compares before and after:")
+    rows = []
     for name, pixels in images.items():
-        image = Image.fromarray(pixels)
-        columns = {"image": image}
-        for title, segmenter in segmenters.items():
-            mask = segmenter.segment([pixels])[0].cpu()
-            columns[title] = overlay(image, mask, names)
-        side_by_side(list(columns.values()), list(columns)).save(folder / f"{name}.png")
-        covered = ", ".join(f"{word} {100 * share:.0f} %" for word, share in shares(mask, names).items())
+        masks = {title: segmenter.segment([pixels])[0].cpu() for title, segmenter in segmenters.items()}
+        compared(pixels, masks, names).save(folder / f"{name}.png")
+        after = shares(masks["after tuning on words"], names)
+        covered = ", ".join(f"{word} {100 * share:.0f} %" for word, share in after.items())
         print(f"  {name}: {covered}\n    {folder / name}.png")
+        if options.image or name in IN_PICTURE:
+            rows.append((pixels, masks))
+    if options.picture:
+        stacked([compared(*row, names, WIDTH) for row in rows]).save(options.picture, quality=88)
+        print(f"All in one picture: {options.picture}")
     print(f"\nDone in {time.perf_counter() - started:.0f} s. The tuned model is in {folder / 'model'}.")
     return 0
 

@@ -2,7 +2,10 @@
 
     python scripts/plot_runs.py RUN [RUN ...] --labels checkpoint checkpoint scratch --level "image-free: 39.8"
 
+    python scripts/plot_runs.py RUN [RUN ...] --report REPORTS
+
 Runs with the same label, such as several seeds, share one line: their mean, with a band from the lowest to the highest.
+With --report, one web page for each run is written instead: curves, settings, time and memory.
 """
 
 import argparse
@@ -31,6 +34,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--level", action="append", type=level, default=[], help='a horizontal line, "name: mean IoU in per cent"'
     )
     parser.add_argument("--output", default="curves.png", help="image file (default: %(default)s)")
+    parser.add_argument(
+        "--report", metavar="DIR", help="folder for a web page RUN.html of each run, in place of --output"
+    )
     options = parser.parse_args(arguments)
     options.labels = options.labels or [Path(run).name for run in options.runs]
     if len(options.labels) != len(options.runs):
@@ -41,6 +47,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     escape_unprintable()
     options = parse_arguments(arguments)
+    if options.report is not None:
+        return write_reports(options.runs, options.report)
     from ifseg_hf.training.log import read_log
     from ifseg_hf.visualization.curves import draw_curves
 
@@ -57,6 +65,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"plot_runs.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     print(f"Written to {options.output}.")
+    return 0
+
+
+def write_reports(runs: list[str], folder: str) -> int:
+    """Writes a web page of each run and returns the exit status."""
+    from ifseg_hf.training.html_report import write_training_report
+
+    try:
+        for run in runs:
+            print(f"Report: {write_training_report(run, folder)}")
+    except (OSError, ValueError) as error:
+        print(f"plot_runs.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -31,6 +31,7 @@ from ifseg_hf.pretrained import EMBEDDED
 
 __all__ = ["evaluate"]
 
+EXAMPLES = 6  # best and worst images in a report
 PACKAGES = ("ifseg-hf", "torch", "transformers", "datasets", "accelerate")
 
 
@@ -103,6 +104,14 @@ SmoothingIterations = Annotated[
 Inference = Annotated[Literal["whole", "slide"] | None, option("whole images or square crops (default: the model's)")]
 Limit = Annotated[int | None, option("evaluate on the first N images only", metavar="N", callback=at_least(1))]
 OutputDir = Annotated[Path | None, option("folder for the results (default: outputs/evaluation/MODEL-DATASET)")]
+Report = Annotated[
+    Path | None,
+    option(
+        "write a web page with scores, confusions, worst and best images: report.html in this folder, or this .html "
+        "file",
+        metavar="DIR",
+    ),
+]
 PushToHub = Annotated[str | None, option("add the results to the model card of owner/name", metavar="REPO")]
 
 
@@ -130,6 +139,7 @@ def evaluate(
     output_dir: OutputDir = None,
     save_predictions: Annotated[Path | None, option("folder for a PNG of labels per image", metavar="DIR")] = None,
     save_overlays: Annotated[int, option("save overlays of the first N images", metavar="N")] = 0,
+    report: Report = None,
     untuned: Untuned = False,
     trust_remote_code: TrustRemoteCode = False,
     cpu: Cpu = False,
@@ -142,7 +152,8 @@ def evaluate(
     ifseg evaluate --model ofa-coco --dataset coco-stuff-unseen --data-dir COCO \\
         --smoothing-neighbors 2,3,5,8 --smoothing-iterations 0,25
 
-    Writes results.json and results.md. A stopped evaluation resumes when it is started again with the same arguments.
+    Writes results.json and results.md; with --report also a page to look at, with the worst and the best images. A
+    stopped evaluation resumes when it is started again with the same arguments.
     """
     options = SimpleNamespace(**locals())
     check(options)
@@ -170,15 +181,18 @@ def run(options: SimpleNamespace, command: str) -> int:
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
 
+    from ifseg_hf.evaluation.html_report import write_evaluation_report
     from ifseg_hf.evaluation.report import results_table
     from ifseg_hf.hub.publish import HubError, add_results
 
     disable_progress_bar()
     state = PartialState(cpu=options.cpu)
     try:
-        results = measure(options, command, state)
+        evaluation, results = measure(options, command, state)
         if state.is_main_process:
             write(options.output_dir, results, results_table(results["results"]))
+            if options.report:
+                print(f"Report: {write_evaluation_report(options.report, evaluation, results)}")
             if options.push_to_hub:
                 print(f"Published: {add_results(options.push_to_hub, results)}")
     except (HubError, OSError, ValueError) as error:
@@ -210,8 +224,8 @@ def load_data(options: SimpleNamespace) -> Any:
     return data
 
 
-def measure(options: SimpleNamespace, command: str, state: Any) -> dict:
-    """Returns the content of results.json."""
+def measure(options: SimpleNamespace, command: str, state: Any) -> tuple[Any, dict]:
+    """Returns the evaluation and the content of results.json."""
     from ifseg_hf.data.vocabularies import read_background
     from ifseg_hf.evaluation.cosine import COSINE
     from ifseg_hf.evaluation.evaluate import evaluate_segmenter
@@ -248,8 +262,9 @@ def measure(options: SimpleNamespace, command: str, state: Any) -> dict:
         overlays=options.save_overlays,
         progress=True,
         threshold=options.threshold,
+        examples=EXAMPLES,  # also without --report, so that the same command with --report measures nothing again
     )
-    return {
+    results = {
         "command": command,
         "model": options.model,
         "baseline": options.baseline,
@@ -266,6 +281,7 @@ def measure(options: SimpleNamespace, command: str, state: Any) -> dict:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "results": evaluation.results(),
     }
+    return evaluation, results
 
 
 def write(folder: Path, results: dict, tables: str) -> None:

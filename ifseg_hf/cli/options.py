@@ -1,14 +1,18 @@
 """The arguments that several commands have, each declared once."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from ifseg_hf.training.config import TrainingConfig
+
 __all__ = [
     "Adapter",
     "Background",
+    "CardImage",
     "Cpu",
     "DataDir",
     "ImageModel",
@@ -102,3 +106,11 @@ TrustRemoteCode = Annotated[bool, flag("run the code saved with a model of anoth
 Untuned = Annotated[bool, flag("also use a model that was never tuned, such as the paper's baseline OFA", "--untuned")]
 OnError = Annotated[Literal["fail", "skip"], option("for images that can't be read (default: fail; of segment: skip)")]
 Cpu = Annotated[bool, flag("compute on the CPU even where there is a GPU", "--cpu")]
+
+
+def _help_of_setting(name: str) -> str:
+    """The help of a setting of training, for a command that has an option of its name."""
+    return next(field.metadata["help"] for field in dataclasses.fields(TrainingConfig) if field.name == name)
+
+
+CardImage = Annotated[str | None, option(_help_of_setting("card_image"), metavar="IMAGE")]

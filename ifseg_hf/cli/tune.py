@@ -64,6 +64,8 @@ def tune(words: str | None, config: str | None, **flags: Any) -> int:
         from ifseg_hf.training.loop import SettingError, TrainingError, train
 
         train(settings)
+        if settings.card_image and PartialState().is_main_process:
+            draw_picture(settings)
         if settings.push_to_hub and PartialState().is_main_process:
             publish(settings)
     except KeyboardInterrupt as error:
@@ -92,6 +94,7 @@ def parse_settings(words: str | None, config: str | None, flags: dict[str, Any])
         checked.check()
     except ValueError as error:
         raise CommandError(error, 2) from error
+    check_picture(checked)
     if checked.push_to_hub and os.environ.get("RANK", "0") == "0":  # one request to the Hub, not one per process
         from ifseg_hf.hub.adapter_repository import check_base
         from ifseg_hf.hub.publish import HubError, check_access
@@ -117,6 +120,29 @@ def convert_published(model: str) -> None:
             resolve_checkpoint(model)
     except ConversionError as error:
         raise CommandError(error) from error
+
+
+def check_picture(config: TrainingConfig) -> None:
+    """Reads the image for the model card, before a long run starts. Raises `CommandError`, status 2."""
+    if config.card_image is None:
+        return
+    from ifseg_hf.card_image import read_card_image  # imports torch
+
+    try:
+        read_card_image(config.card_image)
+    except ValueError as error:
+        raise CommandError(error, 2) from error
+
+
+def draw_picture(config: TrainingConfig) -> None:
+    """Draws the picture of the model card with the trained model. Raises `CommandError`."""
+    from ifseg_hf.card_image import draw_card_image
+
+    try:
+        picture = draw_card_image(config.output_dir, config.card_image, config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CommandError(error) from error
+    print(f"The picture for the model card is {picture}.")
 
 
 def publish(config: TrainingConfig) -> None:

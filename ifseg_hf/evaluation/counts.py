@@ -10,6 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 from accelerate import PartialState
 
+from ifseg_hf.evaluation.examples import Example, ExtremeImages, read_examples
 from ifseg_hf.evaluation.metrics import MeanIoU
 from ifseg_hf.evaluation.report import Smoothing
 
@@ -18,7 +19,8 @@ __all__ = ["Counts"]
 
 class Counts:
     """
-    Confusion matrices and counted images of this process and, in `folder`, of all other processes and earlier runs.
+    Confusion matrices, counted images and extreme images of this process and, in `folder`, of all other processes and
+    earlier runs.
 
     Every process writes a separate file, which it replaces as a whole. The state is the sum over all files: they are
     never merged, moved or deleted, so the folder is valid whenever a process is killed.
@@ -29,6 +31,7 @@ class Counts:
         smoothing: the settings that are counted separately.
         categories: number of categories.
         allow_no_category: whether predictions may have pixels without a category; see [`MeanIoU`].
+        extreme_images: best and worst images of this process, kept with the counts.
 
     Attributes:
         metrics (`dict[Smoothing, MeanIoU]`), images (`list[int]`), skipped (`dict[int, str]`): confusion matrices,
@@ -46,7 +49,9 @@ class Counts:
         smoothing: Sequence[Smoothing],
         categories: int,
         allow_no_category: bool = False,
+        extreme_images: ExtremeImages | None = None,
     ):
+        self.extreme_images = extreme_images or ExtremeImages((), 0)
         self.smoothing = list(smoothing)
         self.metrics = {setting: MeanIoU(categories, allow_no_category=allow_no_category) for setting in self.smoothing}
         self.images: list[int] = []
@@ -77,6 +82,7 @@ class Counts:
         content: dict[str, Any] = {f"matrix_{k}_{n}": self.metrics[k, n].confusion_matrix for k, n in self.smoothing}
         content |= {"images": np.array(self.images, np.int64), "skipped": np.array(list(self.skipped), np.int64)}
         content["messages"] = np.array(json.dumps(list(self.skipped.values())))
+        content["examples"] = np.array(self.extreme_images.to_json())
         with open(self.file.with_suffix(".tmp"), "wb") as file:
             np.savez(file, **content)
             file.flush()
@@ -96,6 +102,13 @@ class Counts:
             sum(len(part["images"]) for part in parts),
             [message for part in parts for message in json.loads(str(part["messages"]))],
         )
+
+    def examples(self) -> list[Example]:
+        """Returns the extreme images of all processes and runs; none of runs of earlier versions."""
+        if self.file is None:
+            return self.extreme_images.kept
+        parts = [_read_part(part) for part in sorted(self.folder.glob("part-*.npz"))]
+        return read_examples(str(part["examples"]) for part in parts if "examples" in part)
 
 
 def _read_part(file: Path) -> dict[str, np.ndarray]:

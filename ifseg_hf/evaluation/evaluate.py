@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
 from ifseg_hf.evaluation.cosine import COSINE
 from ifseg_hf.evaluation.counts import Counts
+from ifseg_hf.evaluation.examples import ExtremeImages, extremes
 from ifseg_hf.evaluation.metrics import MeanIoU, scores
 from ifseg_hf.evaluation.report import Evaluation, Smoothing, setting_name
 from ifseg_hf.evaluation.segmenter import Segmenter, load_segmenter
@@ -66,6 +67,7 @@ def evaluate_segmenter(
     overlays: int = 0,
     progress: bool = False,
     threshold: float | None = None,
+    examples: int = 0,
 ) -> Evaluation:
     """
     Segments every image of a dataset and counts the pixels of each pair of a true and a predicted category.
@@ -85,6 +87,7 @@ def evaluate_segmenter(
         overlays_dir, overlays: folder for a PNG of image, truth and prediction in a row, and how many images get one.
         threshold: pixels whose category has a lower probability belong to no category; see [`patch_labels`]. They count
             as wrong for their true category, and as a prediction of none.
+        examples: how many best and how many worst images, by their mean IoU (first setting), to return as pictures.
         progress: whether to show a bar with the mean IoU so far (of this process and the first setting).
 
     Returns:
@@ -107,7 +110,8 @@ def evaluate_segmenter(
     settings |= {"segmenter": type(segmenter).__name__, "inference": segmenter.inference}
     settings |= {"threshold": threshold, "background": segmenter.background}
     without = threshold is not None or bool(segmenter.background)
-    counts = Counts(Path(state_dir) if state_dir else None, settings, smoothing, len(data.names), without)
+    folder, extreme = Path(state_dir) if state_dir else None, ExtremeImages(data.names, examples)
+    counts = Counts(folder, settings, smoothing, len(data.names), without, extreme)
     samples = _samples(data, counts, on_error, limit, state.process_index, state.num_processes)
     started = saved = time.monotonic()
     bar = tqdm(
@@ -128,7 +132,8 @@ def evaluate_segmenter(
     matrices, images, skipped = counts.total()
     if not images:
         raise ValueError(f"No image could be counted{': ' + skipped[0] if skipped else ''}.")
-    return Evaluation(data.names, matrices, images, skipped, time.monotonic() - started, data.subsets)
+    shown = extremes(counts.examples(), examples)
+    return Evaluation(data.names, matrices, images, skipped, time.monotonic() - started, data.subsets, shown)
 
 
 @dataclass
@@ -228,6 +233,7 @@ def _count_batch(
             counts.metrics[setting].add(prediction=labels, reference=sample.truth)
             first = labels if first is None else first
         counts.images.append(sample.index)
+        counts.extreme_images.add(sample.index, sample.id, sample.image, sample.truth, first.numpy())
         files.save(sample, first)
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from ifseg_hf.evaluation.examples import Example
 from ifseg_hf.evaluation.metrics import scores
 
-__all__ = ["Evaluation", "Smoothing", "percent", "results_table", "setting_name"]
+__all__ = ["Evaluation", "Smoothing", "mean_titles", "percent", "results_table", "setting_name"]
 
 Smoothing = tuple[int, int]  # neighbours and iterations; 0 iterations for no smoothing
 
@@ -22,6 +23,7 @@ class Evaluation:
             (N, N + 1), with the pixels without a predicted category in the last column.
         images: number of counted images. skipped: error messages of the others. seconds: duration of the last run.
         subsets: lists of categories by name; see [`ifseg_hf.evaluation.metrics.scores`].
+        examples: worst and best images, from worst to best.
     """
 
     names: list[str]
@@ -30,6 +32,7 @@ class Evaluation:
     skipped: list[str]
     seconds: float
     subsets: dict[str, list[int]] = field(default_factory=dict)
+    examples: list[Example] = field(default_factory=list)
 
     def scores(self, smoothing: Smoothing) -> dict[str, Any]:
         """Returns [`ifseg_hf.evaluation.metrics.scores`] of a smoothing setting."""
@@ -67,11 +70,16 @@ def setting_name(neighbors: int, iterations: int) -> str:
     return f"k={neighbors}, n={iterations}" if iterations else "none"
 
 
+def mean_titles(results: list[dict[str, Any]]) -> dict[str, str]:
+    """Returns the titles of the means in [`Evaluation.results`] by name."""
+    means = [name for name in results[0] if name not in ("smoothing_neighbors", "smoothing_iterations", "categories")]
+    return {name: name.replace("_", " ").replace("iou", "IoU") for name in means}
+
+
 def results_table(results: list[dict[str, Any]]) -> str:
     """Returns Markdown tables of [`Evaluation.results`]: means of every setting, categories of the first setting."""
-    means = [name for name in results[0] if name not in ("smoothing_neighbors", "smoothing_iterations", "categories")]
-    titles = [name.replace("_", " ").replace("iou", "IoU") for name in means]
-    lines = [f"| smoothing | {' | '.join(titles)} |", "|---" * (len(means) + 1) + "|"]
+    means = mean_titles(results)
+    lines = [f"| smoothing | {' | '.join(means.values())} |", "|---" * (len(means) + 1) + "|"]
     for result in results:
         setting = setting_name(result["smoothing_neighbors"], result["smoothing_iterations"])
         lines.append(f"| {setting} | {' | '.join(percent(result[name]) for name in means)} |")

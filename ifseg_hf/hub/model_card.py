@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ifseg_hf.hub.markdown import escape as _escape
-from ifseg_hf.hub.model_folder import public_settings, read_json, read_results, read_settings
+from ifseg_hf.hub.model_folder import CARD_IMAGE, public_settings, read_json, read_results, read_settings
 from ifseg_hf.training.config import SETTINGS_FILE
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -21,7 +21,7 @@ def model_card(
 
     Args:
         folder: folder of the model. The results in its `evaluation_results.json`, if there is one, become a table and
-            the model-index.
+            the model-index; its `card_image.jpg`, if there is one, is shown below the title.
         repo_id, revision: where the model will be published; the code examples load it from there.
         base_model: Hub id, or the name of the checkpoint embedded in this package.
     """
@@ -55,6 +55,7 @@ def model_card(
         name=name,
         repo_id=repo_id,
         segments=segments,
+        card_image=CARD_IMAGE if (folder / CARD_IMAGE).is_file() else None,
         stage=stage,
         base_model_link=f"[{base_model}](https://huggingface.co/{base_model})" if base_model_on_hub else base_model,
         location=json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision else ""),

@@ -10,6 +10,8 @@ from ifseg_hf.training.config import SETTINGS_FILE, private_settings
 
 RESULTS_FILE = "evaluation_results.json"
 """Optional file in a model's folder: a list with the keyword arguments of one `huggingface_hub.EvalResult` per item."""
+CARD_IMAGE = "card_image.jpg"
+"""Optional file in a model's folder: the picture at the top of its model card."""
 
 
 def read_json(file: Path) -> Any:

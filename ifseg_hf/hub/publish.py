@@ -24,7 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ifseg_hf.hub.adapter_repository import adapter_card, adapter_content, is_adapter
 from ifseg_hf.hub.model_card import model_card
-from ifseg_hf.hub.model_folder import RESULTS_FILE, public_settings, read_json, read_results, read_settings
+from ifseg_hf.hub.model_folder import CARD_IMAGE, RESULTS_FILE, public_settings, read_json, read_results, read_settings
 from ifseg_hf.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_WORDS, EMBEDDED
 from ifseg_hf.training.config import SETTINGS_FILE
 
@@ -39,6 +39,7 @@ _FILES = (
     "vocab.json",
     "merges.txt",
     "README.md",
+    CARD_IMAGE,
     RESULTS_FILE,
 )
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -59,10 +60,10 @@ def push_to_hub(
 ) -> CommitInfo:
     """Publishes a saved model in one commit, so that the repository never holds half a model. `folder` is not changed.
 
-    Uploads weights, configuration, processor, code, the public training settings and a model card, which is the
-    README.md of the folder or, without one, the card of [`model_card`]. Of an adapter, uploads its weights, its
-    configuration, its words, the settings and a card that names the base model. Weight files in the repository that
-    are not part of this model are deleted from the revision.
+    Uploads weights, configuration, processor, code, the public training settings, the picture of the model card, if
+    there is one, and a model card, which is the README.md of the folder or, without one, the card of [`model_card`]. Of
+    an adapter, uploads its weights, its configuration, its words, the settings and a card that names the base model.
+    Weight files in the repository that are not part of this model are deleted from the revision.
 
     Args:
         folder: folder of a saved model with its processor, such as training and conversion write, or of an adapter.

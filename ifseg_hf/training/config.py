@@ -18,7 +18,7 @@ from typing import Any
 
 from ifseg_hf.pretrained import EMBEDDED, resolve_model
 from ifseg_hf.training.checkpoint_files import CHECKPOINT_FILE, checkpoints, read_checkpoint
-from ifseg_hf.training.settings import ON_IMAGES, STAGES, convert, setting
+from ifseg_hf.training.settings import ON_IMAGES, STAGES, brief, convert, setting
 
 SETTINGS_FILE = "training_config.json"  # beside a tuned model: the settings it was trained with
 INCOMPLETE = ".incomplete"  # suffix of a folder that is being written or deleted
@@ -223,6 +223,9 @@ class TrainingConfig:
         may_change=True,
         bare_flag="latest",
     )
+    card_image: str | None = setting(
+        None, "image, a file or URL, that the model card shows beside its segmentation", private=True, may_change=True
+    )
     push_to_hub: str | None = setting(
         None, "publish the result in this Hub repository, owner/name", private=True, may_change=True
     )
@@ -396,7 +399,7 @@ class TrainingConfig:
             elif field.name == "model" and not same:
                 same = os.path.realpath(os.path.expanduser(was)) == os.path.realpath(self.model_path)
             if not same:
-                changed.append(f"{field.name} (was {_brief(was)}, is {_brief(now)})")
+                changed.append(f"{field.name} (was {brief(was)}, is {brief(now)})")
         if changed:
             raise ValueError(
                 f'The run of "{checkpoint}" cannot be resumed with other settings: {", ".join(changed)}. Give the '
@@ -444,14 +447,6 @@ def _pseudo_label_settings(dataset: str) -> dict | None:
         return json.loads((Path(dataset) / "dataset.json").read_text(encoding="utf-8")).get(PSEUDO_LABELS)
     except (OSError, ValueError):
         return None
-
-
-def _brief(value: Any) -> str:
-    """A value as JSON; a list or a mapping as its length and its first three names."""
-    if isinstance(value, (list, dict)):
-        names = list(value)
-        return f"{len(names)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
-    return json.dumps(value, ensure_ascii=False)
 
 
 # Settings in a file ---------------------------------------------------------------------------------------------------

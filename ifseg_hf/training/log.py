@@ -7,6 +7,8 @@ from pathlib import Path
 from accelerate.tracking import GeneralTracker, on_main_process
 
 LOG_FILE = "training_log.jsonl"
+USAGE_FILE = "training_usage.jsonl"
+"""One line for each part of a run, from its start or a checkpoint on: steps, time, memory and device."""
 
 
 class TrainingLog(GeneralTracker):
@@ -49,11 +51,29 @@ def read_log(folder: str | os.PathLike) -> list[dict]:
 
     Raises `ValueError`, in one line, if there is no log.
     """
-    file = Path(folder) / LOG_FILE
+    return _read_lines(Path(folder) / LOG_FILE)
+
+
+def write_usage(folder: str | os.PathLike, usage: dict, append: bool) -> None:
+    """Writes a part of a run to [`USAGE_FILE`], after the earlier parts or in place of an earlier run."""
+    with open(Path(folder) / USAGE_FILE, "a" if append else "w", encoding="utf-8") as file:
+        file.write(_line(usage))
+
+
+def read_usage(folder: str | os.PathLike) -> list[dict]:
+    """The parts of a run: `first_step`, `last_step`, `seconds`, `peak_memory` in bytes, `device`, ...; [] if unknown.
+
+    Raises `ValueError`, in one line, for a damaged file.
+    """
+    file = Path(folder) / USAGE_FILE
+    return _read_lines(file) if file.is_file() else []
+
+
+def _read_lines(file: Path) -> list[dict]:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f'"{folder}" holds no {LOG_FILE} that can be read: {error.strerror}.') from None
+        raise ValueError(f'"{file.parent}" holds no {file.name} that can be read: {error.strerror}.') from None
     complete = text[: text.rfind("\n") + 1]
     try:
         return [json.loads(line) for line in complete.splitlines()]
@@ -65,4 +85,4 @@ def _line(values: dict) -> str:
     return json.dumps(values) + "\n"
 
 
-__all__ = ["LOG_FILE", "TrainingLog", "read_log"]
+__all__ = ["LOG_FILE", "USAGE_FILE", "TrainingLog", "read_log", "read_usage", "write_usage"]

@@ -31,7 +31,7 @@ from ifseg_hf.training.checkpointing import (
 )
 from ifseg_hf.training.config import INCOMPLETE, TrainingConfig, read_checkpoint
 from ifseg_hf.training.errors import SettingError, TrainingError, TrainingStopped, on_every_process, writing_errors
-from ifseg_hf.training.log import TrainingLog
+from ifseg_hf.training.log import TrainingLog, write_usage
 from ifseg_hf.training.online_labels import GivenLabels, OnlineCrops, label_online
 from ifseg_hf.training.pseudo_labels import refresh_labels
 from ifseg_hf.training.setup import (
@@ -88,7 +88,7 @@ def train(config: TrainingConfig, report: bool = True) -> TrainingResult:
 
     Call it under `accelerate launch` to train in several processes; the samples of a step do not depend on their
     number. `resume="latest"` continues an interrupted run from its last checkpoint, with the same final weights as an
-    uninterrupted run. The Hub settings are for `ifseg tune`: this function publishes nothing.
+    uninterrupted run. `card_image` and the Hub settings are for `ifseg tune`: this function publishes nothing.
 
     Args:
         config: the settings.
@@ -109,6 +109,7 @@ def train(config: TrainingConfig, report: bool = True) -> TrainingResult:
     except TrainingStopped as error:
         stopped = error.with_traceback(None)  # the traceback's frames would keep the model in memory
     run.close()
+    run.write_usage()
     if stopped:
         raise stopped
     result = run.result()
@@ -127,6 +128,7 @@ class TrainingRun:
         accelerator: `accelerate.Accelerator`.
         data, eval_data: datasets of images with masks, or None.
         resume_from: the checkpoint that the run continues from, or None.
+        resumes_here: whether that checkpoint is in the output folder.
         checkpoint: the last checkpoint, or None.
         step: number of completed optimiser steps.
         loss: loss of the last step.
@@ -141,6 +143,7 @@ class TrainingRun:
         self.eval_data = load_eval_data(config, self.data)
         self.accelerator = make_accelerator(config)
         self.output = Path(config.output_dir)
+        self.resumes_here = self.resume_from is not None and self.resume_from.resolve().parent == self.output.resolve()
         self.step = self.resumed_at = 0
         self.loss = math.nan
         self.stop = False
@@ -208,8 +211,7 @@ class TrainingRun:
         """Prepares the output folder and starts the trackers, which write to it."""
         if self.accelerator.is_main_process:
             prepare_output(self.config, self.step)
-        same_folder = self.resume_from is not None and self.resume_from.resolve().parent == self.output.resolve()
-        self.accelerator.log_with.append(TrainingLog(self.output, self.step if same_folder else -1))
+        self.accelerator.log_with.append(TrainingLog(self.output, self.step if self.resumes_here else -1))
         simple = {name: x for name, x in self.config.to_dict().items() if isinstance(x, (int, float, str))}
         self.accelerator.init_trackers("ifseg", config=simple)
 
@@ -420,6 +422,25 @@ class TrainingRun:
         self.model = self.optimizer = self.schedule = None
         self.accelerator.free_memory()
         self.accelerator.end_training()
+
+    def write_usage(self) -> None:
+        """Writes time and memory of this part of the run, unless its steps are lost. Raises `TrainingError`."""
+        accelerator = self.accelerator
+        lost = self.step < self.config.steps and self.checkpoint is None
+        if lost or not accelerator.is_main_process:
+            return
+        on_gpu = accelerator.device.type == "cuda"
+        usage = {
+            "first_step": self.resumed_at + 1,
+            "last_step": self.step,
+            "seconds": round(self.seconds, 3),
+            "peak_memory": self.peak_memory or peak_memory(accelerator.device),
+            "device": torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type,
+            "processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+        }
+        with writing_errors(f'Time and memory could not be written to "{self.output}". The reason'):
+            write_usage(self.output, usage, append=self.resumes_here)
 
     def result(self) -> TrainingResult:
         """Summary of the finished run."""

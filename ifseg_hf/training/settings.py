@@ -4,6 +4,7 @@ Only the standard library is imported here, so that a command can reject a wrong
 """
 
 import dataclasses
+import json
 import typing
 from collections.abc import Sequence
 from dataclasses import Field
@@ -68,3 +69,11 @@ def convert(field: Field, value: Any, source: str) -> Any:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     expected = next(names[kind] for kind in types if kind in names)
     raise ValueError(f"{source}{field.name} is {value!r}, but must be {expected}.")
+
+
+def brief(value: Any) -> str:
+    """A value as JSON; a list or a mapping as its length and its first three names."""
+    if isinstance(value, (list, dict)):
+        names = list(value)
+        return f"{len(names)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+    return json.dumps(value, ensure_ascii=False)

@@ -1,1 +1,1 @@
-"""Overlays with legends, training curves."""
+"""Colours of words, overlays with labels and legends, training curves, reports."""

@@ -5,7 +5,7 @@ from os import PathLike
 
 import numpy as np
 
-from ifseg_hf.visualization.overlays import palette
+from ifseg_hf.visualization.colors import palette
 
 
 def draw_curves(

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from os import PathLike
 
 import numpy as np
@@ -11,40 +10,12 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from ifseg_hf.processing.image_reading_ifseg import to_array
+from ifseg_hf.visualization.colors import word_colors
 from ifseg_hf.visualization.fonts import choose_font
+from ifseg_hf.visualization.region_labels import draw_labels
 
-Color = tuple[int, ...]  # red, green, blue, 0 to 255
-
-# The first colours are chosen by hand: distinct for most kinds of colour vision, and visible over an image.
-_FIRST_COLORS = ("#e6194b", "#1f9e46", "#4363d8", "#ffd21f", "#f58231", "#35c9ea", "#a029c9", "#f48fc4")
 _BACKGROUND, _TEXT, _GREY = (255, 255, 255), (30, 30, 30), (110, 110, 110)
 _BLOCK = 2**18  # pixels that are painted at a time, since floats take several times the memory of the image
-
-
-@lru_cache
-def palette(count: int) -> tuple[Color, ...]:
-    """Returns `count` colours, each as far as possible from the colours before it.
-
-    The first colours do not depend on `count`. No colour is close to black or white. After 1000 the colours repeat.
-    """
-    colors = [tuple(bytes.fromhex(color[1:])) for color in _FIRST_COLORS[:count]]
-    levels = np.linspace(0, 255, 18)
-    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    brightness = candidates @ (0.299, 0.587, 0.114)
-    candidates = candidates[(brightness > 50) & (brightness < 225)]
-    distance = np.full(len(candidates), np.inf)
-    for i in range(min(count, 1000)):
-        if i == len(colors):
-            colors.append(tuple(int(level) for level in candidates[distance.argmax()]))
-        distance = np.minimum(distance, _color_distance(candidates, colors[i]))
-    return tuple(colors[i % 1000] for i in range(count))
-
-
-def _color_distance(colors: np.ndarray, color: Color) -> np.ndarray:
-    """Squared distances (n,) of `colors` (n, 3) from a colour, channels weighted by perception ("redmean")."""
-    difference = (colors - color) ** 2
-    red = (colors[:, 0] + color[0]) / 2
-    return (2 + red / 256) * difference[:, 0] + 4 * difference[:, 1] + (2 + (255 - red) / 256) * difference[:, 2]
 
 
 def _category_map(mask, names: Sequence[str]) -> np.ndarray:
@@ -79,7 +50,7 @@ def shares(mask, names: Sequence[str]) -> dict[str, float]:
 
 
 def save_mask(mask, path: str | PathLike, names: Sequence[str]) -> None:
-    """Writes `mask` (H, W) as a palette PNG whose pixel values are indices into `names`.
+    """Writes `mask` (H, W) as a palette PNG whose pixel values are indices into `names`, in the colours of the names.
 
     Pixels without a category (negative or beyond the names) have the value 255. With more than 255 names the PNG is
     16-bit grey, and the value 65535. The text chunk "categories" of the PNG has the names, as a JSON list.
@@ -87,7 +58,7 @@ def save_mask(mask, path: str | PathLike, names: Sequence[str]) -> None:
     categories = _category_map(mask, names)
     if len(names) <= 255:
         image = Image.fromarray(categories.astype(np.uint8))  # -1 becomes 255
-        colors = [*palette(len(names)), *[(0, 0, 0)] * (256 - len(names))]
+        colors = [*word_colors(names), *[(0, 0, 0)] * (256 - len(names))]
         image.putpalette([channel for color in colors for channel in color])
     else:
         image = Image.fromarray(categories.astype(np.uint16))
@@ -103,16 +74,19 @@ def overlay(
     alpha: float = 0.55,
     legend: bool = True,
     font: str | PathLike | None = None,
+    labels: bool = True,
 ) -> Image.Image:
-    """Returns the image with each category in its colour, and a legend beside or below it.
+    """Returns the image with each category in its colour, names on large regions, and a legend beside or below it.
 
     Args:
         image: of any mode; it is turned upright by its EXIF orientation, as the model sees it.
         mask: (H, W) of the image's size, indices into `names`. Pixels without a category keep their colours.
-        names: the categories, whose order determines the colours; the legend shows the categories in the mask.
+        names: the categories; each has the colour that [`word_colors`] gives its name. The legend shows the categories
+            in the mask.
         alpha: opacity of the colours, from 0 to 1.
         legend: whether to add a legend. Without it the result has the image's size.
-        font: file of a font for the legend; see [`choose_font`].
+        font: file of a font for labels and legend; see [`choose_font`].
+        labels: whether to write each name onto the largest of its regions that has room for it.
 
     Raises:
         `ValueError`: the sizes of image and mask differ, or the font cannot be read.
@@ -126,7 +100,7 @@ def overlay(
             "mask in the image's size (target_sizes)."
         )
     edge = max(1, round(_font_size(image) / 14))
-    colors = np.asarray([*palette(len(names)), (0, 0, 0)], dtype=np.float32)  # the last row is category -1
+    colors = np.asarray([*word_colors(names), (0, 0, 0)], dtype=np.float32)  # the last row is category -1
     rows = max(1, _BLOCK // width)
     for start in range(0, height, rows):
         block = slice(start, start + rows)
@@ -136,9 +110,13 @@ def overlay(
         edges = _boundaries(categories[start : start + rows + edge], edge)
         painted[block][edges[: len(own)]] = 255
     result = Image.fromarray(painted)
+    present = shares(categories, names) if labels or legend else {}
+    if labels:
+        shown = _shortened(list(present))
+        typeface, drawable = choose_font(shown.values(), _font_size(image), font)
+        draw_labels(result, categories, {names.index(name): drawable[text] for name, text in shown.items()}, typeface)
     if not legend:
         return result
-    present = shares(categories, names)
     del painted, categories  # of a large image, before the canvas with the legend is made
     return _with_legend(result, present, names, font)
 
@@ -196,7 +174,7 @@ def _with_legend(
         left, top = image.width + gap, gap // 2
     canvas.paste(image)
     draw = ImageDraw.Draw(canvas)
-    color_of = dict(zip(names, palette(len(names)), strict=True))
+    color_of = dict(zip(names, word_colors(names), strict=True))
     for i, (name, (text, share)) in enumerate(texts.items()):
         # Along the rows below an image, down the columns beside it.
         row, col = divmod(i, columns) if below else (i % rows, i // rows)
@@ -262,4 +240,14 @@ def side_by_side(
     return sheet
 
 
-__all__ = ["label_map", "overlay", "palette", "save_mask", "shares", "side_by_side"]
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """Returns the images below each other on white, with their left edges aligned."""
+    sheet = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), _BACKGROUND)
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    return sheet
+
+
+__all__ = ["label_map", "overlay", "save_mask", "shares", "side_by_side", "stacked"]

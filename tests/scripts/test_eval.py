@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from html_pages import Page
 from PIL import Image
 from tiny_model import save_tiny_model
 
@@ -83,6 +84,24 @@ def test_two_processes_count_what_one_does(work):
 @pytest.fixture(scope="module")
 def evaluate():
     return load_script("eval").main
+
+
+def test_a_report_is_written_also_of_a_finished_evaluation(work, evaluate, tmp_path, capsys):
+    arguments = ["--model", str(work / "model"), "--dataset", str(work / "streets"), "--cpu"]
+    arguments += ["--threshold", "0.35", "--background", "sea", "--output-dir", str(tmp_path / "out")]
+    assert evaluate(arguments) == 0
+    printed = capsys.readouterr().out
+    assert evaluate([*arguments, "--report", str(tmp_path / "report")]) == 0
+    assert f"Report: {tmp_path / 'report' / 'report.html'}" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "state").glob("part-*.npz"))) == 2
+    page = Page((tmp_path / "report" / "report.html").read_text())
+    page.check_self_contained()
+    assert len(page.images()) == 3 * 7  # each image once, since there are fewer than twice six
+    for line in printed.splitlines():
+        if line.startswith(("| cat |", "| grass |", "| sky |")):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert any([text for text in row if text][:3] == cells for row in page.rows), cells
+    assert ["threshold", "0.35"] in page.rows
 
 
 def test_the_former_name_still_works(work):

@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from html_pages import Page
 from PIL import Image
 
-from ifseg_hf.training.log import LOG_FILE, read_log
+from ifseg_hf.training.config import SETTINGS_FILE
+from ifseg_hf.training.log import LOG_FILE, USAGE_FILE, read_log
+from ifseg_hf.visualization.colors import palette
 from ifseg_hf.visualization.curves import common_steps, running_mean
-from ifseg_hf.visualization.overlays import palette
 from scripts import load_script
 
 main = load_script("plot_runs").main
@@ -50,6 +52,47 @@ def test_a_folder_without_a_log_is_an_error(capsys):
     pytest.importorskip("matplotlib")
     assert main(["nowhere"]) == 1
     assert '"nowhere" holds no training_log.jsonl' in capsys.readouterr().err
+
+
+def test_a_report_has_curves_settings_time_and_memory(runs, tmp_path, capsys):
+    run = tmp_path / "run-0"
+    words = ["cat", "<script>alert(1)</script>"]
+    settings = {"categories": words, "model": "/home/me/nano", "output_dir": "/home/me/out", "steps": 10, "seed": 3}
+    settings |= {"dataset": "/home/me/streets"}
+    (run / SETTINGS_FILE).write_text(json.dumps({**settings, "prompt": None}))
+    part = {"first_step": 1, "last_step": 4, "seconds": 2.0, "peak_memory": 2**30, "device": "cpu"}
+    part |= {"processes": 1, "mixed_precision": "no"}
+    later = {**part, "first_step": 5, "last_step": 10, "seconds": 120.0, "processes": 2, "mixed_precision": "bf16"}
+    (run / USAGE_FILE).write_text("".join(json.dumps(line) + "\n" for line in (part, later)))
+    assert main([*runs[:2], "--report", str(tmp_path / "reports")]) == 0
+    files = [tmp_path / "reports" / f"run-{number}.html" for number in range(2)]
+    assert capsys.readouterr().out == "".join(f"Report: {file}\n" for file in files)
+    page = Page(files[0].read_text())
+    page.check_self_contained()
+    assert [x["aria-label"] for x in page.all("svg")] == [
+        "running mean: 2.9 at step 1, 2 at step 10",
+        "mean IoU: 0 at step 1, 45 at step 10",
+    ]
+    assert ["1 to 4", "2.0 s", "2.00", "1.00 GiB", "cpu"] in page.rows
+    assert ["5 to 10", "2.0 min", "0.05", "1.00 GiB", "2 x cpu, bf16"] in page.rows
+    for row in (["1", "0.0"], ["5", "20.0"], ["10", "45.0"], ["seed", "3"], ["dataset", "streets"]):
+        assert row in page.rows
+    text = " ".join(page.texts)
+    assert "Words: cat, <script>alert(1)</script>." in text
+    assert "from nano" in text
+    assert "/home/me" not in text
+    assert {"2.0 min", "1.00 GiB", "45.0"} <= set(page.texts)
+    page = Page(files[1].read_text())  # a run of an earlier version, without settings and usage
+    assert any(text.startswith("The folder has no record of time") for text in page.texts)
+
+
+def test_reports_of_folders_without_a_log_are_errors(tmp_path, capsys):
+    assert main([str(tmp_path), "--report", str(tmp_path / "reports")]) == 1
+    assert "holds no training_log.jsonl" in capsys.readouterr().err
+    (tmp_path / LOG_FILE).write_text("")
+    assert main([str(tmp_path), "--report", str(tmp_path / "reports")]) == 1
+    assert "has no step yet" in capsys.readouterr().err
+    assert not (tmp_path / "reports").exists()
 
 
 @pytest.mark.parametrize(

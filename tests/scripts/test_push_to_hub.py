@@ -1,11 +1,14 @@
 """`scripts/push_to_hub.py` as a command, with a Hub on loopback."""
 
 import shlex
+import shutil
 
 import pytest
 from hub_client import SCRIPT, environment, run, save_tuned_model
 from hub_server import HubServer, Refused
+from PIL import Image
 
+from ifseg_hf.hub.model_folder import CARD_IMAGE
 from scripts import load_script
 
 WORDS = ["cat", "wet grass", "sky"]
@@ -55,6 +58,34 @@ def test_large_files_are_uploaded_by_lfs_and_by_xet(hub, folder, tmp_path, xet):
     for name in ("model.safetensors", "config.json", "modeling_ifseg.py", "tokenizer.json"):
         with open(f"{copy}/{name}", "rb") as file:
             assert file.read() == (folder / name).read_bytes()
+
+
+def test_the_picture_of_the_card_is_drawn_and_published(hub, folder, tmp_path):
+    """`--card-image`, whose picture goes to the folder, the repository and the card; and a folder with its own card."""
+    folder = shutil.copytree(folder, tmp_path / "model")
+    Image.new("RGB", (90, 60), (90, 120, 200)).save(tmp_path / "street.png")
+    command = [SCRIPT, folder, "alice/ifseg-test", "--card-image", "street.png"]
+    done = run(*command, cwd=tmp_path, env=environment(hub, tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    files = hub.files("alice/ifseg-test")
+    assert files[CARD_IMAGE] == (folder / CARD_IMAGE).read_bytes()
+    text = files["README.md"].decode()
+    assert text.index("# ifseg-test\n") < text.index(f"]({CARD_IMAGE})") < text.index("An [IFSeg]")
+    assert "street" not in text
+    (folder / "README.md").write_text("# A card of mine\n")
+    done = run(*command, cwd=tmp_path, env=environment(hub, tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert f"README.md does not show the picture: add ![segmented image]({CARD_IMAGE}) to it." in done.stderr
+    assert hub.files("alice/ifseg-test")["README.md"] == b"# A card of mine\n"
+
+
+def test_a_missing_card_image_is_an_error_before_the_upload(hub, folder, tmp_path):
+    command = [SCRIPT, folder, "alice/ifseg-test", "--card-image", "nowhere.jpg"]
+    done = run(*command, cwd=tmp_path, env=environment(hub, tmp_path / "home"))
+    assert done.returncode == 2
+    assert 'push_to_hub.py: There is no image "nowhere.jpg" for the model card.' in done.stderr
+    assert "alice/ifseg-test" not in hub.repositories
+    assert not (folder / CARD_IMAGE).exists()
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from ifseg_hf.cli import tune as tune_module
 from ifseg_hf.cli.main import app
 from ifseg_hf.cli.segment import split_arguments
 from ifseg_hf.cli.tune import flag_name
+from ifseg_hf.hub.model_folder import CARD_IMAGE
 from ifseg_hf.training.config import TrainingConfig
 
 ROOT = Path(__file__).parents[3]
@@ -216,6 +217,21 @@ def test_tuning_with_a_file_of_settings(model, place):
     (entry,) = cache_entries()
     settings = json.loads((entry.folder / "training_config.json").read_text())
     assert (settings["steps"], settings["image_size"], settings["prompt"]) == (2, 32, "what?")
+
+
+def test_the_picture_of_the_card_is_drawn_after_tuning(model, place):
+    settings = ["--model", model, "--cpu", "--output-dir"]
+    assert ifseg("tune", WORDS, *settings, "plain").exit_code == 0
+    assert not (place / "plain" / CARD_IMAGE).exists()
+    done = ifseg("tune", WORDS, *settings, "pictured", "--card-image", "a.png")
+    assert done.exit_code == 0, done.stderr
+    assert f"The picture for the model card is {Path('pictured') / CARD_IMAGE}." in done.stdout
+    with Image.open(place / "pictured" / CARD_IMAGE) as picture:
+        assert picture.width > 2 * 90
+    done = ifseg("tune", WORDS, *settings, "other", "--card-image", "nowhere.png")
+    assert done.exit_code == 2
+    assert 'There is no image "nowhere.png" for the model card.' in done.stderr
+    assert not (place / "other" / "model.safetensors").exists()
 
 
 def test_a_tuned_model_is_used_for_its_words_and_tuned_for_others(model, place):

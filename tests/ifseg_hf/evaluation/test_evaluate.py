@@ -19,7 +19,7 @@ from ifseg_hf.evaluation.report import results_table
 from ifseg_hf.modeling import OFAForConditionalGeneration
 from ifseg_hf.processing import IFSegProcessor
 from ifseg_hf.processing.sliding_window_ifseg import sliding_window_outputs
-from ifseg_hf.visualization.overlays import palette
+from ifseg_hf.visualization.colors import word_colors
 
 NAMES = ["cat", "grass", "sky"]
 SIZES = [(40, 56), (56, 40), (40, 56), (33, 90), (40, 56), (56, 40), (40, 56)]  # height, width
@@ -351,7 +351,7 @@ def test_the_comparison_shows_image_ground_truth_and_prediction():
     assert comparison.shape[0] < 1.6 * 360
     assert 3 * 480 < comparison.shape[1] < 3.3 * 480
     third = comparison.shape[1] // 3
-    colors = np.array(palette(len(names)), np.uint8)
+    colors = np.array(word_colors(names), np.uint8)
     parts = np.split(comparison, [third, 2 * third], axis=1)
     swatches = [[(part == color).all(2).sum() > 100 for color in colors] for part in parts]
     assert not any(swatches[0])

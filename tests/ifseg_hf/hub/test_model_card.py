@@ -12,6 +12,7 @@ from PIL import Image
 
 from ifseg_hf.evaluation.evaluate import load_segmenter
 from ifseg_hf.hub.model_card import model_card
+from ifseg_hf.hub.model_folder import CARD_IMAGE
 from ifseg_hf.processing import segmentation_maps
 from ifseg_hf.training.config import SETTINGS_FILE
 
@@ -75,3 +76,12 @@ def test_categories_are_shown_literally(tuned, tmp_path):
     config["id2label"] = {"0": "a_b*", "1": "<i>", "2": "[x](y)", "3": "{{ name }}"}
     (folder / "config.json").write_text(json.dumps(config))
     assert r"a\_b\*, \<i\>, \[x\](y), {{ name }}" in model_card(folder, "alice/odd").text
+
+
+def test_a_card_opens_with_the_picture_of_its_folder(tuned, tmp_path):
+    assert "![" not in model_card(tuned, "alice/tuned").text
+    folder = shutil.copytree(tuned, tmp_path / "pictured")
+    Image.new("RGB", (8, 8)).save(folder / CARD_IMAGE)
+    card = model_card(folder, "alice/tuned")
+    assert "# tuned\n\n![An image beside its segmentation by this model](card_image.jpg)\n\nAn [IFSeg]" in card.text
+    assert "\n\n\n" not in card.content

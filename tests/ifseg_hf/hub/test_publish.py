@@ -24,7 +24,7 @@ from transformers import pipeline
 
 from ifseg_hf import OFAForConditionalGeneration
 from ifseg_hf.hub import publish
-from ifseg_hf.hub.model_folder import RESULTS_FILE
+from ifseg_hf.hub.model_folder import CARD_IMAGE, RESULTS_FILE
 from ifseg_hf.hub.publish import check_repo_id, files_to_publish
 from ifseg_hf.training.config import SETTINGS_FILE
 
@@ -318,6 +318,14 @@ def test_access_is_checked_without_importing_torch(hub, tmp_path, variables, mes
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(message)
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_the_picture_of_the_card_is_published_if_there_is_one(folders, tmp_path):
+    folder = shutil.copytree(folders["tuned"], tmp_path / "pictured")
+    (folder / "another.jpg").write_bytes(b"an image")
+    assert not any(file.suffix == ".jpg" for file in files_to_publish(folder))
+    (folder / CARD_IMAGE).write_bytes(b"the picture")
+    assert [file.name for file in files_to_publish(folder) if file.suffix == ".jpg"] == [CARD_IMAGE]
 
 
 def test_incomplete_folders_are_refused(folders, tmp_path):

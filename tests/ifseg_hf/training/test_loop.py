@@ -17,7 +17,7 @@ from ifseg_hf.modeling.modeling_ofa import OFAForConditionalGeneration
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.training import setup, signals
 from ifseg_hf.training.config import CHECKPOINT_FILE, SETTINGS_FILE, checkpoints
-from ifseg_hf.training.log import LOG_FILE, TrainingLog, read_log
+from ifseg_hf.training.log import LOG_FILE, TrainingLog, read_log, read_usage
 from ifseg_hf.training.loop import (
     SettingError,
     TrainingConfig,
@@ -212,6 +212,10 @@ def test_a_signal_stops_after_its_step_with_a_checkpoint(number, tiny_model, tmp
     monkeypatch.undo()
     result = train(settings(tiny_model, tmp_path / "out", steps=6, resume="latest"))
     assert f"{6 - step} steps (the last {6 - step} of 6)" in str(result)
+    parts = read_usage(tmp_path / "out")
+    assert [(part["first_step"], part["last_step"]) for part in parts] == [(1, step), (step + 1, 6)]
+    assert parts[1]["seconds"] == pytest.approx(result.seconds, abs=1e-3)
+    assert parts[1]["peak_memory"] == result.peak_memory
     assert_equal_weights(tmp_path / "complete", tmp_path / "out")
 
 
@@ -256,6 +260,7 @@ def test_a_resumed_run_logs_every_step_once(tiny_model, tmp_path):
     resume = str(tmp_path / "complete" / "checkpoint-3")
     train(settings(tiny_model, other, resume=resume, **rare))
     assert read_log(other) == log[3:]
+    assert [(part["first_step"], part["last_step"]) for part in read_usage(other)] == [(4, 5)]
     with pytest.raises(ValueError, match=r"holds no training_log\.jsonl"):
         read_log(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Palette, overlays with legends, mask files and images side by side."""
+"""Overlays with labels and legends, mask files and images side by side."""
 
 import json
 
@@ -8,9 +8,11 @@ import torch
 from PIL import Image, ImageFont
 
 from ifseg_hf.visualization import fonts, overlays
-from ifseg_hf.visualization.overlays import overlay, palette, save_mask, shares, side_by_side
+from ifseg_hf.visualization.colors import word_colors
+from ifseg_hf.visualization.overlays import overlay, save_mask, shares, side_by_side
 
 NAMES = ["sky", "tree", "road"]
+SKY, TREE, ROAD = word_colors(NAMES)
 
 
 @pytest.fixture
@@ -27,31 +29,6 @@ def mask():
     return mask
 
 
-def distances(colors):
-    """Distances between each two of the colours."""
-    values = np.asarray(colors, dtype=float)
-    between = np.linalg.norm(values[:, None] - values[None], axis=-1)
-    return between[~np.eye(len(values), dtype=bool)]
-
-
-def test_palette_has_a_different_color_for_each_category():
-    assert distances(palette(20)).min() > 60
-    assert len(set(palette(1000))) == 1000
-    assert len(palette(1500)) == 1500
-    assert palette(0) == ()
-
-
-def test_a_longer_palette_begins_with_the_shorter_one():
-    assert palette(171)[:30] == palette(30)
-    assert all(isinstance(channel, int) and 0 <= channel <= 255 for color in palette(171) for channel in color)
-
-
-def test_palette_is_never_nearly_black_or_white():
-    brightness = np.asarray(palette(171)) @ (0.299, 0.587, 0.114)
-    assert brightness.min() > 45
-    assert brightness.max() < 230
-
-
 def test_shares_are_relative_to_all_pixels_and_sorted(mask):
     assert list(shares(mask, NAMES).items()) == [("sky", 0.45), ("road", 0.45)]
     mask[30:] = 1
@@ -64,7 +41,7 @@ def test_mask_file_holds_indices_colors_and_names(tmp_path, mask):
         assert file.mode == "P"
         assert json.loads(file.text["categories"]) == NAMES
         np.testing.assert_array_equal(np.asarray(file), np.where(mask < 0, 255, mask))
-        assert file.convert("RGB").getpixel((79, 59)) == palette(3)[2]
+        assert file.convert("RGB").getpixel((79, 59)) == ROAD
 
 
 def test_mask_file_of_255_categories_has_a_palette(tmp_path):
@@ -99,8 +76,8 @@ def test_overlay_without_legend_keeps_size_and_unlabelled_pixels(image, mask):
 def test_overlay_paints_the_colours_of_the_palette(mask):
     grey = Image.new("RGB", (80, 60), (128, 128, 128))
     result = overlay(grey, mask, NAMES, alpha=1.0, legend=False)
-    assert result.getpixel((10, 30)) == palette(3)[0]
-    assert result.getpixel((70, 30)) == palette(3)[2]
+    assert result.getpixel((10, 30)) == SKY
+    assert result.getpixel((70, 30)) == ROAD
 
 
 @pytest.mark.parametrize("size", [(16, 16), (80, 60), (60, 80), (1600, 900)])
@@ -115,7 +92,7 @@ def test_legend_stands_outside_of_the_image(size, count):
     outside[: size[1], : size[0]] = 255
     colors = {tuple(color) for color in outside.reshape(-1, 3).tolist()}
     present = np.unique(mask)
-    assert {palette(count)[i] for i in present} <= colors
+    assert {word_colors(names)[i] for i in present} <= colors
     # Nothing is cut off: the pixels at the edges are background.
     below = size[0] > size[1]
     assert (outside[-1] == 255).all()
@@ -126,9 +103,9 @@ def test_legend_stands_outside_of_the_image(size, count):
 def test_legend_shows_only_categories_in_the_mask(image, mask):
     result = np.asarray(overlay(image, mask, NAMES))
     colors = {tuple(color) for color in result[image.height :].reshape(-1, 3).tolist()}
-    assert palette(3)[0] in colors
-    assert palette(3)[2] in colors
-    assert palette(3)[1] not in colors
+    assert SKY in colors
+    assert ROAD in colors
+    assert TREE not in colors
 
 
 @pytest.mark.parametrize(
