@@ -22,14 +22,25 @@ ASSETS = Path(__file__).with_name("assets")
 TITLE = "IFSeg: segmentation from words alone"
 _FONTS = ["system-ui", "sans-serif"]  # of the system, since none is downloaded
 _CACHE_SECONDS = 2 * 3600  # after which uploaded and written files are deleted
-_NO_VOCABULARY = ("the words above", "")
+_NO_VOCABULARY = ("none: the words that you type", "")
 _CLICK_LINK = "() => setTimeout(() => document.querySelector('#file a, #file button, #file').click(), 100)"
 
 
 def theme_settings() -> dict[str, Any]:
     """The arguments of `launch` for the looks of the page."""
-    theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=["monospace"])
-    return {"theme": theme, "css_paths": [ASSETS / "page.css"]}
+    theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=["monospace"]).set(
+        # darker than Gradio's, for a contrast of at least 4.5
+        body_text_color_subdued="*neutral_600",
+        block_info_text_color="*neutral_600",
+        block_label_text_color="*neutral_600",
+        block_title_text_color="*neutral_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_secondary_background_fill="*neutral_100",
+        button_secondary_border_color="*neutral_300",
+        button_secondary_text_color="*neutral_800",
+    )
+    return {"theme": theme, "css_paths": [ASSETS / "page.css"], "js": _asset("page.js")}
 
 
 def build_page(service: Service) -> gr.Blocks:
@@ -50,15 +61,17 @@ class _Page:
     def build(self, page: gr.Blocks) -> None:
         self.visit = gr.State(Visit(), time_to_live=_CACHE_SECONDS)
         gr.HTML(
-            f"<h1>{TITLE}</h1><p>Choose an image and type what to look for. The model was never shown a mask of these "
-            "words: tuning uses the words alone.</p>",
+            f"<h1>{TITLE}</h1><p>Choose an image, type what to look for, and press Segment. To make the mask better, "
+            "tune the model on your words: that uses the words alone, and no image.</p>",
             elem_id="head",
         )
         with gr.Row(elem_id="main"):
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(elem_id="inputs"):
                 self._inputs()
-            with gr.Column(scale=3, min_width=300):
+            with gr.Column(elem_id="results"):
                 self._results()
+            with gr.Column(elem_id="tuning"):
+                self._tuning()
         self._events(page)
 
     def _inputs(self) -> None:
@@ -66,34 +79,49 @@ class _Page:
             label="Image",
             sources=["upload", "webcam", "clipboard"],
             type="filepath",
-            height=300,
+            height=280,
+            placeholder="Drop an image here,\nor click to choose one",
             elem_id="image",
             buttons=[],
         )
         self.image.preprocess = _path  # unopened, so that a wrong file gets a plain sentence
         self.words = gr.Textbox(
             value=join_names(self.service.words),
-            label="Words, separated by commas",
+            label="Words",
+            info="separated by commas",
             placeholder="sky, road, car",
             max_lines=6,
             elem_id="words",
         )
         self.rest = gr.Checkbox(
-            label="What is none of these words is background (always so for a single word)", elem_id="rest"
+            label="Everything else is background",
+            info="always so for a single word",
+            container=False,
+            elem_id="rest",
         )
         self.segment = gr.Button("Segment", variant="primary", elem_id="segment")
+
+    def _tuning(self) -> None:
         self.vocabulary = gr.Dropdown(
-            choices=[_NO_VOCABULARY], value="", label="Tuned vocabularies", elem_id="vocabulary", filterable=False
+            choices=[_NO_VOCABULARY],
+            value="",
+            label="Tuned vocabularies",
+            info="Words that a model was tuned on before",
+            elem_id="vocabulary",
+            filterable=False,
         )
-        with gr.Group(elem_id="tuning"):
+        with gr.Group():
             self.steps = gr.Slider(
-                1, max(100, 2 * self.service.steps), value=self.service.steps, step=1, label="Steps of tuning",
+                1,
+                max(100, 2 * self.service.steps),
+                value=self.service.steps,
+                step=1,
+                label="Steps of tuning",
                 elem_id="steps",
-            )  # fmt: skip
-            with gr.Row():
-                self.tune = gr.Button("Tune on these words", elem_id="tune", min_width=100)
-                self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=60)
-            self.progress = gr.HTML(elem_id="progress", padding=True)
+            )
+            self.tune = gr.Button("Tune on these words", elem_id="tune")
+            self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+        self.progress = gr.HTML(elem_id="progress")
 
     def _results(self) -> None:
         self.note = gr.HTML(elem_id="note")
@@ -107,11 +135,11 @@ class _Page:
         neighbors, iterations = self.service.smoothing
         with gr.Row(elem_id="sliders"):
             self.iterations = gr.Slider(
-                0, 50, value=iterations, step=1, label="Smoothing", info="times that similar patches are averaged",
+                0, 50, value=iterations, step=1, label="Smoothing", info="how often to average",
                 elem_id="iterations", min_width=150,
             )  # fmt: skip
             self.neighbors = gr.Slider(
-                1, 20, value=neighbors, step=1, label="Patches", info="that are averaged", elem_id="neighbors",
+                1, 20, value=neighbors, step=1, label="Similar patches", info="averaged each time", elem_id="neighbors",
                 min_width=150,
             )  # fmt: skip
             self.threshold = gr.Slider(
@@ -195,14 +223,14 @@ class _Page:
             return gr.skip()
         return self.service.post_process(visit, PostProcessing(int(neighbors), int(iterations), threshold))
 
-    def on_tune(self, steps: float, visit: Visit, *asked: Any, request: gr.Request) -> Iterator[list[Any]]:
+    def on_tune(self, request: gr.Request, steps: float, visit: Visit, *asked: Any) -> Iterator[list[Any]]:
         entered = _request(asked)
         nothing = [gr.skip()] * (4 + len(self.downloads))
         for state in self.service.tune(visit, request.session_hash, entered, int(steps)):
             picture = progress_bar(state.progress, state.sentence) if state.progress.steps else ""
             if state.error:
                 picture = message(state.sentence, error=True)
-            buttons = [gr.update(interactive=not state.running), gr.update(interactive=state.running)]
+            buttons = [gr.update(visible=not state.running), gr.update(visible=state.running)]
             if state.tuned is None:
                 yield [picture, *buttons, *nothing]
                 continue

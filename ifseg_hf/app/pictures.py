@@ -134,7 +134,7 @@ def loss_curve(losses: Sequence[float], steps: int) -> str:
         return ""
     width, height, left, bottom = 360, 150, 44, 22
     values = np.asarray(losses, float)
-    window = max(1, len(values) // 10)
+    window = min(len(values), max(3, len(values) // 10))
     mean = np.convolve(values, np.ones(window) / window, mode="valid")
     low, high = float(values.min()), float(values.max())
     low, high = (low, high) if high > low else (low - 0.5, high + 0.5)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ _KILL_AFTER = 30.0  # seconds between the request to stop and the end of a worke
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a tuning is: completed steps of all, the loss of each logged step, and seconds since its start."""
+    """How far a tuning is: completed steps of all, the loss of each step, and seconds since the first step's end."""
 
     step: int
     steps: int
@@ -36,7 +36,7 @@ class Progress:
     @property
     def seconds_left(self) -> float | None:
         """Estimate from the steps so far; `None` before the second step."""
-        return None if self.step < 2 else self.seconds / self.step * (self.steps - self.step)
+        return None if self.step < 2 else self.seconds / (self.step - 1) * (self.steps - self.step)
 
 
 class Tuning:
@@ -50,10 +50,12 @@ class Tuning:
     """
 
     def __init__(self, settings: dict[str, Any]):
-        config = training_config({"output_dir": "", **settings})
-        config.check()
-        self.settings, self.steps = settings, config.steps
+        self.settings = settings
+        self.config = config = training_config({"output_dir": "", **settings})
+        self.steps = config.steps
         self.entry = entry_folder(checkpoint_folder(config.model), config)
+        with tempfile.TemporaryDirectory() as empty:  # the worker's own folder may hold an interrupted tuning
+            replace(config, output_dir=empty).check()
         self.stopping = False
         self._process: subprocess.Popen | None = None
         self._first_step: float | None = None

@@ -97,7 +97,9 @@ for (const picture of pictures) {
   };
   picture.addEventListener("pointermove", point);
   picture.addEventListener("pointerdown", point);
-  picture.addEventListener("pointerleave", () => hide(picture));
+  picture.addEventListener("pointerleave", (event) => {
+    if (event.pointerType !== "touch") hide(picture); // a finger leaves when it is lifted
+  });
   picture.addEventListener("blur", () => hide(picture));
   picture.addEventListener("focus", () => {
     if (picture.matches(":focus-visible")) readout.textContent = show(picture, marker, true);
