@@ -1,52 +1,23 @@
 """The page `ifseg app` in Chromium, driven by Playwright. Skipped where Gradio, Playwright or Chromium is missing."""
 
 import os
-import queue
 import shutil
-import socket
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from page_process import ROOT, free_port, serve
 from PIL import Image
 from small_nano import save_small_nano
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-ROOT = Path(__file__).parents[2]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --use-fake-ui-for-media-stream --use-fake-device-for-media-stream"
 )
 TIMEOUT = 120_000  # milliseconds, long enough for a busy machine
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def serve(command: list[str], environment: dict, address: str) -> subprocess.Popen:
-    """Starts a program and returns when it has printed an address."""
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-    )
-    lines: queue.Queue = queue.Queue()
-    threading.Thread(target=lambda: [lines.put(line) for line in process.stdout], daemon=True).start()
-    printed, deadline = "", time.monotonic() + 300
-    while address not in printed:
-        assert process.poll() is None or not lines.empty(), printed
-        assert time.monotonic() < deadline, printed
-        try:
-            printed += lines.get(timeout=1)
-        except queue.Empty:
-            continue
-    return process
 
 
 @pytest.fixture(scope="session")

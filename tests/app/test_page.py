@@ -142,11 +142,11 @@ def test_downloads(open_page, image_file, tmp_path):
 def test_an_image_from_the_camera(open_page):
     page = open_page(permissions=["camera"])
     type_words(page, WORDS)
-    page.locator("#image button[aria-label*='camera' i], #image button[aria-label*='webcam' i]").first.click()
-    start = page.locator("#image button:has-text('Webcam'), #image button:has-text('camera')").first
-    if start.is_visible():
-        start.click()
-    page.locator("#image button[aria-label*='capture' i]").first.click()
+    page.click("#image button[aria-label='Capture from camera']")
+    page.click("#image button:has-text('Access Webcam')")
+    page.wait_for_selector("#image button[aria-label='capture photo']")
+    page.wait_for_function("document.querySelector('#image video').videoWidth > 0")
+    page.click("#image button[aria-label='capture photo']")
     wait_for_mask(page)
     assert sorted(legend(page)) in (["flag"], ["flag", "woman"], ["woman"])
 
