@@ -143,7 +143,7 @@ class _Page:
                 min_width=150,
             )  # fmt: skip
             self.threshold = gr.Slider(
-                0, 1, value=0, step=0.01, label="Threshold", info="least probability of a word", elem_id="threshold",
+                0, 1, value=0, step=0.01, label="Threshold", info="lowest probability", elem_id="threshold",
                 min_width=150,
             )  # fmt: skip
         with gr.Row(elem_id="downloads"):

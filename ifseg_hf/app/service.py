@@ -1,6 +1,7 @@
 """What the page does, without Gradio: segmenting, post-processing, tuning, and the state of one visitor."""
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ifseg_hf.app.downloads import write_mask, write_model, write_overlay
+from ifseg_hf.app.downloads import new_folder, write_mask, write_model, write_overlay
 from ifseg_hf.app.images import PageError, UploadedImage, read_upload
 from ifseg_hf.app.pictures import viewer_data
 from ifseg_hf.app.segmentation import Models, PostProcessing, Segmentation, segment_image
@@ -99,6 +100,7 @@ class Service:
         background = len(config.background or ())
         self.words = [config.id2label[i] for i in range(len(config.category_ids) - background)] if self.is_tuned else []
         self.steps = training_config({"output_dir": "", "model": model, "categories": ["cat", "dog"]}).steps
+        self._downloads = tempfile.TemporaryDirectory(prefix="ifseg-")  # deleted at the end of the process
         self.runs = TuningRuns(slots=max(1, (os.cpu_count() or 1) // 4))
 
     @property
@@ -160,7 +162,9 @@ class Service:
         if len(words) > 20:
             notes.append(prompt_note(lambda names: segmenter.encode_words(names, background="none"), words))
         if not choice.tuned:
-            notes.append("This is a preview: the model was not tuned on these words. Tuning makes the mask better.")
+            notes.append(
+                "This is a preview: the model was not tuned on these words. Tuning usually makes the mask better."
+            )
         return View(viewer_data(visit.segmentation, request.how), tuple(filter(None, notes)))
 
     def post_process(self, visit: Visit, how: PostProcessing) -> dict[str, Any] | None:
@@ -223,11 +227,12 @@ class Service:
 
     def download(self, visit: Visit, kind: str, how: PostProcessing) -> Path:
         """Returns a new file with the mask, the overlay or the tuned model. Raises [`PageError`]."""
+        folder = new_folder(Path(self._downloads.name))
         if kind == "model":
             if visit.model is None:
                 raise PageError("There is no tuned model yet: tune on the words first.")
-            return write_model(visit.model)
+            return write_model(visit.model, folder)
         if visit.segmentation is None:
             raise PageError("There is no mask yet: segment an image first.")
         write = {"mask": write_mask, "overlay": write_overlay}[kind]
-        return write(visit.segmentation, how)
+        return write(visit.segmentation, how, folder)

@@ -114,7 +114,7 @@ def _readme(name: str, model: str) -> str:
         app_file="app.py",
         license="apache-2.0",
         short_description="Image segmentation from words alone",
-        **({} if model == EMBEDDED else {"models": [model]}),
+        models=None if model == EMBEDDED else [model],
     )
     link = "the model embedded in the package" if model == EMBEDDED else f"[{model}](https://huggingface.co/{model})"
     body = _TEMPLATE.read_text(encoding="utf-8").replace("{{ title }}", name).replace("{{ model_link }}", link)

@@ -52,7 +52,7 @@ def browser():
 
 
 @pytest.fixture
-def open_page(page_server, browser):
+def open_page(browser, page_server):
     """A function that opens the page for a new visitor. At the end: no request went to another host, no error."""
     contexts, requests, errors = [], [], []
 

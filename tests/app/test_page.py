@@ -139,6 +139,17 @@ def test_downloads(open_page, image_file, tmp_path):
         assert overlay.width >= 320
 
 
+def test_a_tall_image_keeps_its_shape(open_page, tmp_path):
+    Image.new("RGB", (100, 400), (110, 160, 230)).save(tmp_path / "tower.png")
+    page = segmented(open_page(), tmp_path / "tower.png")
+    page.wait_for_timeout(300)
+    for kind in ("overlay", "mask"):
+        box = page.locator(f"#viewer .{kind} img").bounding_box()
+        assert box["height"] == pytest.approx(4 * box["width"], rel=0.02)
+        assert box["height"] <= 0.76 * 900
+    assert re.match(READOUT, hover(page, "mask", 0.5, 0.99))
+
+
 def test_an_image_from_the_camera(open_page):
     page = open_page(permissions=["camera"])
     type_words(page, WORDS)

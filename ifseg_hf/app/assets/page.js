@@ -5,6 +5,10 @@
       if (!image.alt) image.alt = "The image to segment";
     }
   };
+  const fail = (event) => {
+    if (event.target.matches?.("#image img")) event.target.alt = "This file cannot be shown.";
+  };
+  document.addEventListener("error", fail, true);
   new MutationObserver(describe).observe(document.body, { childList: true, subtree: true });
   describe();
 }

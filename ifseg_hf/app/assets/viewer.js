@@ -56,6 +56,9 @@ function draw() {
   if (!value) return;
   for (const kind of ["overlay", "mask"]) {
     const image = root.querySelector(`.${kind} img`);
+    // Shares of the picture are shares of the image, whose sides keep their ratio in every window.
+    image.onload = () =>
+      image.parentElement.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
     image.src = value[kind];
     image.alt = `${kind === "mask" ? "Mask" : "Overlay of image and mask"}: ${value.summary}.`;
   }

@@ -1,6 +1,7 @@
 """What the page does, without a browser: segmenting, tuning in another process, stopping, downloads."""
 
 import json
+import os
 import time
 import zipfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from ifseg_hf.app.tuning_run import Tuning, TuningRuns
 from ifseg_hf.app.vocabularies import tuned_vocabularies
 from ifseg_hf.cache import cache_entries
 
-PREVIEW = "This is a preview: the model was not tuned on these words. Tuning makes the mask better."
+PREVIEW = "This is a preview: the model was not tuned on these words. Tuning usually makes the mask better."
 
 
 @pytest.fixture
@@ -255,6 +256,14 @@ def test_downloads_have_the_size_of_the_image(service, visit, request_for, tmp_p
     with Image.open(service.download(visit, "overlay", how)) as overlay:
         assert overlay.width >= 120
         assert overlay.height > 90  # with a legend below
+
+
+def test_earlier_downloads_are_deleted(service, visit, request_for):
+    service.segment(visit, request_for())
+    first, second = (service.download(visit, "mask", PostProcessing(4, 3)) for _ in range(2))
+    os.utime(first.parent, (0, 0))
+    third = service.download(visit, "mask", PostProcessing(4, 3))
+    assert [file.is_file() for file in (first, second, third)] == [False, True, True]
 
 
 def test_downloads_that_are_not_there_are_one_sentence(service, visit, request_for, image_file):
