@@ -1,7 +1,7 @@
-# make demo | pictures | test | common-tests | quality | bench | clean
+# make demo | pictures | test | test-app | common-tests | quality | bench | clean
 #
-# Every target first creates the environment .venv with the tested versions. After that only common-tests needs a
-# network, once: it downloads transformers' own tests from the package index.
+# Every target first creates the environment .venv with the tested versions. After that only common-tests and test-app
+# need a network, once: they download transformers' own tests, and Gradio and Playwright, from the package index.
 #   make demo IMAGE=a.jpg CATEGORIES="cat, grass"    your own image and words
 #   make test PYTHON=python3.12                      another Python (3.11 or newer)
 #   make test CONSTRAINTS=                           other versions, if a tested one has no build for your platform
@@ -14,13 +14,14 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 STAMP := .venv/installed
 COMMON_STAMP := .venv/installed-common-tests
+APP_STAMP := .venv/installed-test-app
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
 # The shell reads these from the environment, so quotes and spaces in them arrive as they were typed.
 export IMAGE CATEGORIES
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo pictures test common-tests quality bench clean
+.PHONY: demo pictures test test-app common-tests quality bench clean
 
 demo: $(STAMP)
 	@$(BIN)/python scripts/demo.py $${IMAGE:+--image "$$IMAGE"} $${CATEGORIES:+--categories "$$CATEGORIES"}
@@ -32,6 +33,10 @@ pictures: $(STAMP)
 # One thread per process: torch is slower with more threads than cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The page `ifseg app` in Chromium (apt-get install chromium), without which the tests of the browser are skipped.
+test-app: $(APP_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/app
 
 # The tests of models, processors and pipelines in transformers' source distribution, run on this project's classes.
 common-tests: $(COMMON_STAMP)
@@ -60,6 +65,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -m venv .venv
 	@$(PIP_INSTALL) setuptools wheel
 	@$(PIP_INSTALL) --no-build-isolation -e ".[dev]"
+	@touch $@
+
+$(APP_STAMP): $(STAMP)
+	@$(PIP_INSTALL) --no-build-isolation -e ".[test-app]"
 	@touch $@
 
 $(COMMON_STAMP): $(STAMP)

@@ -8,17 +8,19 @@ import typer
 
 from ifseg_hf.cli.app import CommandError
 from ifseg_hf.cli.options import CardImage, option
+from ifseg_hf.pretrained import EMBEDDED
 
 __all__ = ["push"]
 
 
 def push(
     folder: Annotated[
-        str, typer.Argument(help="folder of a trained or converted model or an adapter", metavar="FOLDER")
-    ],
+        str | None, typer.Argument(help="folder of a trained or converted model or an adapter", metavar="FOLDER")
+    ] = None,
     repo_id: Annotated[
-        str, typer.Argument(help="owner/name of the repository, created if it does not exist", metavar="REPO_ID")
-    ],
+        str | None,
+        typer.Argument(help="owner/name of the repository, created if it does not exist", metavar="REPO_ID"),
+    ] = None,
     private: Annotated[
         bool | None, option("whether a new repository is private (default: the owner's default)")
     ] = None,
@@ -28,23 +30,48 @@ def push(
         str | None, option("Hub id of the model that this one was trained or converted from", metavar="ID")
     ] = None,
     card_image: CardImage = None,
+    space: Annotated[
+        str | None, option("owner/name of a Space to publish: the page of `ifseg app` with this model", metavar="ID")
+    ] = None,
+    model: Annotated[
+        str | None,
+        option(
+            "with --space and no FOLDER: Hub id of the model that the page opens with (default: the embedded model)",
+            metavar="ID",
+        ),
+    ] = None,
 ) -> int:
-    """Publishes a saved model on the Hub, with its processor, code and model card, or an adapter with its words.
+    """Publishes a saved model or an adapter on the Hub, with its words and model card, or the page `ifseg app`.
 
     \b
     ifseg push tuned me/my-words
+    ifseg push tuned me/my-words --space me/my-demo
+    ifseg push --space me/ifseg-demo
 
     Needs a token with write permission: `hf auth login` or HF_TOKEN. The README.md of the folder is published as the
     model card; without one, a model card is generated.
     """
+    if (folder is None) != (repo_id is None) or (folder is None and space is None):
+        raise typer.BadParameter("give the folder of a model and a repository id (owner/name), or --space")
+    if card_image is not None and folder is None:
+        raise typer.BadParameter("--card-image is for the folder of a model")
+    if model is not None and (folder is not None or space is None):
+        raise typer.BadParameter("--model is for --space without a folder")
     # Imports that take seconds come after the arguments, so that wrong arguments are reported at once.
     from ifseg_hf.hub.publish import HubError, check_access, push_to_hub
+    from ifseg_hf.hub.space import push_space
 
     try:
-        if card_image is not None:
-            check_access(repo_id)
-            draw(folder, card_image)
-        commit = push_to_hub(folder, repo_id, private, revision, commit_message, base_model=base_model)
+        if folder is not None:
+            if card_image is not None:
+                check_access(repo_id)
+                draw(folder, card_image)
+            commit = push_to_hub(folder, repo_id, private, revision, commit_message, base_model=base_model)
+            print(f"Published: {commit.commit_url}")
+            model = check_access(repo_id) if space is not None else None
+        if space is not None:
+            commit = push_space(space, model or EMBEDDED, private, commit_message)
+            print(f"Published: {commit.commit_url}")
     except KeyboardInterrupt:
         print("Interrupted; run the same command to try again.", file=sys.stderr)
         return 130
@@ -52,7 +79,6 @@ def push(
         raise CommandError(error) from error
     except (OSError, ValueError) as error:
         raise CommandError(error, 2) from error
-    print(f"Published: {commit.commit_url}")
     return 0
 
 

@@ -4,10 +4,10 @@
         ...  # a process with HF_ENDPOINT=hub.url and HF_TOKEN=hf_alice
     assert hub.unknown == []
 
-It has public and private model repositories with branches, tokens with write or read permission, and regular and large
-files. Large files are transferred by Git LFS or, with `xet_folder`, by Xet: the server issues Xet tokens, and the
-client's own Xet library stores the content in that folder. Unknown requests are answered with 404 and listed in
-`unknown`; `refuse` makes chosen requests fail.
+It has public and private repositories of models and Spaces with branches, tokens with write or read permission, and
+regular and large files. Large files are transferred by Git LFS or, with `xet_folder`, by Xet: the server issues Xet
+tokens, and the client's own Xet library stores the content in that folder. Unknown requests are answered with 404 and
+listed in `unknown`; `refuse` makes chosen requests fail.
 """
 
 import base64
@@ -24,6 +24,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 ROUTES: list[tuple[str, re.Pattern, str]] = []
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+KIND = "(?:models|spaces)"
 REVISION = r"(?P<revision>[^/]+)"  # refs/pr/1 comes quoted
 
 
@@ -56,6 +57,7 @@ class Blob:
 @dataclass
 class Repository:
     private: bool
+    sdk: str | None = None  # of a Space
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
@@ -240,12 +242,13 @@ class Handler(BaseHTTPRequestHandler):
         if repo in self.hub.repositories:
             answer["error"] = "You already created this model repo"
             return self.answer(answer, 409)
-        repository = Repository(private=body.get("visibility") == "private" or bool(body.get("private")))
+        private = body.get("visibility") == "private" or bool(body.get("private"))
+        repository = Repository(private, body.get("sdk"))
         repository.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n")}, "initial commit")
         self.hub.repositories[repo] = repository
         return self.answer(answer)
 
-    @route("POST", f"/api/models/{REPO}/branch/{REVISION}")
+    @route("POST", f"/api/{KIND}/{REPO}/branch/{REVISION}")
     def create_branch(self, repo: str, revision: str):
         repository = self.repository(repo, write=True)
         if revision in repository.branches:
@@ -253,14 +256,14 @@ class Handler(BaseHTTPRequestHandler):
         repository.branches[revision] = repository.branches["main"]
         self.answer({})
 
-    @route("GET", f"/api/models/{REPO}(/revision/{REVISION})?")
+    @route("GET", f"/api/{KIND}/{REPO}(/revision/{REVISION})?")
     def info(self, repo: str, revision: str | None = None):
         sha, files = self.commit_of(repo, revision or "main")
         repository = self.hub.repositories[repo]
         siblings = [{"rfilename": path} for path in files]
         self.answer({"id": repo, "sha": sha, "private": repository.private, "tags": [], "siblings": siblings})
 
-    @route("GET", f"/api/models/{REPO}/tree/{REVISION}(/(?P<folder>.+))?")
+    @route("GET", f"/api/{KIND}/{REPO}/tree/{REVISION}(/(?P<folder>.+))?")
     def tree(self, repo: str, revision: str, folder: str | None = None):
         _, files = self.commit_of(repo, revision)
         if folder:  # repositories here have no folders
@@ -275,7 +278,7 @@ class Handler(BaseHTTPRequestHandler):
         content = json.loads(self.body)["content"]
         self.answer({"errors": [] if content.startswith("---\n") else [{"message": "no metadata"}], "warnings": []})
 
-    @route("POST", f"/api/models/{REPO}/preupload/{REVISION}")
+    @route("POST", f"/api/{KIND}/{REPO}/preupload/{REVISION}")
     def pre_upload(self, repo: str, revision: str):
         self.repository(repo, write=True)
         _, there = self.commit_of(repo, revision)
@@ -287,7 +290,7 @@ class Handler(BaseHTTPRequestHandler):
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **oid})
         self.answer({"files": files})
 
-    @route("POST", rf"/{REPO}\.git/info/lfs/objects/batch")
+    @route("POST", rf"/(?:spaces/)?{REPO}\.git/info/lfs/objects/batch")
     def lfs_batch(self, repo: str):
         self.repository(repo, write=True)
         objects = []
@@ -312,14 +315,14 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, "", "The file is not here")
         self.answer({})
 
-    @route("GET", f"/api/models/{REPO}/xet-(?P<kind>read|write)-token/{REVISION}")
+    @route("GET", f"/api/{KIND}/{REPO}/xet-(?P<kind>read|write)-token/{REVISION}")
     def xet_token(self, repo: str, kind: str, revision: str):
         self.repository(repo, write=kind == "write")
         connection = {"casUrl": f"local://{self.hub.xet_folder}", "accessToken": "xet", "exp": int(time.time()) + 3600}
         headers = {"X-Xet-Cas-Url": connection["casUrl"], "X-Xet-Access-Token": "xet"}
         self.answer(connection, headers={**headers, "X-Xet-Token-Expiration": connection["exp"]})
 
-    @route("POST", f"/api/models/{REPO}/commit/{REVISION}")
+    @route("POST", f"/api/{KIND}/{REPO}/commit/{REVISION}")
     def commit(self, repo: str, revision: str):
         repository = self.repository(repo, write=True)
         if revision not in repository.branches:
@@ -342,11 +345,12 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 raise Refused(400, "", f"Unknown key in a commit: {key}")
         sha = repository.commit(revision, files, message)
-        self.answer({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"})
+        kind = "spaces/" if repository.sdk else ""
+        self.answer({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{kind}{repo}/commit/{sha}"})
 
     # Downloads -------------------------------------------------------------------------------------------------------
 
-    @route("GET", f"/{REPO}/resolve/{REVISION}/(?P<path>.+)")
+    @route("GET", f"/(?:spaces/)?{REPO}/resolve/{REVISION}/(?P<path>.+)")
     def resolve(self, repo: str, revision: str, path: str):
         sha, files = self.commit_of(repo, revision)
         headers: dict = {"X-Repo-Commit": sha}

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "experiments": {"experiments", "training", "evaluation", "data", "visualization"},
     "nano": {"nano", "experiments", "training", "evaluation", "data", "visualization"},
     "hub": {"hub", "training"},
-    "cli": {"cli", "hub", "experiments", "training", "evaluation", "data", "visualization"},
+    "app": {"app", "hub", "training", "evaluation", "data", "visualization"},
+    "cli": {"cli", "app", "hub", "experiments", "training", "evaluation", "data", "visualization"},
 }
 
 
@@ -175,7 +176,7 @@ def test_every_import_is_a_declared_dependency():
     extras = {
         canonicalize_name(r.name)
         for r in required
-        for extra in ("onnx", "peft", "train", "plot")
+        for extra in ("onnx", "peft", "train", "plot", "app")
         if r.marker and r.marker.evaluate({"extra": extra})
     }
     assert {name for name in used if name not in optional.values()} <= always | extras

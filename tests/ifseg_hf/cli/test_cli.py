@@ -25,7 +25,7 @@ from ifseg_hf.hub.model_folder import CARD_IMAGE
 from ifseg_hf.training.config import TrainingConfig
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = ["segment", "tune", "convert", "evaluate", "pseudo-label", "push", "export", "cache"]
+COMMANDS = ["segment", "tune", "app", "convert", "evaluate", "pseudo-label", "push", "export", "cache"]
 WORDS = "cat, wet grass, sky"
 RECIPE = {"steps": 4, "warmup_steps": 1, "batch_size": 2, "max_cells": 2, "learning_rate": 1e-3}
 
@@ -119,6 +119,8 @@ def test_every_setting_is_a_flag():
         (["tune", "cat, cup", "--output-dir", "out", "--decoder-positions", "none"], "choose segmentation or image"),
         (["pseudo-label", "--model", "m", "--output-dir", "out"], "ifseg pseudo-label: give either --dataset or"),
         (["cache", "name"], "ifseg cache: names are for --clear"),
+        (["app", "--port", "70000"], "must be from 1 to 65535"),
+        (["push", "tuned"], "ifseg push: give the folder of a model and a repository id"),
         (["nothing"], "ifseg: No such command 'nothing'"),
     ],
 )
