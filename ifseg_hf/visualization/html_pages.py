@@ -1,6 +1,5 @@
 """Web pages in one file: templates, images and charts are inline, and nothing is loaded from elsewhere."""
 
-import base64
 import html
 import io
 import math
@@ -11,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-__all__ = ["data_uri", "jpeg", "line_chart", "page_file", "render_page"]
+__all__ = ["jpeg", "line_chart", "page_file", "render_page"]
 
 _WIDTH, _HEIGHT = 560, 280  # of a chart, in units of its SVG
 _LEFT, _RIGHT, _TOP, _BOTTOM = 74, 14, 12, 30  # margins of a chart
@@ -41,11 +40,6 @@ def jpeg(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, format="JPEG", quality=82)
     return file.getvalue()
-
-
-def data_uri(content: bytes, kind: str = "image/jpeg") -> str:
-    """Returns the content of a file as an address that holds the content itself."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def line_chart(
