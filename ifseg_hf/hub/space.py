@@ -24,7 +24,7 @@ _PACKAGES = {
     "ifseg_hf.modeling": "ifseg_hf/modeling",
     "ifseg_hf.processing": "ifseg_hf/processing",
 }
-_SUFFIXES = {".css", ".csv", ".html", ".js", ".json", ".md", ".py", ".safetensors", ".txt", ".typed", ".yaml"}
+_SUFFIXES = {".css", ".csv", ".html", ".jpg", ".js", ".json", ".md", ".py", ".safetensors", ".txt", ".typed", ".yaml"}
 _APP = '''"""The page of this Space; see https://huggingface.co/docs/hub/spaces-sdks-gradio."""
 
 from ifseg_hf.app.server import launch
