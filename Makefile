@@ -20,6 +20,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # The shell reads these from the environment, so quotes and spaces in them arrive as they were typed.
 export IMAGE CATEGORIES
 export HF_HUB_OFFLINE = 1
+# Waiting threads sleep, so that other programs on the machine do not slow torch down many times.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo pictures test test-app common-tests quality bench clean
 

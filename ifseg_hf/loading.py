@@ -5,8 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
+from safetensors import safe_open
+from transformers.initialization import no_init_weights
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 
 __all__ = ["load_segmentation_model", "quiet_loading"]
@@ -38,6 +41,8 @@ def load_segmentation_model(path: str | Path, **kwargs) -> IFSegForSemanticSegme
             with random values. Other errors are those of `from_pretrained`.
     """
     with quiet_loading():
+        if not kwargs and (complete := _load_complete(path)) is not None:
+            return complete
         model, report = IFSegForSemanticSegmentation.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **kwargs
         )
@@ -47,3 +52,30 @@ def load_segmentation_model(path: str | Path, **kwargs) -> IFSegForSemanticSegme
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(f"its weights are incomplete: {shown} missing.")
     return model
+
+
+def _load_complete(path: str | Path) -> IFSegForSemanticSegmentation | None:
+    """The model of a folder whose one file of weights has just the names and shapes of the model's; `None` for others.
+
+    Equal to the result of `from_pretrained`, which takes 0.4 s longer for a small model: it compiles the renaming rules
+    of all models in transformers.
+    """
+    file = Path(path) / SAFE_WEIGHTS_NAME
+    if not file.is_file() or IFSegConfig.get_config_dict(path)[0].get("model_type") != IFSegConfig.model_type:
+        return None
+    config = IFSegConfig.from_pretrained(path)
+    config.name_or_path = str(path)
+    for part in (config, config.backbone_config):
+        part.dtype = torch.float32
+    with no_init_weights():
+        model = IFSegForSemanticSegmentation(config)
+    model.tie_weights()
+    expected = {name: x for name, x in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    with safe_open(file, framework="pt") as saved:
+        if set(saved.keys()) != set(expected):
+            return None
+        for name, tensor in expected.items():
+            if saved.get_slice(name).get_shape() != list(tensor.shape):
+                return None
+            tensor.copy_(saved.get_tensor(name))
+    return model.eval()

@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ifseg_hf.cli.output import escape_unprintable
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    escape_unprintable()
     options = parse_arguments(arguments)
     from ifseg_hf.data.vocabularies import read_categories
     from ifseg_hf.nano.pretraining import pretrain

@@ -82,6 +82,23 @@ def test_help_imports_neither_torch_nor_transformers():
     assert not imported & {"torch", "transformers", "numpy", "PIL", "accelerate", "huggingface_hub"}
 
 
+SCRIPTS = sorted(file.stem for file in (ROOT / "scripts").glob("*.py") if file.stem != "evaluate")  # evaluate is eval
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "expected"),
+    [("ifseg_hf.cli.main", "ACTIVE", "ACTIVE"), *((script, None, "PASSIVE") for script in SCRIPTS)],
+)
+def test_waiting_threads_sleep_unless_set_otherwise(module, given, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    code = f"import os, sys, {module}; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{expected}\n", "")
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_names_in_any_script_are_printed_in_any_encoding(encoding, tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "IFSEG_CACHE": str(tmp_path / "猫 łąka")}

@@ -30,6 +30,7 @@ from ifseg_hf import (
     OFAForConditionalGeneration,
     OFAModel,
 )
+from ifseg_hf.loading import load_segmentation_model
 
 NEW_IN_SEGMENTATION = {
     "backbone.segmentation_positions.embed_positions.weight",
@@ -88,6 +89,35 @@ def test_dtype_by_name_and_from_checkpoint(tuned, tmp_path):
         assert load(tmp_path, dtype="auto").dtype == torch.bfloat16
         assert load(tmp_path, dtype=torch.float64).dtype == torch.float64
         assert load(tmp_path, torch_dtype="float16").dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_complete_checkpoint_is_loaded_without_from_pretrained(tuned, dtype, tmp_path, monkeypatch):
+    IFSegForSemanticSegmentation.from_pretrained(tuned, dtype=dtype).save_pretrained(tmp_path)
+    expected = IFSegForSemanticSegmentation.from_pretrained(tmp_path)
+    monkeypatch.setattr(IFSegForSemanticSegmentation, "from_pretrained", None)
+    model = load_segmentation_model(tmp_path)
+    assert (model.config.to_dict(), model.training) == (expected.config.to_dict(), False)
+    assert model.name_or_path == str(tmp_path)
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(x.dtype == torch.float32 and torch.equal(x, theirs[name]) for name, x in ours.items())
+    trained = ({name for name, x in m.named_parameters() if x.requires_grad} for m in (model, expected))
+    assert next(trained) == next(trained)
+    assert len(list(model.parameters())) == len(list(expected.parameters()))  # tied weights are one
+
+
+def test_incomplete_checkpoint_of_tuned_model_is_refused(tuned, tmp_path):
+    shutil.copytree(tuned, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    lost = next(name for name in weights if name.endswith("image_proj.weight"))
+    save_file({name: x for name, x in weights.items() if name != lost}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights are incomplete: .*image_proj\.weight missing"):
+        load_segmentation_model(tmp_path / "model")
+    save_file({**weights, lost: weights[lost][:, :-1].contiguous()}, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="mismatched"):
+        load_segmentation_model(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
