@@ -13,7 +13,8 @@ from PIL import Image
 
 from ifseg_hf.app.segmentation import PostProcessing, Segmentation
 from ifseg_hf.app.tuning_run import Progress
-from ifseg_hf.visualization.overlays import overlay, palette, save_mask, shares
+from ifseg_hf.visualization.colors import word_colors
+from ifseg_hf.visualization.overlays import overlay, save_mask, shares
 
 __all__ = ["loss_curve", "message", "progress_bar", "viewer_data"]
 
@@ -35,7 +36,7 @@ def viewer_data(segmentation: Segmentation, how: PostProcessing) -> dict[str, An
     """
     labels, best, likely = segmentation.label_map(how)
     names = segmentation.names
-    colors = _colors(names)
+    colors = word_colors(names)
     found = shares(labels, names)
     legend = [
         {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*colors[names.index(name)]), "share": percent(share)}
@@ -59,7 +60,7 @@ def viewer_data(segmentation: Segmentation, how: PostProcessing) -> dict[str, An
 def mask_picture(labels: np.ndarray, names: Sequence[str]) -> Image.Image:
     """Returns a label map (H, W) in the colours of the words; black where there is none."""
     if len(names) > 255:  # the mask file then has no colours
-        colors = np.asarray([*_colors(names), (0, 0, 0)], np.uint8)
+        colors = np.asarray([*word_colors(names), (0, 0, 0)], np.uint8)
         return Image.fromarray(colors[labels])
     with tempfile.TemporaryDirectory() as folder:
         save_mask(labels, file := Path(folder) / "mask.png", names)
@@ -67,11 +68,6 @@ def mask_picture(labels: np.ndarray, names: Sequence[str]) -> Image.Image:
             image.load()
             image.info.clear()  # the list of the words
             return image
-
-
-def _colors(names: Sequence[str]) -> Sequence[tuple[int, ...]]:
-    """The colours of the words in overlays and masks."""
-    return palette(len(names))
 
 
 def _probe(labels: np.ndarray, best: np.ndarray, likely: np.ndarray) -> Image.Image:
