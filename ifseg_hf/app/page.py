@@ -61,8 +61,8 @@ class _Page:
     def build(self, page: gr.Blocks) -> None:
         self.visit = gr.State(Visit(), time_to_live=_CACHE_SECONDS)
         gr.HTML(
-            f"<h1>{TITLE}</h1><p>Choose an image, type what to look for, and press Segment. To make the mask better, "
-            "tune the model on your words: that uses the words alone, and no image.</p>",
+            f"<h1>{TITLE}</h1><p>Choose an image, type what to look for, and press Segment. The model can also "
+            "be tuned on your words, which uses the words alone, and no image.</p>",
             elem_id="head",
         )
         with gr.Row(elem_id="main"):

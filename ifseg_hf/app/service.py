@@ -162,9 +162,7 @@ class Service:
         if len(words) > 20:
             notes.append(prompt_note(lambda names: segmenter.encode_words(names, background="none"), words))
         if not choice.tuned:
-            notes.append(
-                "This is a preview: the model was not tuned on these words. Tuning usually makes the mask better."
-            )
+            notes.append("This is a preview: the model was not tuned on these words.")
         return View(viewer_data(visit.segmentation, request.how), tuple(filter(None, notes)))
 
     def post_process(self, visit: Visit, how: PostProcessing) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from ifseg_hf.app.tuning_run import Tuning, TuningRuns
 from ifseg_hf.app.vocabularies import tuned_vocabularies
 from ifseg_hf.cache import cache_entries
 
-PREVIEW = "This is a preview: the model was not tuned on these words. Tuning usually makes the mask better."
+PREVIEW = "This is a preview: the model was not tuned on these words."
 
 
 @pytest.fixture
