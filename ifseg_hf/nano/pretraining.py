@@ -89,6 +89,7 @@ def pretrain(
     output_dir: Path,
     workers: int = 2,
     held_out: Sequence[str] = (),
+    on_error: str = "fail",
     log: Callable[[str], None] = tqdm.write,
     **settings,
 ) -> Path:
@@ -101,12 +102,13 @@ def pretrain(
         world, coco, street: see [`TrainingImages`].
         workers: processes that compute features.
         held_out: names that no image gets, see [`Vocabulary`].
+        on_error: for images that cannot be read, see [`TrainingImages`].
         settings: fields of [`PretrainingConfig`].
     """
     config = PretrainingConfig(**settings)
     vocabulary, vectors = Vocabulary(held_out), WordVectors()
     tokenizer = train_tokenizer([*vocabulary.names, *vectors.frequent(FREQUENT_WORDS)])
-    images = TrainingImages(world, coco, street, vocabulary)
+    images = TrainingImages(world, coco, street, vocabulary, on_error=on_error)
     stages = output_dir / "stages"
     data = {"world": str(world), "coco": str(coco), "street": str(street), "views": len(images.views)}
     save_settings(stages / "pretraining.json", {**data, "held_out": list(held_out), **asdict(config)})

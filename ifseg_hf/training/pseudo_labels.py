@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ifseg_hf.data.crops import NO_LABEL, find_labels
-from ifseg_hf.data.image_files import list_images
+from ifseg_hf.data.image_files import check_on_error, list_images
 from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
 from ifseg_hf.data.unnamed_masks import UnnamedMasks
 from ifseg_hf.evaluation.segmenter import load_segmenter
@@ -350,8 +350,7 @@ def write_pseudo_labels(
 
 def check_arguments(data: SegmentationDataset, on_error: str) -> None:
     """Checks arguments of [`write_pseudo_labels`]. Raises `ValueError`."""
-    if on_error not in ("skip", "fail"):
-        raise ValueError(f'on_error="{on_error}": choose skip or fail.')
+    check_on_error(on_error)
     if len(data.names) >= NO_LABEL:
         raise ValueError(f"{len(data.names)} categories do not fit into masks of 8 bits: {NO_LABEL - 1} do.")
 
