@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import BartTokenizer
 
 from ifseg_hf.experiments.plan import save_settings
+from ifseg_hf.loading import no_progress_bars
 from ifseg_hf.modeling.backbone import mean_of_subwords
 from ifseg_hf.modeling.backbone_ofa import OFABackbone
 from ifseg_hf.modeling.configuration_ofa import OFAConfig
@@ -390,7 +391,8 @@ class Pretraining:
     def save(self) -> None:
         """Saves the model in float16, to be loaded in float32, and its processor."""
         load_efficientnet_lite(self.model.model.encoder.embed_images)
-        self.model.to(torch.float16).save_pretrained(self.output_dir)
+        with no_progress_bars():
+            self.model.to(torch.float16).save_pretrained(self.output_dir)
         self.model.config.dtype = torch.float32
         self.model.config.save_pretrained(self.output_dir)
         size = {"shortest_edge": SHORT_SIDE, "longest_edge": LONG_SIDE}

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from ifseg_hf.loading import no_progress_bars
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
@@ -147,7 +148,8 @@ def save_model(
         # Files are moved to the output folder when they are complete, so that it never holds half a file.
         with torch.device("meta"):  # a model without weights, because FSDP changes the class of the trained one
             empty = IFSegForSemanticSegmentation(model_config)
-        empty.save_pretrained(incomplete, state_dict=state_dict)
+        with no_progress_bars():
+            empty.save_pretrained(incomplete, state_dict=state_dict)
         processor.save_pretrained(incomplete)
         write_settings(config, incomplete)
         for path in incomplete.iterdir():

@@ -22,11 +22,13 @@ from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
 from ifseg_hf.data.unnamed_masks import UnnamedMasks
 from ifseg_hf.evaluation.segmenter import load_segmenter
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
+from ifseg_hf.processing.background_ifseg import BACKGROUND
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX
 from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
 from ifseg_hf.processing.post_processing_ifseg import resize_scores
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.processing.segmenter_ifseg import IFSegSegmenter
+from ifseg_hf.processing.text_ifseg import normalize_text
 from ifseg_hf.training.config import INCOMPLETE, OF_MASKS, PSEUDO_LABELS
 
 GIVEN = "given"  # folder of masks beside the labels: 255 where a label was given, 0 where the model predicted it
@@ -277,6 +279,7 @@ def write_pseudo_labels(
     trust_remote_code: bool = False,
     untuned: bool = False,
     on_error: str = "fail",
+    background: str | list[str] | None = None,
 ) -> Path:
     """Writes a dataset of images and labels: `images/`, `masks/`, `dataset.json`, and `given/` with `keep_labels`.
 
@@ -292,6 +295,9 @@ def write_pseudo_labels(
         unseen: categories to predict, whose given labels are not kept; see [`find_labels`].
         untuned: also label with a model that was never tuned, which is refused otherwise.
         on_error: "skip" leaves out images that cannot be used, and names each; "fail" raises [`SampleError`].
+        background: words that are merged into one label, "background", which becomes the last category of the new
+            dataset; see [`IFSegProcessor`]. Default: the model's, if it is asked its own words; otherwise "default" for
+            a single category, which every pixel would have, and none for several.
 
     Raises:
         `ValueError`: an argument is wrong, the folder has other files, or the model cannot be loaded.
@@ -304,9 +310,11 @@ def write_pseudo_labels(
         config = replace(config, predicted=[data.names[label] for label in hidden])
     output, state = Path(output_dir), PartialState(cpu=cpu)
     segmenter = load_segmenter(model, device=state.device, trust_remote_code=trust_remote_code, untuned=untuned)
-    words = config.predicted or data.names
-    if segmenter.model.config.category_ids is None or not set(words) <= segmenter.model.config.label2id.keys():
-        segmenter.set_words(data.names)
+    set_label_words(segmenter, config.predicted or data.names, data.names, background)
+    if segmenter.background and BACKGROUND not in map(normalize_text, data.names):
+        data = replace(data, names=[*data.names, BACKGROUND])
+        if config.predicted:
+            config = replace(config, predicted=[*config.predicted, BACKGROUND])
     neighbors, iterations = segmenter.image_processor.smoothing(config.smoothing_neighbors, config.smoothing_iterations)
     config = replace(config, smoothing_neighbors=neighbors, smoothing_iterations=iterations)
     settings = {"model": str(model), "keep_labels": keep_labels, **asdict(config)}
@@ -346,6 +354,16 @@ def write_pseudo_labels(
     written = f"{len(todo) - left_out} images in {output}" + (f", {left_out} were skipped" if left_out else "")
     state.print(f"{written}: labels given {given_share}, predicted {predicted}, none {none}.")
     return output
+
+
+def set_label_words(
+    segmenter: IFSegSegmenter, predicted: list[str], names: list[str], background: str | list[str] | None
+) -> None:
+    """Asks the model all categories `names`, unless its own words have those to predict and no background is given."""
+    config = segmenter.model.config
+    if background is None and config.category_ids is not None and set(predicted) <= config.label2id.keys():
+        return
+    segmenter.set_words(names, background="default" if background is None and len(names) == 1 else background)
 
 
 def check_arguments(data: SegmentationDataset, on_error: str) -> None:
