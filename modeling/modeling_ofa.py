@@ -4,7 +4,6 @@ import importlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import (
-    BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
@@ -32,6 +30,7 @@ from .configuration_ofa import AUTO_MAP, PUBLISHED_COPIES, OFAConfig
 from .image_batches import group_by_image_size
 from .layers_ofa import OFADecoderLayer, OFAEncoderLayer
 from .loading import Float32PreTrainedModel
+from .outputs_ofa import CACHE, OFAEncoderOutput
 from .positions_ofa import (
     OFAPatchPositions,
     OFATable,
@@ -39,7 +38,6 @@ from .positions_ofa import (
     cat_sequences,
     grid_relative_bias,
     masked_bias,
-    positions_of_any_grid,
     project_positions,
     resize_grid,
     resized_grid_relative_bias,
@@ -47,28 +45,6 @@ from .positions_ofa import (
     text_relative_bias,
 )
 from .trunk_ofa import TRUNKS, OFAFrozenBatchNorm2d
-
-# The field of the outputs with keys and values of earlier tokens: its name since transformers 5.24, or the earlier one.
-CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
-
-
-@dataclass
-class OFAEncoderOutput(BaseModelOutput):
-    """
-    Output of the encoder, the input of cross-attention: `L` patches, then `T` text tokens.
-
-    Args:
-        last_hidden_state: (batch, L + T, d_model).
-        image_features: (batch, channels, h, w), the trunk's output; `None` without an image.
-        patch_mask: bool (batch, h, w), the patches of each image; `None` without an image or image tokens.
-        attention_mask: bool (1 or batch, L + T), the positions that are not padding; `None` where all are.
-        position_embeddings: (1 or batch, L + T, d_model), normalised; batch is 1 where all images share a grid.
-    """
-
-    image_features: torch.Tensor | None = None
-    patch_mask: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
-    position_embeddings: torch.Tensor | None = None
 
 
 class OFAPreTrainedModel(Float32PreTrainedModel):
@@ -156,8 +132,6 @@ class _OFAStack(OFAPreTrainedModel):
         config = self.config
         side, base = config.image_bucket_size, config.grid_size
         grid = self.embed_image_positions()[1:].view(side, side, -1)
-        if interpolate and isinstance(height + width, torch.SymInt):
-            return positions_of_any_grid(grid, base, height, width)
         if max(height, width) <= side and (height * width <= base**2 or not interpolate):
             return grid[:height, :width].flatten(0, 1)
         if not interpolate:

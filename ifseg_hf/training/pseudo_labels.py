@@ -311,12 +311,7 @@ def write_pseudo_labels(
     output, state = Path(output_dir), PartialState(cpu=cpu)
     segmenter = load_segmenter(model, device=state.device, trust_remote_code=trust_remote_code, untuned=untuned)
     set_label_words(segmenter, config.predicted or data.names, data.names, background)
-    if segmenter.background and BACKGROUND not in map(normalize_text, data.names):
-        data = replace(data, names=[*data.names, BACKGROUND])
-        if config.predicted:
-            config = replace(config, predicted=[*config.predicted, BACKGROUND])
-    neighbors, iterations = segmenter.image_processor.smoothing(config.smoothing_neighbors, config.smoothing_iterations)
-    config = replace(config, smoothing_neighbors=neighbors, smoothing_iterations=iterations)
+    data, config = with_background(segmenter, data, config)
     settings = {"model": str(model), "keep_labels": keep_labels, **asdict(config)}
     if isinstance(data, UnnamedMasks):
         settings[OF_MASKS] = True
@@ -364,6 +359,18 @@ def set_label_words(
     if background is None and config.category_ids is not None and set(predicted) <= config.label2id.keys():
         return
     segmenter.set_words(names, background="default" if background is None and len(names) == 1 else background)
+
+
+def with_background(
+    segmenter: IFSegSegmenter, data: SegmentationDataset, config: PseudoLabelConfig
+) -> tuple[SegmentationDataset, PseudoLabelConfig]:
+    """Adds the segmenter's label "background" to the categories, and sets the smoothing that it needs."""
+    neighbors, iterations = segmenter.image_processor.smoothing(config.smoothing_neighbors, config.smoothing_iterations)
+    config = replace(config, smoothing_neighbors=neighbors, smoothing_iterations=iterations)
+    if not segmenter.background or BACKGROUND in map(normalize_text, data.names):
+        return data, config
+    predicted = config.predicted and [*config.predicted, BACKGROUND]
+    return replace(data, names=[*data.names, BACKGROUND]), replace(config, predicted=predicted)
 
 
 def check_arguments(data: SegmentationDataset, on_error: str) -> None:

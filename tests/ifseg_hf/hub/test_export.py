@@ -74,7 +74,7 @@ def test_onnx_file_takes_any_number_of_images(height, width, tmp_path):
     images = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(0))
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, height, width]
-    for batch in (images, images[:1]):
+    for batch in (images, images[:2], images[:1]):
         assert_same(run_onnx(tmp_path / "model.onnx", batch)[0], model, batch)
 
 
