@@ -295,9 +295,8 @@ def write_pseudo_labels(
         unseen: categories to predict, whose given labels are not kept; see [`find_labels`].
         untuned: also label with a model that was never tuned, which is refused otherwise.
         on_error: "skip" leaves out images that cannot be used, and names each; "fail" raises [`SampleError`].
-        background: words that are merged into one label, "background", which becomes the last category of the new
-            dataset; see [`IFSegProcessor`]. Default: the model's, if it is asked its own words; otherwise "default" for
-            a single category, which every pixel would have, and none for several.
+        background: words that are merged into a last category, "background"; see [`IFSegProcessor`]. Default: the
+            model's, if it is asked its own words; otherwise "default" for a single category, none for several.
 
     Raises:
         `ValueError`: an argument is wrong, the folder has other files, or the model cannot be loaded.
@@ -305,8 +304,7 @@ def write_pseudo_labels(
     """
     config = config or PseudoLabelConfig()
     check_arguments(data, on_error)
-    hidden = find_labels(data, unseen)
-    if hidden:
+    if hidden := find_labels(data, unseen):
         config = replace(config, predicted=[data.names[label] for label in hidden])
     output, state = Path(output_dir), PartialState(cpu=cpu)
     segmenter = load_segmenter(model, device=state.device, trust_remote_code=trust_remote_code, untuned=untuned)
