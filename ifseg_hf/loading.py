@@ -1,4 +1,4 @@
-"""Loading a segmentation model without reports on the screen, and with an error where weights are missing."""
+"""Loading and saving models without reports on the screen; loading with an error where weights are missing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +12,30 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 
-__all__ = ["load_segmentation_model", "quiet_loading"]
+__all__ = ["load_segmentation_model", "no_progress_bars", "quiet_loading"]
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silences the progress bars and load reports of transformers."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    try:
+        with no_progress_bars():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hides the progress bars of transformers, such as those of loading and saving weights."""
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bars:
+        if shown:
             logging.enable_progress_bar()
 
 

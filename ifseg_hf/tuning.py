@@ -1,5 +1,6 @@
 """From words to a mask in one call: [`tune`] and [`segment`], with a cache of tuned models."""
 
+import json
 import os
 import shutil
 import sys
@@ -91,6 +92,7 @@ def segment(
     Args:
         image: path, URL, PIL image or array, or a list of these.
         words, model, background, settings: as for [`tune`].
+            A model tuned on these words keeps its background.
         threshold: a probability from 0 to 1; pixels whose word has a lower one are in no mask. Default: every pixel is
             in a mask.
 
@@ -103,7 +105,7 @@ def segment(
     """
     _convert_published(model)
     categories, trust = read_categories(words), bool(settings.get("trust_remote_code"))
-    chosen = choose_background(categories, background)
+    chosen = choose_background(categories, background, model, trust)
     if settings.keys() <= {"trust_remote_code"} and is_tuned_for(model, categories, trust, chosen):
         pipe = _pipeline(checkpoint_folder(model), trust)
     else:
@@ -120,16 +122,33 @@ def _convert_published(model: str | Path) -> None:
 
 
 def choose_background(
-    categories: list[str] | dict[str, list[str]], background: str | Sequence[str] | None = None
+    categories: list[str] | dict[str, list[str]],
+    background: str | Sequence[str] | None = None,
+    model: str | Path | None = None,
+    trust: bool = False,
 ) -> str | list[str] | None:
     """Returns the background words as [`read_background`] does; `None` for "none".
 
-    Without any, a single category gets "default": it would otherwise cover every image.
+    Without any, they are those of `model`, if it is tuned for the categories with a background; see [`is_tuned_for`].
+    Otherwise a single category gets "default": it would else cover every image.
     """
+    if background is None and model is not None:
+        own = _background_of(model)
+        if own and is_tuned_for(model, categories, trust, own):
+            return own
     if background is None and len(categories) == 1:
         return "default"
     background = read_background(background)
     return None if background == "none" else background
+
+
+def _background_of(model: str | Path) -> list[str] | None:
+    """The background words in the configuration of a model; `None` without any."""
+    try:
+        config = json.loads((checkpoint_folder(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # what reads the model says what is wrong with it
+    return config.get("background") if isinstance(config, dict) else None
 
 
 def report_background(categories: list[str] | dict[str, list[str]], how: str = 'background="none"') -> None:

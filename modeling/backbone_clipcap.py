@@ -98,7 +98,7 @@ class ClipCapTransformer(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         mapped = self.linear(features).unflatten(1, (self.length, -1))
-        hidden_states = torch.cat([mapped, self.prefix_const.expand(len(features), -1, -1)], dim=1)
+        hidden_states = torch.cat([mapped, self.prefix_const.expand(features.shape[0], -1, -1)], dim=1)
         for layer in self.transformer.layers:
             hidden_states = layer(hidden_states)
         return hidden_states[:, self.length :].flatten(1)
@@ -243,7 +243,7 @@ class ClipCapBackbone(IFSegBackbone):
 
     def decode_patches(self, encoded: ClipCapEncoderOutput, **kwargs) -> BaseModelOutputWithPastAndCrossAttentions:
         """See [`IFSegBackbone.decode_patches`]. Outputs of GPT-2's layers are (batch, h * w, ..., ...)."""
-        batch = len(encoded.last_hidden_state)
+        batch = encoded.last_hidden_state.shape[0]
         prefix = self.clip_project(encoded.last_hidden_state.flatten(0, 1)).unflatten(
             1, (self.config.prefix_length, -1)
         )

@@ -153,7 +153,7 @@ class Florence2Backbone(IFSegBackbone):
         """See [`IFSegBackbone.decode_patches`]."""
         patches = encoded.last_hidden_state[:, : encoded.num_patches]
         token = self.config.text_config.decoder_start_token_id
-        start = self.get_input_embeddings()(torch.full((len(patches), 1), token, device=patches.device))
+        start = self.get_input_embeddings()(torch.full((patches.shape[0], 1), token, device=patches.device))
         # output i, which has read the start token and the patches before i, predicts patch i
         return self.model.language_model.decoder(
             inputs_embeds=torch.cat([start.to(patches.dtype), patches[:, :-1]], dim=1),

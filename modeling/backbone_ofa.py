@@ -73,7 +73,7 @@ class OFABackbone(OFAPreTrainedModel, IFSegBackbone):
         """See [`IFSegBackbone.decode_patches`]."""
         height, width = encoded.patch_mask.shape[1:]
         patches = encoded.last_hidden_state[:, : height * width]
-        start = torch.full((len(patches), 1), self.config.decoder_start_token_id, device=patches.device)
+        start = torch.full((patches.shape[0], 1), self.config.decoder_start_token_id, device=patches.device)
         decoded = self.model.decoder(
             inputs_embeds=cat_sequences([self.get_input_embeddings()(start), patches]),
             patch_positions=self.patch_positions(height, width),

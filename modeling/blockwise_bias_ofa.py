@@ -106,7 +106,7 @@ class BlockwiseBias:
 
         query, key, value: (batch, heads, length, head_dim). Returns (batch, queries, heads, head_dim).
         """
-        batch = len(query)
+        batch = query.shape[0]
         # The absolute bias is a part of the product of queries and keys, with more columns.
         query = torch.cat([query * scaling, self.query_positions.to(query.dtype).expand(batch, -1, -1, -1)], dim=3)
         key = torch.cat([key, self.key_positions.to(key.dtype).expand(batch, -1, -1, -1)], dim=3)

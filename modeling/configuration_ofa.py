@@ -108,7 +108,7 @@ class OFAConfig(PreTrainedConfig):
     base_config_key = "backbone_config"
     # Names of the published weights -> names in a model that has an OFA as its backbone.
     published_names: ClassVar[dict[str, str]] = {r"^encoder\.": "model.encoder.", r"^decoder\.": "model.decoder."}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "encoder_layers",

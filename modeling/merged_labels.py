@@ -20,8 +20,8 @@ def merge_logits(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             without any, it must be absent, that is, have the smallest logit.
     """
     smallest = torch.finfo(logits.dtype).min
-    index = mask.to(logits.device).argmax(1)[:, :, None, None].expand(len(logits), -1, *logits.shape[2:])
-    peaks = logits.new_full((len(logits), mask.shape[1], *logits.shape[2:]), smallest)
+    index = mask.to(logits.device).argmax(1)[:, :, None, None].expand(logits.shape[0], -1, *logits.shape[2:])
+    peaks = logits.new_full((logits.shape[0], mask.shape[1], *logits.shape[2:]), smallest)
     peaks = peaks.scatter_reduce(1, index, logits.detach(), "amax")
     sums = torch.zeros_like(peaks).scatter_add(1, index, (logits - peaks.gather(1, index)).exp())
     return peaks + sums.clamp(min=1).log()

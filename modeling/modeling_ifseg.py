@@ -148,6 +148,18 @@ class IFSegForSemanticSegmentation(AdaptablePreTrainedModel):
             if id(parameter) not in used:
                 parameter.requires_grad_(False)
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """False: the model has [`prepare_inputs_for_generation`] for PEFT alone."""
+        return False
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """Raises `ValueError`. PEFT looks this method up when it wraps a model for a task of text."""
+        raise ValueError(
+            "IFSegForSemanticSegmentation segments images and generates no text: load the model as "
+            "OFAForConditionalGeneration to generate."
+        )
+
     def _own_category_groups(self, device: torch.device) -> torch.Tensor | None:
         """`category_groups` of [`forward`] for the categories of the configuration; `None` without a background."""
         config = self.config
@@ -233,7 +245,7 @@ class IFSegForSemanticSegmentation(AdaptablePreTrainedModel):
             loss=loss,
             logits=logits,
             image_features=encoded.image_features,
-            patch_mask=torch.ones(len(logits), *grid, dtype=torch.bool, device=logits.device),
+            patch_mask=torch.ones(logits.shape[0], *grid, dtype=torch.bool, device=logits.device),
             encoder_last_hidden_state=encoded.last_hidden_state,
             encoder_hidden_states=encoded.hidden_states,
             encoder_attentions=encoded.attentions,

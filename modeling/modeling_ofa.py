@@ -4,7 +4,6 @@ import importlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import (
-    BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
@@ -32,6 +30,7 @@ from .configuration_ofa import AUTO_MAP, PUBLISHED_COPIES, OFAConfig
 from .image_batches import group_by_image_size
 from .layers_ofa import OFADecoderLayer, OFAEncoderLayer
 from .loading import Float32PreTrainedModel
+from .outputs_ofa import CACHE, OFAEncoderOutput
 from .positions_ofa import (
     OFAPatchPositions,
     OFATable,
@@ -48,25 +47,6 @@ from .positions_ofa import (
 from .trunk_ofa import TRUNKS, OFAFrozenBatchNorm2d
 
 
-@dataclass
-class OFAEncoderOutput(BaseModelOutput):
-    """
-    Output of the encoder, the input of cross-attention: `L` patches, then `T` text tokens.
-
-    Args:
-        last_hidden_state: (batch, L + T, d_model).
-        image_features: (batch, channels, h, w), the trunk's output; `None` without an image.
-        patch_mask: bool (batch, h, w), the patches of each image; `None` without an image or image tokens.
-        attention_mask: bool (1 or batch, L + T), the positions that are not padding; `None` where all are.
-        position_embeddings: (1 or batch, L + T, d_model), normalised; batch is 1 where all images share a grid.
-    """
-
-    image_features: torch.Tensor | None = None
-    patch_mask: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
-    position_embeddings: torch.Tensor | None = None
-
-
 class OFAPreTrainedModel(Float32PreTrainedModel):
     config: OFAConfig
     base_model_prefix = "model"
@@ -75,7 +55,7 @@ class OFAPreTrainedModel(Float32PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean, so Trainer must average it over accumulated batches
     _no_split_modules = ["OFAResNetTrunk", "OFAEfficientNetLiteTrunk", "OFAEncoderLayer", "OFADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _keys_to_ignore_on_load_unexpected = PUBLISHED_COPIES
 
@@ -287,7 +267,8 @@ class OFAEncoder(_OFAStack):
             image_embeds = self.image_proj(image_features.permute(0, 2, 3, 1))
 
         parts, masks, patch_mask, grid, text_length = [], [], None, None, 0
-        batch = max(len(x) for x in (inputs_embeds, image_embeds) if x is not None)
+        # .shape[0] stays symbolic in torch.export, len() becomes a constant
+        batch = (inputs_embeds if image_embeds is None else image_embeds).shape[0]
         if image_embeds is not None:
             grid = image_embeds.shape[1:3]
             patch_mask = torch.ones(image_embeds.shape[:3], dtype=torch.bool, device=image_embeds.device)
@@ -302,7 +283,7 @@ class OFAEncoder(_OFAStack):
         mask = None
         if attention_mask is not None or pixel_mask is not None:
             # one row, and so one bias, if all images share the mask
-            rows = len(masks[-1]) if pixel_mask is None else batch
+            rows = masks[-1].shape[0] if pixel_mask is None else batch
             mask = cat_sequences([part[:rows].expand(rows, -1) for part in masks])
 
         positions = self.positions(grid, text_length, interpolate_pos_encoding)
@@ -408,6 +389,7 @@ class OFADecoder(_OFAStack):
         patch_positions: OFAPatchPositions | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
@@ -417,7 +399,9 @@ class OFADecoder(_OFAStack):
             encoder_hidden_states: (batch, K, d_model), or `None` for no cross-attention; encoder_attention_mask: bool
                 (1 or batch, K); encoder_position_embeddings: (1 or batch, K, d_model).
             patch_positions: positions of the input where it is `<s>` and the patches of an image, instead of text.
+            past_key_values: keys and values of earlier tokens; also as `cache`, the name since transformers 5.24.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds to the decoder.")
         if inputs_embeds is None:
@@ -446,7 +430,7 @@ class OFADecoder(_OFAStack):
             )
 
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.layer_norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.layer_norm(hidden_states), **{CACHE: past_key_values}
         )
 
 
@@ -484,6 +468,7 @@ class OFAModel(OFAPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         interpolate_pos_encoding: bool = False,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
         r"""
@@ -492,6 +477,7 @@ class OFAModel(OFAPreTrainedModel):
                 interpolate_pos_encoding: as for [`OFAEncoder`].
             decoder_input_ids: (batch, S), or `decoder_inputs_embeds` (batch, S, d_model); `<s>` alone if neither.
             decoder_attention_mask: (batch, past + S).
+            past_key_values, cache: as for [`OFADecoder`].
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -507,7 +493,7 @@ class OFAModel(OFAPreTrainedModel):
         hidden_states = encoder_outputs.last_hidden_state
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             start = self.config.decoder_start_token_id
-            decoder_input_ids = torch.full((len(hidden_states), 1), start, device=hidden_states.device)
+            decoder_input_ids = torch.full((hidden_states.shape[0], 1), start, device=hidden_states.device)
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -515,13 +501,13 @@ class OFAModel(OFAPreTrainedModel):
             encoder_hidden_states=hidden_states,
             encoder_attention_mask=encoder_outputs.attention_mask,
             encoder_position_embeddings=encoder_outputs.position_embeddings,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             use_cache=use_cache,
             **kwargs,
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE: getattr(decoder_outputs, CACHE)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -559,6 +545,7 @@ class OFAForConditionalGeneration(OFAPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         interpolate_pos_encoding: bool = False,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         r"""
@@ -583,7 +570,7 @@ class OFAForConditionalGeneration(OFAPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             image_embeds=image_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             use_cache=use_cache,
             interpolate_pos_encoding=interpolate_pos_encoding,
             **kwargs,
@@ -595,7 +582,7 @@ class OFAForConditionalGeneration(OFAPreTrainedModel, GenerationMixin):
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,
@@ -613,7 +600,7 @@ class OFAForConditionalGeneration(OFAPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(self, *args, encoder_outputs: OFAEncoderOutput | None = None, **kwargs):
         if encoder_outputs is not None:
             # beam search repeats every tensor of the encoder's output, so each needs a row for every image
-            batch = len(encoder_outputs.last_hidden_state)
+            batch = encoder_outputs.last_hidden_state.shape[0]
             encoder_outputs["position_embeddings"] = encoder_outputs.position_embeddings.expand(batch, -1, -1)
             if encoder_outputs.attention_mask is not None:
                 encoder_outputs["attention_mask"] = encoder_outputs.attention_mask.expand(batch, -1)

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from ifseg_hf.cli.options import add_on_error
 from ifseg_hf.cli.output import escape_unprintable
 
 CONFIG = Path(__file__).resolve().parent / "configs" / "nano.yaml"
@@ -59,12 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--only", nargs="+", choices=NAMES, metavar="NAME", help=f"rows to measure: {', '.join(NAMES)} (default: all)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate on the first N images only")
-    parser.add_argument(
-        "--on-error",
-        choices=("fail", "skip"),
-        default="fail",
-        help="for images that can't be read (default: %(default)s)",
-    )
+    add_on_error(parser)
     parser.add_argument("--keep-models", action="store_true", help="keep the tuned models, in OUT/work")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/ablations"), help="default: %(default)s")
     options = parser.parse_args(arguments)

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ifseg_hf.cli.options import add_on_error
 from ifseg_hf.cli.output import escape_unprintable
+from ifseg_hf.cli.segment import unique_stems
 
 # Settings of the tuning, with words for the bundled images.
 IN_PICTURE = ("palace", "coffee")  # the bundled images in the picture of the README
@@ -33,6 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--output-dir", type=Path, default=Path("outputs/demo"), help="folder for the results (%(default)s)"
     )
     parser.add_argument("--picture", type=Path, help="write images, before and after, into one file, too")
+    add_on_error(parser)
     options = parser.parse_args(arguments)
     if options.image and not options.categories:
         parser.error('give the words to look for in your image: --categories "cat, grass, sky"')
@@ -69,6 +72,27 @@ def compared(pixels: Any, masks: dict[str, Any], names: list[str], width: int | 
     return side_by_side(list(columns.values()), list(columns))
 
 
+def read_images(files: list[str], on_error: str) -> tuple[dict, bool]:
+    """Returns RGB arrays by the names of the images, and whether an image was named and skipped.
+
+    Raises `ValueError` for an image that cannot be read, unless `on_error` is "skip", and if none can.
+    """
+    from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
+
+    images, failed = {}, False
+    for file, name in zip(files, unique_stems(files), strict=True):
+        try:
+            images[name] = to_array(read_image(file))
+        except (OSError, ValueError) as error:
+            if on_error == "fail":
+                raise
+            print(f"demo.py: {error}", file=sys.stderr)
+            failed = True
+    if not images:
+        raise ValueError("None of the images can be read.")
+    return images, failed
+
+
 def main(arguments: list[str] | None = None) -> int:
     escape_unprintable()
     options = parse_arguments(arguments)
@@ -80,7 +104,6 @@ def main(arguments: list[str] | None = None) -> int:
     import ifseg_hf
     from ifseg_hf.data.vocabularies import read_categories
     from ifseg_hf.evaluation.segmenter import load_segmenter
-    from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
     from ifseg_hf.training.config import read_settings
     from ifseg_hf.training.loop import SettingError, TrainingError, train
     from ifseg_hf.training.recipes import training_config
@@ -96,13 +119,13 @@ def main(arguments: list[str] | None = None) -> int:
             settings["steps"] = options.steps
         categories = settings["categories"] = read_categories(options.categories or settings["categories"])
         if options.image:
-            images = {Path(image).stem: to_array(read_image(image)) for image in options.image}
+            images, failed = read_images(options.image, options.on_error)
         else:
-            images = bundled_images()
+            images, failed = bundled_images(), False
         print(f"Words: {', '.join(categories)}.\nNo image and no mask is used for tuning, only these words:\n")
         train(training_config(settings))
     except (OSError, ValueError, SettingError, TrainingError) as error:
-        print(f"demo.py: {error}", file=sys.stderr)
+        print(f"demo.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
     names = list(categories)
@@ -126,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         stacked([compared(*row, names, WIDTH) for row in rows]).save(options.picture, quality=88)
         print(f"All in one picture: {options.picture}")
     print(f"\nDone in {time.perf_counter() - started:.0f} s. The tuned model is in {folder / 'model'}.")
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

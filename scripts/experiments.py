@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ifseg_hf.cli.options import add_on_error
 from ifseg_hf.cli.output import escape_unprintable
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -39,6 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, default=8, help="batch size of each run on images (default: %(default)s)"
     )
+    add_on_error(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     options = parser.parse_args(arguments)
     if min(options.steps, options.batch_size) < 1 or min(options.seeds) < 0:
@@ -56,7 +58,14 @@ def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] | 
     run = run or (lambda command: run_script(command, SCRIPTS))
     out, configs = options.output_dir, Path(os.path.relpath(SCRIPTS / "configs"))
     experiments = ImageExperiments(
-        options.dataset, options.unseen, out, configs, options.model, options.steps, options.batch_size
+        options.dataset,
+        options.unseen,
+        out,
+        configs,
+        options.model,
+        options.steps,
+        options.batch_size,
+        options.on_error,
     )
     try:
         experiments.check()

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ifseg_hf.cli.options import add_on_error
 from ifseg_hf.cli.output import escape_unprintable
 
 
@@ -31,6 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--alignment-steps", type=int, help="steps of the alignment (default: the recipe's)")
     parser.add_argument("--hold-out", help="names that no image gets: comma-separated or a file (default: none)")
     parser.add_argument("--workers", type=int, default=2, help="processes that compute features (default: 2)")
+    add_on_error(parser)
     options = parser.parse_args(arguments)
     if not list(options.world.glob("*.parquet")):
         parser.error(f"--world: there are no parquet files in {options.world}")
@@ -61,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.output_dir,
             options.workers,
             held_out=[] if options.hold_out is None else list(read_categories(options.hold_out)),
+            on_error=options.on_error,
             **settings,
         )
     except (ImportError, OSError, ValueError) as error:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ifseg_hf.cli.options import add_on_error
 from ifseg_hf.cli.output import escape_unprintable
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -36,6 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/reproduction"), help="default: %(default)s")
     parser.add_argument("--steps", type=int, help="steps of every training run, for a trial (default: the paper's)")
     parser.add_argument("--limit", type=int, help="number of images to evaluate on, for a trial (default: all)")
+    add_on_error(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     options = parser.parse_args(arguments)
     if min(options.steps or 1, options.limit or 1) < 1:
@@ -62,6 +64,7 @@ def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] | 
         clipcap=options.clipcap,
         steps=options.steps,
         limit=options.limit,
+        on_error=options.on_error,
     )
     try:
         if not options.dry_run:

@@ -1,12 +1,14 @@
 """The arguments that several commands have, each declared once."""
 
 import dataclasses
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from ifseg_hf.data.image_files import ON_ERROR, OnErrorChoice
 from ifseg_hf.training.config import TrainingConfig
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Threshold",
     "TrustRemoteCode",
     "Untuned",
+    "add_on_error",
     "at_least",
     "flag",
     "option",
@@ -37,6 +40,11 @@ def option(help: str, *names: str, **settings: Any) -> Any:
 def flag(help: str, name: str) -> Any:
     """A flag that is given or not, without its opposite."""
     return option(help, name)
+
+
+def add_on_error(parser: ArgumentParser) -> None:
+    """Adds --on-error, the argument that [`OnError`] is, to the parser of a script that is no command of `ifseg`."""
+    parser.add_argument("--on-error", choices=ON_ERROR, default="fail", help=f"{_ON_ERROR_HELP} (default: %(default)s)")
 
 
 def at_least(minimum: float) -> Callable[[Any], Any]:
@@ -104,7 +112,8 @@ Background = Annotated[
 ]
 TrustRemoteCode = Annotated[bool, flag("run the code saved with a model of another backbone", "--trust-remote-code")]
 Untuned = Annotated[bool, flag("also use a model that was never tuned, such as the paper's baseline OFA", "--untuned")]
-OnError = Annotated[Literal["fail", "skip"], option("for images that can't be read (default: fail; of segment: skip)")]
+_ON_ERROR_HELP = "for images that can't be read"
+OnError = Annotated[OnErrorChoice, option(f"{_ON_ERROR_HELP} (default: fail; of segment: skip)")]
 Cpu = Annotated[bool, flag("compute on the CPU even where there is a GPU", "--cpu")]
 
 

@@ -6,6 +6,7 @@ import typer
 
 from ifseg_hf.cli.app import CommandError
 from ifseg_hf.cli.options import (
+    Background,
     Cpu,
     DataDir,
     OnError,
@@ -56,6 +57,7 @@ def pseudo_label(
     masks: Masks = None,
     ignore_index: Annotated[int | None, option("number of pixels that belong to none of the --masks")] = None,
     categories: Categories = None,
+    background: Background = None,
     keep_labels: Annotated[
         bool, flag("keep the given labels, and predict labels for the other pixels", "--keep-labels")
     ] = False,
@@ -78,7 +80,8 @@ def pseudo_label(
         --output-dir LABELS
     ifseg pseudo-label --model TUNED --images IMAGES --masks MASKS --categories coco-stuff --output-dir LABELS
 
-    The same command continues a stopped run.
+    The same command continues a stopped run. With a background, as a single word always has unless --background is
+    none, "background" is the last category of the new dataset.
     """
     if (dataset is None) == (images is None):
         raise typer.BadParameter("give either --dataset or --images")
@@ -97,7 +100,7 @@ def pseudo_label(
     from ifseg_hf.data.crops import load_training_dataset
     from ifseg_hf.data.segmentation import SegmentationDataset
     from ifseg_hf.data.unnamed_masks import load_unnamed_masks
-    from ifseg_hf.data.vocabularies import read_categories
+    from ifseg_hf.data.vocabularies import read_background, read_categories
     from ifseg_hf.hub.published import resolve_checkpoint
     from ifseg_hf.training.pseudo_labels import PseudoLabelConfig, load_images, write_pseudo_labels
 
@@ -113,8 +116,9 @@ def pseudo_label(
         else:
             data = load_training_dataset(dataset, data_dir, split, names)
         resolve_checkpoint(model)
+        rest = read_background(background)
         write_pseudo_labels(
-            model, data, output_dir, config, keep_labels, unseen, cpu, trust_remote_code, untuned, on_error
+            model, data, output_dir, config, keep_labels, unseen, cpu, trust_remote_code, untuned, on_error, rest
         )
     except (OSError, ValueError) as error:
         raise CommandError(error) from error

@@ -24,6 +24,7 @@ from ifseg_hf.cli.options import (
 from ifseg_hf.data.image_files import IMAGE_ENDINGS, list_images
 from ifseg_hf.data.vocabularies import VOCABULARIES, read_background, read_categories
 from ifseg_hf.pretrained import EMBEDDED
+from ifseg_hf.training.config import read_settings
 
 __all__ = ["image_files", "segment", "split_arguments", "unique_stems"]
 
@@ -49,7 +50,12 @@ def segment(
     background: Background = None,
     threshold: Threshold = None,
     config: Annotated[
-        str | None, option("YAML or JSON file with settings of tuning (default: the model's recipe)", metavar="FILE")
+        str | None,
+        option(
+            "YAML or JSON file with settings of tuning, such as the words and the background; flags override (default: "
+            "the model's recipe)",
+            metavar="FILE",
+        ),
     ] = None,
     lora: Annotated[bool, flag("tune a LoRA adapter, a small file, in place of the whole model", "--lora")] = False,
     no_tune: Annotated[bool, flag("skip tuning, also if the model was tuned on other words", "--no-tune")] = False,
@@ -78,18 +84,28 @@ def segment(
     the status is then 1.
     """
     images, words = split_arguments(arguments, categories)
+    try:
+        settings = {} if config is None else read_settings(config)
+        if ctx.get_parameter_source("model").name == "DEFAULT":  # type: ignore[union-attr]
+            model = settings.get("model", model)
+        words, prompt = words or settings.get("categories"), prompt or settings.get("prompt")
+        background = settings.get("background") if background is None else background
+        trust_remote_code = trust_remote_code or settings.get("trust_remote_code", False)
+        names = None if words is None else read_categories(words)
+        images = [file for image in images for file in image_files(image)]
+    except ValueError as error:
+        raise CommandError(error) from error
     tuning = {"prompt": prompt, "trust_remote_code": trust_remote_code, "lora": lora}
     try:
-        names = None if words is None else read_categories(words)
-        rest = _background(names, background)
-        images = [file for image in images for file in image_files(image)]
         base, adapter = _model_and_adapter(ctx, model, adapter)
         folder = _resolve(base, adapter)
+        rest = _background(names, background, base or folder, trust_remote_code)
         if names is not None and adapter is None and not (no_tune or untuned):
             tuning["background"] = rest
-            folder = _tuned(base, names, config, {key: value for key, value in tuning.items() if value})
+            given = {key: value for key, value in tuning.items() if value}
+            folder = _tuned(base, names, {**settings, "background": None, **given})
         segmenter = _load(folder, names, prompt, trust_remote_code, untuned, rest, adapter)
-        if names is not None and background is None and rest is not None:
+        if background is None and rest == "default":
             _report_background(names)
         output_dir.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -162,11 +178,8 @@ def unique_stems(images: list[str]) -> list[str]:
     return stems
 
 
-def _tuned(model: str, names: list[str] | dict[str, list[str]], config: str | None, settings: dict[str, Any]) -> Any:
+def _tuned(model: str, names: list[str] | dict[str, list[str]], settings: dict[str, Any]) -> Any:
     """The model, or the folder of the model tuned on the words if it is not tuned for them."""
-    from ifseg_hf.training.config import read_settings
-
-    given = {} if config is None else read_settings(config)
     from ifseg_hf.training.errors import TrainingError, TrainingStopped
     from ifseg_hf.training.recipes import training_config
     from ifseg_hf.tuning import is_tuned_for, tuned_model
@@ -175,20 +188,20 @@ def _tuned(model: str, names: list[str] | dict[str, list[str]], config: str | No
         return model
     try:
         own = {"model": model, "categories": names, "output_dir": ""}
-        return tuned_model(training_config({**given, **settings, **own}))
+        return tuned_model(training_config({**settings, **own}))
     except TrainingError as error:
         raise CommandError(error) from error
     except TrainingStopped as error:
         raise CommandError("stopped. The same command continues.", 128 + error.signal_number) from error
 
 
-def _background(names: Any, background: str | None) -> str | list[str] | None:
+def _background(names: Any, background: Any, model: str, trust_remote_code: bool) -> str | list[str] | None:
     """The background words for the names; without names those in place of the model's own. Raises `ValueError`."""
     if names is None:
         return read_background(background)
     from ifseg_hf.tuning import choose_background
 
-    return choose_background(names, background)
+    return choose_background(names, background, model, trust_remote_code)
 
 
 def _report_background(names: Any) -> None:

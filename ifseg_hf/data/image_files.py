@@ -6,11 +6,15 @@ This module imports neither torch nor transformers, so that scripts report wrong
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 IMAGE_ENDINGS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SPLIT_FILES = ("train", "training", "val", "validation", "test")
 """Names of the splits that may be files of names beside the images, such as `val.txt`."""
 MASK_ENDINGS = (".bmp", ".png", ".tif", ".tiff")
+OnErrorChoice = Literal["fail", "skip"]
+ON_ERROR = get_args(OnErrorChoice)
+"""What may happen to an image that cannot be read."""
 
 # Suffixes of Cityscapes file names: of images, and of masks with one integer label per pixel. `_OTHER_MASKS` are files
 # with the same labels as colours, and with instances.
@@ -81,6 +85,12 @@ def read_names(file: Path) -> list[str]:
     return list(names)
 
 
+def check_on_error(on_error: str) -> None:
+    """Raises `ValueError` for what is not one of [`ON_ERROR`]."""
+    if on_error not in ON_ERROR:
+        raise ValueError(f'on_error="{on_error}": choose {" or ".join(ON_ERROR)}.')
+
+
 def _common_name(stem: str) -> str:
     """The name that an image and its mask have in common."""
     return next((stem.removesuffix(end) for end in _PAIRED if stem.endswith(end) and stem != end), stem)
@@ -91,4 +101,13 @@ def _is_other_mask(stem: str) -> bool:
     return any(stem.endswith(kind + other) for kind in _CITYSCAPES for other in _OTHER_MASKS)
 
 
-__all__ = ["IMAGE_ENDINGS", "MASK_ENDINGS", "SPLIT_FILES", "list_images", "read_names"]
+__all__ = [
+    "IMAGE_ENDINGS",
+    "MASK_ENDINGS",
+    "ON_ERROR",
+    "SPLIT_FILES",
+    "OnErrorChoice",
+    "check_on_error",
+    "list_images",
+    "read_names",
+]

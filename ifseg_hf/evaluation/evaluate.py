@@ -18,6 +18,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ifseg_hf.data.image_files import check_on_error
 from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
 from ifseg_hf.evaluation.cosine import COSINE
 from ifseg_hf.evaluation.counts import Counts
@@ -98,8 +99,7 @@ def evaluate_segmenter(
     """
     smoothing = _checked_smoothing([segmenter.smoothing] if smoothing is None else smoothing)
     check_threshold(threshold)
-    if on_error not in ("skip", "fail"):
-        raise ValueError(f'on_error="{on_error}": choose skip or fail.')
+    check_on_error(on_error)
     state = PartialState()
     if state.num_processes > 1 and state_dir is None:
         raise ValueError("Several processes share their counts in a folder: give state_dir.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from ifseg_hf.data.vocabularies import join_names
-from ifseg_hf.experiments.plan import Plan, Step, in_order, save_settings
+from ifseg_hf.experiments.plan import Plan, Step, in_order, on_error_flag, save_settings
 from ifseg_hf.experiments.results import markdown_table, mean_and_deviation
 from ifseg_hf.training.log import read_log
 from ifseg_hf.visualization.curves import draw_curves
@@ -65,6 +65,7 @@ class ImageExperiments:
         configs: the folder of nano.yaml and images_nano.yaml.
         model: folder or Hub id of the model to start from.
         steps, batch_size: of the training runs on images.
+        on_error: "skip" leaves out images that cannot be read, in training, labelling and evaluation.
     """
 
     dataset: str
@@ -74,6 +75,7 @@ class ImageExperiments:
     model: str
     steps: int
     batch_size: int
+    on_error: str = "fail"
 
     def check(self) -> None:
         """Raises `ValueError` for a dataset that lacks a part which the experiments need."""
@@ -84,7 +86,7 @@ class ImageExperiments:
 
     def save_settings(self) -> None:
         """Writes the settings to `out`. Raises `ValueError` if it holds experiments with other settings."""
-        settings = {name: x for name, x in asdict(self).items() if name not in ("out", "configs")}
+        settings = {name: x for name, x in asdict(self).items() if name not in ("out", "configs", "on_error")}
         save_settings(self.out / SETTINGS_FILE, settings)
 
     def plan(self, seed: int) -> Plan:
@@ -97,7 +99,7 @@ class ImageExperiments:
             "eval_steps": str(max(1, self.steps // 3)),
             "seed": str(seed),
         }
-        return Plan(COMMANDS, values, self.out, f"-{seed}")
+        return Plan(COMMANDS, values, self.out, f"-{seed}", self.on_error)
 
     def steps_of(self, names: Iterable[str], seeds: Iterable[int]) -> list[Step]:
         """The steps of the experiments `names`, each a key of [`TITLES`], for every seed, in order."""
@@ -106,8 +108,9 @@ class ImageExperiments:
             plan = self.plan(seed)
             for name in names:
                 model, folder = plan.step(name), self.out / "evaluations" / f"{name}-{seed}"
-                arguments = ("--model", str(model.output_dir), "--dataset", self.dataset, "--unseen", self.unseen)
-                steps.append(Step("eval.py", arguments, folder, "results.json", (model,)))
+                arguments = ["--model", str(model.output_dir), "--dataset", self.dataset, "--unseen", self.unseen]
+                arguments += on_error_flag(self.on_error)
+                steps.append(Step("eval.py", tuple(arguments), folder, "results.json", (model,)))
         return in_order(steps)
 
 

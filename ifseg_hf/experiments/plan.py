@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ifseg_hf.training.config import read_settings
+from ifseg_hf.training.settings import ON_IMAGES
+
 MARKERS = {"train.py": "config.json", "pseudo_label.py": "dataset.json"}  # what each script writes last
 PYTHON = ("python",)
 ACCELERATE = ("accelerate", "launch")
@@ -63,12 +66,14 @@ class Plan:
         values: values of the placeholders that are not names of steps.
         out: folder of the steps' folders.
         suffix: added to the name of every folder, such as "-0" for seed 0.
+        on_error: the `--on-error` of the steps that read images.
     """
 
     commands: dict[str, str]
     values: dict[str, str]
     out: Path
     suffix: str = ""
+    on_error: str = "fail"
 
     def folder(self, name: str) -> Path:
         """The folder of the step `name`."""
@@ -82,6 +87,8 @@ class Plan:
         arguments = self.fill_in(arguments)
         if script == "train.py":
             arguments.append("--resume")
+        if self.on_error != "fail" and reads_images(script, arguments):
+            arguments += on_error_flag(self.on_error)
         return Step(script, tuple(arguments), self.folder(name), MARKERS[script], needs)
 
     def fill_in(self, arguments: Iterable[str]) -> list[str]:
@@ -93,6 +100,21 @@ class Plan:
 def _placeholders(command: str) -> list[str]:
     """Names in braces, each once."""
     return list(dict.fromkeys(re.findall(r"\{([\w-]+)\}", command)))
+
+
+def reads_images(script: str, arguments: Sequence[str]) -> bool:
+    """Whether a script reads images with these arguments: train.py does not if it tunes on word maps."""
+    if script != "train.py":
+        return True
+    if "--stage" in arguments:
+        return arguments[arguments.index("--stage") + 1] in ON_IMAGES
+    file = arguments[arguments.index("--config") + 1] if "--config" in arguments else None
+    return file is not None and read_settings(file).get("stage") in ON_IMAGES
+
+
+def on_error_flag(on_error: str) -> list[str]:
+    """The flag `--on-error` and its value; nothing for "fail", the default of the scripts."""
+    return [] if on_error == "fail" else ["--on-error", on_error]
 
 
 def with_flag(command: str, flag: str, value: str, only_replace: bool = False) -> str:

@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from ifseg_hf.data.segmentation import load_segmentation_dataset
 from ifseg_hf.data.vocabularies import join_names, read_categories
 from ifseg_hf.experiments.paper_tables import BASELINES, CLIPS, COMMANDS, DATA_DIRS, NOTES, TABLES, TITLES, Row
-from ifseg_hf.experiments.plan import ACCELERATE, Plan, Step, in_order, shell, with_flag
+from ifseg_hf.experiments.plan import ACCELERATE, Plan, Step, in_order, on_error_flag, shell, with_flag
 from ifseg_hf.experiments.results import markdown_table
 from ifseg_hf.pretrained import resolve_model
 from ifseg_hf.training.config import read_settings
@@ -35,6 +35,7 @@ class TableSettings:
             quoted, except where [`CLIPS`] has a CLIP.
         steps: steps of every training run, for a trial; limit: number of images to evaluate on, for a trial. `None`:
             as in the paper.
+        on_error: "skip" leaves out images that cannot be read, in training, labelling and evaluation.
     """
 
     table: str
@@ -46,6 +47,7 @@ class TableSettings:
     clipcap: str | None = None
     steps: int | None = None
     limit: int | None = None
+    on_error: str = "fail"
 
     def __post_init__(self):
         self.clip = self.clip or CLIPS.get(self.table)
@@ -71,7 +73,7 @@ class TableSettings:
     def plan(self) -> Plan:
         """The plan of all tables."""
         commands = {name: self._trial(x) if x.startswith("train.py") else x for name, x in COMMANDS.items()}
-        return Plan(commands, self.values(), self.out)
+        return Plan(commands, self.values(), self.out, on_error=self.on_error)
 
     def _trial(self, command: str) -> str:
         """A command of train.py with the steps of a trial; without a trial, the command."""
@@ -120,6 +122,7 @@ class TableSettings:
         arguments += ["--smoothing-iterations", ",".join(map(str, iterations))]
         if self.limit is not None:
             arguments += ["--limit", str(self.limit)]
+        arguments += on_error_flag(self.on_error)
         settings = "-".join(f"{k}x{n}" for k, n in smoothing)
         folder = self.out / "evaluations" / f"{name}-on-{dataset}-{settings}"
         return Step("eval.py", tuple(arguments), folder)

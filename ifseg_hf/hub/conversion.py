@@ -29,6 +29,7 @@ from ifseg_hf.hub.checkpoint_reader import (
     read_json,
     read_weights,
 )
+from ifseg_hf.loading import no_progress_bars
 from ifseg_hf.modeling import IFSegConfig, IFSegForSemanticSegmentation, OFAConfig, OFAForConditionalGeneration
 from ifseg_hf.processing.image_processing_ifseg import IFSegImageProcessor
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
@@ -450,7 +451,8 @@ def save_converted(
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as beside:
             folder = Path(beside, output_dir.name)
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            with no_progress_bars():
+                model.save_pretrained(folder, max_shard_size=max_shard_size)
             processor.save_pretrained(folder)
             if output_dir.exists():
                 output_dir.rmdir()  # it is empty; renaming a folder to an existing one is not portable

@@ -1,4 +1,8 @@
-"""Export of a trained model to ONNX for images of one size, to run it without torch and transformers."""
+"""Export of a trained model to ONNX, to run it without torch and transformers.
+
+The number of images is free, but their size is part of the file: the biases of the attention are computed from the
+position tables for one grid of patches, with as many operations as the grid has rows.
+"""
 
 import json
 import logging
@@ -22,12 +26,13 @@ class ImageToLogits(torch.nn.Module):
 
 
 def export_onnx(model: IFSegForSemanticSegmentation, path: str | Path, height: int = 512, width: int = 512) -> None:
-    """Writes an ONNX file of `model` with its categories, for one image of `height` x `width` pixels at a time.
+    """Writes an ONNX file of `model` with its categories, for batches of images of `height` x `width` pixels.
 
-    The input is `pixel_values` of shape `(1, 3, height, width)`, as the processor returns it. The outputs are `logits`
-    of shape `(1, categories, h, w)` and `image_features` of shape `(1, channels, h, w)`, where `h` and `w` count
-    patches. The file's metadata has the names of the categories as `id2label`, in JSON. Weights of more than 2 GB are
-    written to `<path>.data`.
+    The input is `pixel_values` of shape `(batch, 3, height, width)`, as the processor returns it. The outputs are
+    `logits` of shape `(batch, categories, h, w)` and `image_features` of shape `(batch, channels, h, w)`, where `h` and
+    `w` count patches. Each size of images needs a file. The file's metadata has, in JSON, the names of the labels as
+    `id2label` and, if there are any, the words that are merged into the label "background" as `background`. Weights of
+    more than 2 GB are written to `<path>.data`.
 
     Raises:
         `ValueError`: the model has no categories, or height or width is less than 1.
@@ -42,14 +47,15 @@ def export_onnx(model: IFSegForSemanticSegmentation, path: str | Path, height: i
     except ImportError as error:
         raise ImportError('Writing ONNX files needs the package onnxscript: pip install "ifseg-hf[onnx]"') from error
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
-    image = torch.zeros(1, 3, height, width, dtype=model.dtype, device=model.device)
+    images = torch.zeros(2, 3, height, width, dtype=model.dtype, device=model.device)  # of 1, torch makes a constant
     training, kernel = model.training, model.config._attn_implementation
     model.set_attn_implementation("eager")  # ONNX has no sdpa, and torch's decomposition of it cannot be exported
     try:
         program = torch.onnx.export(
             ImageToLogits(model).eval(),
-            (image,),
+            (images,),
             dynamo=True,
+            dynamic_shapes={"pixel_values": {0: "batch"}},
             verbose=False,
             input_names=["pixel_values"],
             output_names=["logits", "image_features"],
@@ -58,6 +64,8 @@ def export_onnx(model: IFSegForSemanticSegmentation, path: str | Path, height: i
         model.set_attn_implementation(kernel)
         model.train(training)
     program.model.metadata_props["id2label"] = json.dumps(model.config.id2label, ensure_ascii=False)
+    if model.config.background is not None:
+        program.model.metadata_props["background"] = json.dumps(model.config.background, ensure_ascii=False)
     program.save(str(path))
 
 

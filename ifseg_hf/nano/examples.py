@@ -1,6 +1,7 @@
 """Training images and what is known of them: names, named boxes, captions. No mask is ever a target."""
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +9,13 @@ from pathlib import Path
 import numpy as np
 from datasets import load_dataset
 from PIL import Image
+from tqdm.auto import tqdm
 
-from ifseg_hf.data.segmentation import SegmentationDataset, load_segmentation_dataset
+from ifseg_hf.data.image_files import check_on_error
+from ifseg_hf.data.segmentation import SampleError, SegmentationDataset, load_segmentation_dataset
 from ifseg_hf.nano.features import View, middle
 from ifseg_hf.nano.vocabulary import Vocabulary
+from ifseg_hf.processing.image_reading_ifseg import to_array
 
 # A box: top, left, bottom and right as fractions of the height and width of the part of the image that is used.
 Box = tuple[float, float, float, float]
@@ -56,9 +60,20 @@ class TrainingImages:
         world: folder of parquet files with the features `source, name, captions, boxes, image`.
         coco, street: folders of images with masks, from which filled boxes are chosen; of `coco` every second image,
             since the others are for development.
+        on_error: "skip" reads every image first, and names and leaves out those that cannot be read; with "fail"
+            [`image`] raises [`SampleError`] for such an image.
     """
 
-    def __init__(self, world: Path, coco: Path | None, street: Path | None, vocabulary: Vocabulary, seed: int = 0):
+    def __init__(
+        self,
+        world: Path,
+        coco: Path | None,
+        street: Path | None,
+        vocabulary: Vocabulary,
+        seed: int = 0,
+        on_error: str = "fail",
+    ):
+        check_on_error(on_error)
         files = sorted(str(file) for file in Path(world).glob("*.parquet"))
         self.world = load_dataset("parquet", data_files=files, split="train")
         self.masked: list[tuple[str, SegmentationDataset, int]] = []
@@ -73,6 +88,8 @@ class TrainingImages:
         for i, row in enumerate(self.rows):
             self.views += [View(i, side) for side in self._short_sides(row, rng)]
         self.views += [View(len(self.rows) + i, STREETS[0]) for i in range(len(self.masked))]
+        if on_error == "skip":
+            self._leave_out_unreadable()
 
     @staticmethod
     def _short_sides(row: Mapping, rng: random.Random) -> Sequence[int]:
@@ -80,11 +97,30 @@ class TrainingImages:
             return CAPTIONED
         return [rng.choice(SCENES if row["source"] in SCENE_SOURCES else OBJECTS)]
 
+    def _leave_out_unreadable(self) -> None:
+        """Removes the views of images that cannot be read, and prints the error of each."""
+        unreadable = set()
+        for index in tqdm(sorted({view.image for view in self.views}), desc="reading", unit="image"):
+            try:
+                self.image(index)
+            except SampleError as error:
+                unreadable.add(index)
+                tqdm.write(f"Skipped: {error}", file=sys.stderr)
+        self.views = [view for view in self.views if view.image not in unreadable]
+        if not self.views:
+            raise ValueError("None of the images can be read.")
+
     def image(self, index: int) -> Image.Image:
-        """The image at a position."""
-        if index < len(self.rows):
-            return self.world[index]["image"]
-        return Image.fromarray(self._read(index)[0])
+        """The image at a position. Raises [`SampleError`]."""
+        if index >= len(self.rows):
+            return Image.fromarray(self._read(index)[0])
+        try:
+            return Image.fromarray(to_array(self.world[index]["image"]))
+        except Exception as error:  # a damaged image raises errors of many kinds
+            row = self.rows[index]
+            about = row["name"] or next(iter(row["captions"]), "without a name")
+            reason = " ".join(str(error).split())
+            raise SampleError(f"Image {index} of {row['source']} ({about}) can't be read: {reason}.") from None
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Pixels and labels of an image with a mask."""

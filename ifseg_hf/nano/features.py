@@ -127,14 +127,20 @@ class FeatureCache:
 
         Args:
             trunk_config: the [`OFAConfig`] of the trunk.
-            images: returns the image at a position.
+            images: returns the RGB image at a position.
             workers: processes of one thread each, which are faster than one process of as many threads.
+
+        Raises:
+            `ValueError`: an image cannot be read.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = self.missing()
         if workers > 1 and len(missing) > 1:
             parts = [missing[rank::workers] for rank in range(workers)]
-            multiprocessing.spawn(_compute_part, (self, trunk_config, images, parts), nprocs=workers)
+            try:
+                multiprocessing.spawn(_compute_part, (self, trunk_config, images, parts), nprocs=workers)
+            except multiprocessing.ProcessRaisedException as error:  # its message ends with that of the error
+                raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2] or str(error)) from error
         elif missing:
             self._compute(trunk_config, images, missing)
 
@@ -147,7 +153,7 @@ class FeatureCache:
             tensors = {}
             for index in range(shard * _SHARD, min(len(self.views), (shard + 1) * _SHARD)):
                 view = self.views[index]
-                image = crop_middle(images(view.image).convert("RGB"))
+                image = crop_middle(images(view.image))
                 fine, coarse = trunk.stage_outputs(pixel_values(image, view.short_side))
                 probabilities, classes = classifier(coarse)[0].softmax(0).topk(TOP_CLASSES, dim=0)
                 features = Features(fine[0].half(), coarse[0].half(), classes.short(), probabilities.half())

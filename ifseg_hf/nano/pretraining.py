@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import BartTokenizer
 
 from ifseg_hf.experiments.plan import save_settings
+from ifseg_hf.loading import no_progress_bars
 from ifseg_hf.modeling.backbone import mean_of_subwords
 from ifseg_hf.modeling.backbone_ofa import OFABackbone
 from ifseg_hf.modeling.configuration_ofa import OFAConfig
@@ -89,6 +90,7 @@ def pretrain(
     output_dir: Path,
     workers: int = 2,
     held_out: Sequence[str] = (),
+    on_error: str = "fail",
     log: Callable[[str], None] = tqdm.write,
     **settings,
 ) -> Path:
@@ -101,12 +103,13 @@ def pretrain(
         world, coco, street: see [`TrainingImages`].
         workers: processes that compute features.
         held_out: names that no image gets, see [`Vocabulary`].
+        on_error: for images that cannot be read, see [`TrainingImages`].
         settings: fields of [`PretrainingConfig`].
     """
     config = PretrainingConfig(**settings)
     vocabulary, vectors = Vocabulary(held_out), WordVectors()
     tokenizer = train_tokenizer([*vocabulary.names, *vectors.frequent(FREQUENT_WORDS)])
-    images = TrainingImages(world, coco, street, vocabulary)
+    images = TrainingImages(world, coco, street, vocabulary, on_error=on_error)
     stages = output_dir / "stages"
     data = {"world": str(world), "coco": str(coco), "street": str(street), "views": len(images.views)}
     save_settings(stages / "pretraining.json", {**data, "held_out": list(held_out), **asdict(config)})
@@ -388,7 +391,8 @@ class Pretraining:
     def save(self) -> None:
         """Saves the model in float16, to be loaded in float32, and its processor."""
         load_efficientnet_lite(self.model.model.encoder.embed_images)
-        self.model.to(torch.float16).save_pretrained(self.output_dir)
+        with no_progress_bars():
+            self.model.to(torch.float16).save_pretrained(self.output_dir)
         self.model.config.dtype = torch.float32
         self.model.config.save_pretrained(self.output_dir)
         size = {"shortest_edge": SHORT_SIDE, "longest_edge": LONG_SIDE}

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ifseg_hf.adapters import save_adapter
+from ifseg_hf.loading import no_progress_bars
 from ifseg_hf.modeling.configuration_ifseg import IFSegConfig
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
 from ifseg_hf.pretrained import ADAPTER_CONFIG
@@ -152,7 +153,8 @@ def save_model(
     def write(folder: Path) -> None:
         with torch.device("meta"):  # a model without weights, because FSDP changes the class of the trained one
             empty = IFSegForSemanticSegmentation(model_config)
-        empty.save_pretrained(folder, state_dict=state_dict)
+        with no_progress_bars():
+            empty.save_pretrained(folder, state_dict=state_dict)
         processor.save_pretrained(folder)
 
     _save_result(config, write, last)

@@ -16,6 +16,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+from ifseg_hf.data.image_files import ON_ERROR
 from ifseg_hf.pretrained import EMBEDDED, resolve_model
 from ifseg_hf.training.checkpoint_files import CHECKPOINT_FILE, checkpoints, read_checkpoint
 from ifseg_hf.training.settings import ON_IMAGES, STAGES, brief, convert, setting
@@ -113,7 +114,7 @@ class TrainingConfig:
     on_error: str = setting(
         "fail",
         "for images that can't be read: fail, or skip, which trains and evaluates on the others",
-        choices=["fail", "skip"],
+        choices=ON_ERROR,
         stages=ON_IMAGES,
         may_change=True,
     )

@@ -17,16 +17,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from ifseg_hf.data.crops import NO_LABEL, find_labels
-from ifseg_hf.data.image_files import list_images
+from ifseg_hf.data.image_files import check_on_error, list_images
 from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
 from ifseg_hf.data.unnamed_masks import UnnamedMasks
 from ifseg_hf.evaluation.segmenter import load_segmenter
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
+from ifseg_hf.processing.background_ifseg import BACKGROUND
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX
 from ifseg_hf.processing.image_reading_ifseg import read_image, to_array
 from ifseg_hf.processing.post_processing_ifseg import resize_scores
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.processing.segmenter_ifseg import IFSegSegmenter
+from ifseg_hf.processing.text_ifseg import normalize_text
 from ifseg_hf.training.config import INCOMPLETE, OF_MASKS, PSEUDO_LABELS
 
 GIVEN = "given"  # folder of masks beside the labels: 255 where a label was given, 0 where the model predicted it
@@ -277,6 +279,7 @@ def write_pseudo_labels(
     trust_remote_code: bool = False,
     untuned: bool = False,
     on_error: str = "fail",
+    background: str | list[str] | None = None,
 ) -> Path:
     """Writes a dataset of images and labels: `images/`, `masks/`, `dataset.json`, and `given/` with `keep_labels`.
 
@@ -292,6 +295,8 @@ def write_pseudo_labels(
         unseen: categories to predict, whose given labels are not kept; see [`find_labels`].
         untuned: also label with a model that was never tuned, which is refused otherwise.
         on_error: "skip" leaves out images that cannot be used, and names each; "fail" raises [`SampleError`].
+        background: words that are merged into a last category, "background"; see [`IFSegProcessor`]. Default: the
+            model's, if it is asked its own words; otherwise "default" for a single category, none for several.
 
     Raises:
         `ValueError`: an argument is wrong, the folder has other files, or the model cannot be loaded.
@@ -299,16 +304,12 @@ def write_pseudo_labels(
     """
     config = config or PseudoLabelConfig()
     check_arguments(data, on_error)
-    hidden = find_labels(data, unseen)
-    if hidden:
+    if hidden := find_labels(data, unseen):
         config = replace(config, predicted=[data.names[label] for label in hidden])
     output, state = Path(output_dir), PartialState(cpu=cpu)
     segmenter = load_segmenter(model, device=state.device, trust_remote_code=trust_remote_code, untuned=untuned)
-    words = config.predicted or data.names
-    if segmenter.model.config.category_ids is None or not set(words) <= segmenter.model.config.label2id.keys():
-        segmenter.set_words(data.names)
-    neighbors, iterations = segmenter.image_processor.smoothing(config.smoothing_neighbors, config.smoothing_iterations)
-    config = replace(config, smoothing_neighbors=neighbors, smoothing_iterations=iterations)
+    set_label_words(segmenter, config.predicted or data.names, data.names, background)
+    data, config = with_background(segmenter, data, config)
     settings = {"model": str(model), "keep_labels": keep_labels, **asdict(config)}
     if isinstance(data, UnnamedMasks):
         settings[OF_MASKS] = True
@@ -348,10 +349,31 @@ def write_pseudo_labels(
     return output
 
 
+def set_label_words(
+    segmenter: IFSegSegmenter, predicted: list[str], names: list[str], background: str | list[str] | None
+) -> None:
+    """Asks the model all categories `names`, unless its own words have those to predict and no background is given."""
+    config = segmenter.model.config
+    if background is None and config.category_ids is not None and set(predicted) <= config.label2id.keys():
+        return
+    segmenter.set_words(names, background="default" if background is None and len(names) == 1 else background)
+
+
+def with_background(
+    segmenter: IFSegSegmenter, data: SegmentationDataset, config: PseudoLabelConfig
+) -> tuple[SegmentationDataset, PseudoLabelConfig]:
+    """Adds the segmenter's label "background" to the categories, and sets the smoothing that it needs."""
+    neighbors, iterations = segmenter.image_processor.smoothing(config.smoothing_neighbors, config.smoothing_iterations)
+    config = replace(config, smoothing_neighbors=neighbors, smoothing_iterations=iterations)
+    if not segmenter.background or BACKGROUND in map(normalize_text, data.names):
+        return data, config
+    predicted = config.predicted and [*config.predicted, BACKGROUND]
+    return replace(data, names=[*data.names, BACKGROUND]), replace(config, predicted=predicted)
+
+
 def check_arguments(data: SegmentationDataset, on_error: str) -> None:
     """Checks arguments of [`write_pseudo_labels`]. Raises `ValueError`."""
-    if on_error not in ("skip", "fail"):
-        raise ValueError(f'on_error="{on_error}": choose skip or fail.')
+    check_on_error(on_error)
     if len(data.names) >= NO_LABEL:
         raise ValueError(f"{len(data.names)} categories do not fit into masks of 8 bits: {NO_LABEL - 1} do.")
 

@@ -18,7 +18,7 @@ from ifseg_hf import tuning
 from ifseg_hf.cache import cache_entries, cache_folder, clear_cache
 from ifseg_hf.training.config import CHECKPOINT_FILE
 from ifseg_hf.training.loop import TrainingRun
-from ifseg_hf.tuning import is_tuned_for
+from ifseg_hf.tuning import choose_background, is_tuned_for
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["cat", "wet grass", "sky"]
@@ -62,6 +62,7 @@ def test_words_are_tuned_once_and_then_read_from_the_cache(model, image, runs, c
     assert f"cat, wet grass, sky. This happens once: the result is kept in {cache}." in captured.err
     assert "6/6" in captured.err
     assert "missing" not in captured.err.lower()
+    assert "Writing model shards" not in captured.err
     found = pipe(image)
     assert {x["label"] for x in found} <= set(WORDS)
     again = ifseg_hf.tune("cat, wet grass, sky", model=model)
@@ -89,6 +90,13 @@ def test_one_word_is_tuned_with_a_background(model, image, runs, capfd):
     assert not is_tuned_for(tuned, ["cat"], background=["sky"])
     pipe = ifseg_hf.tune(["cat", "dog"], model=model, background=["sky", "sea"])
     assert pipe.model.config.background == ["sky", "sea"]
+    tuned = next(entry.folder for entry in cache_entries() if entry.categories == ["cat", "dog"])
+    labels = {x["label"] for x in ifseg_hf.segment(image, ["dog", "cat"], model=tuned)}  # keeps the model's background
+    assert len(runs) == 2
+    assert labels <= {"cat", "dog", "background"}
+    assert choose_background(["cat", "dog"], model=tuned) == ["sky", "sea"]
+    assert choose_background(["cat", "dog"], "none", tuned) is None
+    assert choose_background(["cat", "sky"], model=tuned) is None
     assert pipe(image, threshold=1.0) == []
     with pytest.raises(ValueError, match="One category is not enough for segmentation"):
         ifseg_hf.tune(["cat"], model=model, background="none")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from checkpoints import IMAGE_SIZES, SMALL, padded_images
+from checkpoints import IMAGE_SIZES, SMALL, padded_images, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +12,7 @@ from ifseg_hf.modeling import OFAConfig, OFAForConditionalGeneration, OFAModel, 
 from ifseg_hf.modeling.attention_ofa import BlockwiseAttention
 from ifseg_hf.modeling.image_batches import image_sizes
 from ifseg_hf.modeling.layers_ofa import drop_path
+from ifseg_hf.modeling.modeling_ofa import CACHE
 from ifseg_hf.modeling.positions_ofa import add_blocks, grid_relative_bias, text_relative_bias
 
 
@@ -242,3 +243,17 @@ def test_limits_are_named(generator_model):
         generator_model(pixel_values=torch.zeros(1, 3, 32, 32), pixel_mask=torch.ones(1, 16, 16))
     with pytest.raises(ValueError, match="not both"):
         generator_model(pixel_values=torch.zeros(1, 3, 32, 32), image_embeds=torch.zeros(1, 2, 2, 16))
+
+
+@torch.no_grad()
+def test_the_cache_has_the_name_of_any_version_of_transformers():
+    """Since transformers 5.24 generation passes it as `cache`, before as `past_key_values`."""
+    model = OFAForConditionalGeneration(small_model().config.backbone_config).eval()
+    inputs = {"input_ids": torch.tensor([[0, 5, 6, 2]]), "pixel_values": torch.zeros(1, 3, 64, 64)}
+    tokens = torch.tensor([[0, 7, 8]])
+    expected = model(**inputs, decoder_input_ids=tokens).logits[:, -1]
+    for name in ("cache", "past_key_values"):
+        first = model(**inputs, decoder_input_ids=tokens[:, :2], use_cache=True)
+        assert first[CACHE].get_seq_length() == 2
+        last = model(**inputs, decoder_input_ids=tokens[:, 2:], use_cache=True, **{name: first[CACHE]})
+        torch.testing.assert_close(last.logits[:, -1], expected)

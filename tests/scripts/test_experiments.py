@@ -84,6 +84,34 @@ def test_dry_run_prints_shell_commands_in_order(data, capsys):
         assert set(used) <= set(made[: number + 1])
 
 
+def test_steps_that_read_images_skip_damaged_ones(data, capsys):
+    arguments = [data, "--unseen", "sky", "--seeds", "0", "--dry-run"]
+    assert script.main([*arguments, "--on-error", "skip"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    without = [line for line in lines if "--on-error skip" not in line]
+    assert len(lines) == 14
+    assert [line.rpartition("/")[2] for line in without] == ["image-free-0"]
+    assert "nano.yaml" in without[0]
+
+
+@pytest.mark.slow
+def test_a_row_is_measured_without_a_damaged_image(data, model, tmp_path, run, capsys):
+    folder = shutil.copytree(data, tmp_path / "data")
+    for split in ("train", "val"):
+        file = folder / split / "images" / "1.png"
+        file.write_bytes(file.read_bytes()[:60])
+    out = tmp_path / "out"
+    command = [str(folder), "--unseen", "sky", "--output-dir", str(out), "--model", model, "--batch-size", "4"]
+    command += ["--steps", "2", "--seeds", "0", "--only", "seen-and-unseen"]
+    assert script.main(command, run) == 1  # which the same command with --on-error resumes
+    assert str(folder / "train" / "images" / "1.png") in capsys.readouterr().err
+    assert script.main([*command, "--on-error", "skip"], run) == 0
+    results = json.loads((out / "evaluations" / "seen-and-unseen-0" / "results.json").read_text())
+    assert results["images"] == 1
+    (skipped,) = results["skipped"]
+    assert str(folder / "val" / "images" / "1.png") in skipped
+
+
 def test_errors_are_printed_in_one_line(data, tmp_path, capsys):
     assert script.main([data, "--unseen", "sky", "--output-dir", str(tmp_path / "out")], fail) == 1
     assert capsys.readouterr().err == (

@@ -1,5 +1,6 @@
 """scripts/pretrain.py on a few random images, with small weights and word vectors."""
 
+import shutil
 from importlib.util import find_spec
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from pretraining_data import small_pretraining
+from pyarrow import Table, parquet
 from safetensors.torch import load_file
 
 from ifseg_hf.modeling import IFSegForSemanticSegmentation, OFAForConditionalGeneration
@@ -122,6 +124,35 @@ def test_names_to_hold_out_may_have_commas_and_stand_in_a_file(data, tmp_path, m
         assert main(arguments(data, tmp_path, *given)) == 0
     assert main(arguments(data, tmp_path)) == 0
     assert held == [["bear", "chair, folding"], ["bear", "chair, folding"], []]
+
+
+@pytest.fixture
+def damaged(data, tmp_path):
+    """A copy of the data in which one image of each kind is cut short."""
+    folder = shutil.copytree(data, tmp_path / "damaged", ignore=shutil.ignore_patterns("output", "datasets"))
+    rows = parquet.read_table(folder / "world" / "world.parquet").to_pylist()
+    rows[2]["image"]["bytes"] = rows[2]["image"]["bytes"][:60]
+    schema = parquet.read_schema(folder / "world" / "world.parquet")
+    parquet.write_table(Table.from_pylist(rows, schema), folder / "world" / "world.parquet")
+    file = folder / "coco" / "images" / "2.png"
+    file.write_bytes(file.read_bytes()[:60])
+    return folder
+
+
+def test_damaged_images_are_named_and_skipped_if_asked(damaged, tmp_path, capsys):
+    output = tmp_path / "output"
+    assert main(arguments(damaged, output, "--on-error", "skip")) == 0
+    skipped = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Skipped: ")]
+    assert len(skipped) == 2
+    assert skipped[0].startswith("Skipped: Image 2 of intel (sea) can't be read: ")
+    assert str(damaged / "coco" / "images" / "2.png") in skipped[1]
+    assert (output / "model.safetensors").is_file()
+
+
+def test_a_damaged_image_ends_pretraining_in_one_line(damaged, tmp_path, capsys):
+    assert main(arguments(damaged, tmp_path / "output")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("pretrain.py: Image 2 of intel (sea) can't be read: ")
 
 
 def test_a_street_folder_without_a_training_split_is_reported(data, tmp_path, capsys):

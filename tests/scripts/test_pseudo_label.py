@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 from image_folders import NAMES, save_masked_images, save_tiny_segmenter
 
 from ifseg_hf.data.segmentation import load_segmentation_dataset
+from ifseg_hf.modeling import IFSegForSemanticSegmentation
+from ifseg_hf.processing import IFSegProcessor
 from scripts import load_script
 
 
@@ -30,6 +33,43 @@ def test_datasets_of_images_and_of_some_labels(main, tmp_path):
     assert metadata["categories"] == NAMES
     assert metadata["pseudo_labels"]["predicted"] == ["sea"]
     assert metadata["pseudo_labels"]["smoothing_neighbors"] == 2
+
+
+def test_a_background_is_a_category_of_the_dataset(main, tmp_path):
+    model = save_tiny_segmenter(tmp_path / "model")
+    folder = save_masked_images(tmp_path / "folder", count=2)
+    flags = ["--model", model, "--cpu", "--images", f"{folder}/train/images", "--output-dir"]
+
+    def categories(name: str, *more: str) -> list[str]:
+        assert main([*flags, str(tmp_path / name), *more]) == 0
+        data = load_segmentation_dataset(str(tmp_path / name))
+        assert json.loads((tmp_path / name / "dataset.json").read_text())["categories"] == data.names
+        labels = np.concatenate([data.read(sample)[1].ravel() for sample in data.samples])
+        assert labels.min() >= 0
+        assert labels.max() < len(data.names)
+        return data.names
+
+    assert categories("one", "--categories", "cat") == ["cat", "background"]
+    assert categories("none", "--categories", "cat", "--background", "none") == ["cat"]
+    assert categories("two", "--categories", "cat, cup", "--background", "sky, sea") == ["cat", "cup", "background"]
+    own = ["--categories", "Background, cup", "--background", "sky, sea"]
+    assert categories("own", *own) == ["Background", "cup"]
+    kept = ["--model", model, "--cpu", "--dataset", folder, "--keep-labels", "--unseen", "sea", "--background"]
+    assert main([*kept, "grass, wall", "--output-dir", str(tmp_path / "kept")]) == 0
+    metadata = json.loads((tmp_path / "kept" / "dataset.json").read_text())
+    assert metadata["categories"] == [*NAMES, "background"]
+    assert metadata["pseudo_labels"]["predicted"] == ["sea", "background"]
+
+
+def test_the_models_own_background_is_kept(main, tmp_path):
+    model = save_tiny_segmenter(tmp_path / "model")
+    processor, segmenter = IFSegProcessor.from_pretrained(model), IFSegForSemanticSegmentation.from_pretrained(model)
+    segmenter.set_words(**processor.encode_categories(["cat", "cup"], background=["sky", "sea"]))
+    segmenter.save_pretrained(model)
+    folder = save_masked_images(tmp_path / "folder", count=1)
+    given = ["--model", model, "--cpu", "--images", f"{folder}/train/images", "--categories", "cat, cup"]
+    assert main([*given, "--output-dir", str(tmp_path / "out")]) == 0
+    assert load_segmentation_dataset(str(tmp_path / "out")).names == ["cat", "cup", "background"]
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,16 @@ def test_dry_run_prints_shell_commands_in_order(capsys):
         assert set(used) <= set(made[: number + 1])
 
 
+def test_steps_that_read_images_skip_damaged_ones(capsys):
+    arguments = ["--table", "5", "--model", "ofa", "--clip", "clip", "--data", "data", "--dry-run"]
+    assert reproduce([*arguments, "--on-error", "skip"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(line.partition(" --output-dir")[0].endswith("--on-error skip") for line in lines)
+    assert reproduce(["--table", "1", *arguments[2:], "--on-error", "skip"]) == 0
+    assert ["--on-error skip" in line for line in capsys.readouterr().out.splitlines() if "train.py" in line] == [False]
+
+
 def test_errors_are_printed_in_one_line(data, models, tmp_path, capsys):
     model = str(models / "ofa")
     arguments = ["--table", "1", "--model", model, "--data", str(data), "--output-dir", str(tmp_path)]

@@ -253,6 +253,18 @@ def test_the_picture_of_the_card_is_drawn_after_tuning(model, place):
     assert not (place / "other" / "model.safetensors").exists()
 
 
+def test_words_and_background_may_stand_in_the_file_of_settings(model, place):
+    lines = ["steps: 2", f"model: {model}", "categories: [cat, sky]", "background: [sea, wet grass]"]
+    (place / "settings.yaml").write_text("\n".join(lines))
+    for more, background in (([], ["sea", "wet grass"]), (["--background", "none"], None)):
+        done = ifseg("segment", "a.png", "--config", "settings.yaml", *more)
+        assert done.exit_code == 0, done.stderr
+        entry = cache_entries()[0]
+        assert (entry.model, entry.categories) == (str(model), ["cat", "sky"])
+        assert json.loads((entry.folder / "config.json").read_text())["background"] == background
+    assert len(cache_entries()) == 2
+
+
 def test_a_tuned_model_is_used_for_its_words_and_tuned_for_others(model, place):
     done = ifseg("tune", WORDS, "--model", model, "--output-dir", "tuned", "--steps", 2, "--resume")
     assert done.exit_code == 0, done.stderr

@@ -66,6 +66,18 @@ def test_onnx_file_of_an_efficientnet_lite_gives_the_same_logits(tmp_path):
     assert_same(run_onnx(tmp_path / "model.onnx", image)[0], model, image)
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 80), (80, 48), (96, 96)])
+def test_onnx_file_takes_any_number_of_images(height, width, tmp_path):
+    """Of grids within the model's own, beyond it, and of both aspect ratios."""
+    model = small_model()
+    export_onnx(model, tmp_path / "model.onnx", height, width)
+    images = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, height, width]
+    for batch in (images, images[:2], images[:1]):
+        assert_same(run_onnx(tmp_path / "model.onnx", batch)[0], model, batch)
+
+
 def test_onnx_file_gives_the_same_logits(tmp_path):
     model = small_model().train()
     export_onnx(model, tmp_path / "model.onnx", 64, 80)
@@ -98,6 +110,21 @@ def test_script_writes_onnx_file(tmp_path, capsys):
     with torch.no_grad():
         (expected,) = processor.post_process_semantic_segmentation(model(pixel_values=pixel_values), [(48, 64)])
     assert (labels == expected).float().mean() > 0.99
+
+
+def test_a_background_is_in_the_file_and_its_metadata(tmp_path, capsys):
+    folder = save_tiny_model(tmp_path / "model")
+    arguments = [folder, str(tmp_path / "one.onnx"), "--height", "48", "--width", "64", "--categories", "cat"]
+    assert SCRIPT.main([*arguments, "--background", "sky, wet grass"]) == 0
+    assert capsys.readouterr().out.endswith("one.onnx: images of 48 x 64 -> cat, background\n")
+    model = IFSegForSemanticSegmentation.from_pretrained(folder).eval()
+    processor = IFSegProcessor.from_pretrained(folder)
+    model.set_words(**processor.encode_categories(["cat"], background=["sky", "wet grass"]))
+    found, metadata = run_onnx(tmp_path / "one.onnx", IMAGE[..., :48, :64])
+    assert_same(found, model, IMAGE[..., :48, :64])
+    assert found[0].shape[1] == 2
+    assert json.loads(metadata["id2label"]) == {"0": "cat", "1": "background"}
+    assert json.loads(metadata["background"]) == ["sky", "wet grass"]
 
 
 def test_script_errors_are_one_line(tmp_path, capsys):

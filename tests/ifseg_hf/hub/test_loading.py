@@ -389,7 +389,7 @@ def tune(model, steps: int = 5) -> float:
     return losses[0] - losses[-1]
 
 
-@pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM", "CAUSAL_LM"])
 def test_lora_with_peft(task_type, ofa, tmp_path):
     model = get_peft_model(with_words(ofa), lora(task_type=task_type))
     trained = {name for name, x in model.named_parameters() if x.requires_grad}
@@ -410,6 +410,15 @@ def test_lora_with_peft(task_type, ofa, tmp_path):
     assert not report["unexpected_keys"]
     assert merged.config.id2label == WORDS["id2label"]
     torch.testing.assert_close(logits(merged), after)
+
+
+def test_a_segmentation_model_generates_no_text(ofa, caplog):
+    model = with_words(ofa)
+    assert not model.can_generate()
+    assert getattr(model, "generation_config", None) is None
+    with pytest.raises(ValueError, match="segments images and generates no text"):
+        model.prepare_inputs_for_generation(None)
+    assert not caplog.records
 
 
 def test_lora_for_text_with_peft(ofa, tmp_path):
