@@ -62,8 +62,15 @@ def grid_relative_bias(table: torch.Tensor, height: int, width: int) -> torch.Te
     centre = side // 2
     window = table.view(side, side, -1).permute(2, 0, 1)
     window = window[:, centre - height + 1 : centre + height, centre - width + 1 : centre + width]
-    # (heads, x, y' - y, x') in ascending order of y' - y: the biases of the queries of one row are a slice
-    lines = window.unfold(2, width, 1).transpose(1, 2).flip(2, 3)
+    return _grid_bias_of_lines(window.unfold(2, width, 1).transpose(1, 2).flip(2, 3))
+
+
+def _grid_bias_of_lines(lines: torch.Tensor) -> torch.Tensor:
+    """Biases between the patches of a grid, (heads, height * width, height * width), from those between its lines.
+
+    lines: (heads, x, y' - y, x') in ascending order of y' - y: the biases of the queries of one line are a slice.
+    """
+    height, width = (lines.shape[2] + 1) // 2, lines.shape[3]
     bias = torch.stack([lines[:, :, height - 1 - y : 2 * height - 1 - y] for y in range(height)], dim=1)
     return bias.view(-1, height * width, height * width)
 
@@ -79,6 +86,9 @@ def resized_grid_relative_bias(table: torch.Tensor, side: int, height: int, widt
     diagonals = math.isqrt(len(window))
     window = window.view(diagonals, diagonals, -1).permute(2, 0, 1)
     crop = slice(diagonals // 2 - side + 1, diagonals // 2 + side)
+    if height == side:  # as for every image that is wider than high: only columns are resized
+        columns = _resized_differences(window[:, crop, crop], side, width)
+        return _grid_bias_of_lines(columns.transpose(1, 2).flip(2)).to(table.dtype)
     one_hot = torch.eye(2 * side - 1, dtype=window.dtype, device=window.device)
     # Bilinear resizing is separable. Rows first, to the small (heads, x - x', y, y'); then one product maps the
     # 2 * side - 1 distances x - x' to pairs of columns.
