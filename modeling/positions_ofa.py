@@ -30,27 +30,6 @@ def resize_grid(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return planes.view(*grid.shape[:-2], height, width)
 
 
-def positions_of_any_grid(
-    grid: torch.Tensor, base: int, height: int | torch.SymInt, width: int | torch.SymInt
-) -> torch.Tensor:
-    """
-    Positions of a grid whose size is known only when an exported model runs, (height * width, d_model).
-
-    Both ways of `image_positions` are computed: a grid with at most as many patches as base x base has its own
-    positions, a larger one those of base x base, resized.
-
-    Args:
-        grid: the positions that the model has, (side, side, d_model).
-    """
-    side = grid.shape[0]
-    resized = resize_grid(grid[:base, :base].permute(2, 0, 1), height, width).flatten(1).T
-    rows, columns = (torch.arange(size, device=grid.device).clamp(max=side - 1) for size in (height, width))
-    own = grid[rows][:, columns].flatten(0, 1)
-    patches, *sides = (torch.scalar_tensor(count, device=grid.device) for count in (height * width, height, width))
-    fits = (patches <= base**2) & (sides[0] <= side) & (sides[1] <= side)
-    return torch.where(fits, own, resized)
-
-
 def grid_relative_bias(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Biases between the patches of a grid, (heads, height * width, height * width), from a relative table.
 
@@ -245,7 +224,6 @@ __all__ = [
     "cat_sequences",
     "grid_relative_bias",
     "masked_bias",
-    "positions_of_any_grid",
     "project_positions",
     "resize_grid",
     "resized_grid_factors",

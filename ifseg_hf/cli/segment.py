@@ -95,15 +95,14 @@ def segment(
         images = [file for image in images for file in image_files(image)]
     except ValueError as error:
         raise CommandError(error) from error
-    tuning = {"prompt": prompt, "trust_remote_code": trust_remote_code, "lora": lora}
     try:
         base, adapter = _model_and_adapter(ctx, model, adapter)
         folder = _resolve(base, adapter)
         rest = _background(names, background, base or folder, trust_remote_code)
         if names is not None and adapter is None and not (no_tune or untuned):
-            tuning["background"] = rest
-            given = {key: value for key, value in tuning.items() if value}
-            folder = _tuned(base, names, {**settings, "background": None, **given})
+            given = {"prompt": prompt, "trust_remote_code": trust_remote_code, "lora": lora or settings.get("lora")}
+            given = {key: value for key, value in given.items() if value}
+            folder = _tuned(base, names, {**settings, **given, "background": rest})
         segmenter = _load(folder, names, prompt, trust_remote_code, untuned, rest, adapter)
         if background is None and rest == "default":
             _report_background(names)
