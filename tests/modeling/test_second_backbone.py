@@ -25,6 +25,7 @@ FILES = (
     "modeling_ifseg",
     "image_batches",
     "loading",
+    "adapters_ifseg",
     "loss_ifseg",
     "merged_labels",
 )
