@@ -285,7 +285,7 @@ def test_a_damaged_image_can_be_skipped(model, data, tmp_path, capsys):
     assert "2 images in" in captured.out
     assert ", 1 were skipped: labels given" in captured.out
     assert "1.png" in captured.err
-    with pytest.raises(ValueError, match="choose skip or fail"):
+    with pytest.raises(ValueError, match="choose fail or skip"):
         write(model, data, tmp_path / "other", on_error="maybe")
 
 
