@@ -33,7 +33,7 @@ PROCESSING = (
     "background dense_crf image_processing image_reading pipeline post_processing processing prompt segmenter "
     "sliding_window text"
 )
-OFA = "attention backbone bias_cache blockwise_bias configuration layers modeling positions trunk"
+OFA = "attention backbone bias_cache blockwise_bias configuration layers modeling outputs positions trunk"
 CODE = {
     "backbone.py",
     "configuration_checks.py",
