@@ -52,7 +52,7 @@ class AdaptablePreTrainedModel(Float32PreTrainedModel):
             peft_model_id: folder or Hub id of the adapter.
             adapter_name: name for [`set_adapter`]. Default: "default".
             *args, **kwargs: of transformers' [`~integrations.PeftAdapterMixin.load_adapter`]. An adapter without
-                words, which another program made, leaves the words of the model as they are.
+                words, from another program, does not change the words of the model.
 
         Raises:
             `ImportError` without peft; `ValueError` for an adapter of another model or with damaged words.

@@ -70,11 +70,11 @@ def write_model(model: Path, folder: Path) -> Path:
             if not any(part.name == "README.md" for part in files):
                 archive.writestr(f"{name}/README.md", card)
     except (OSError, ValueError) as error:
-        raise PageError("The tuned model is not in the cache any more: tune on the words once more.") from error
+        raise PageError("The tuned model was deleted from the cache: tune on the words again.") from error
     return file
 
 
 def _uploaded(segmentation: Segmentation) -> Image.Image:
     if not Path(segmentation.path).is_file():
-        raise PageError("The uploaded image was deleted after some time: upload it once more.")
+        raise PageError("The uploaded image was deleted after some time: upload it again.")
     return read_upload(segmentation.path).image

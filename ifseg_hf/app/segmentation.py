@@ -40,7 +40,7 @@ class Segmentation:
         outputs: on the CPU, `logits` (1, labels, h, w), `image_features` (1, channels, h, w) and `patch_mask`
             (1, h, w).
         names: of the labels.
-        image: as it is shown, mode RGB.
+        image: the displayed image, mode RGB.
         path: the uploaded file; size: (width, height) of the image in it, once read.
         tuned: whether the model was tuned on these words.
     """

@@ -61,7 +61,7 @@ def adapter_content(folder: Path, base_model: str | None = None) -> dict[str, Pa
 
 
 def adapter_card(folder: Path, repo_id: str, base_model: str | None = None) -> ModelCard:
-    """The model card of an adapter: what it is, how to use it, its words, base model and settings."""
+    """Returns the model card of an adapter: usage, words, base model and settings."""
     config, words = read_json(folder / ADAPTER_CONFIG), read_json(folder / ADAPTER_WORDS)["words"]
     base = base_model or config["base_model_name_or_path"]
     settings: dict[str, Any] = public_settings(read_settings(folder))

@@ -216,7 +216,7 @@ def test_tuning_is_stopped(open_page, image_file, page_server):
     page.locator("#steps input[type=range]").fill("100")
     page.click("#tune")
     page.wait_for_selector("#progress >> text=/Step \\d+ of 100, loss/")
-    set_slider(page, "threshold", 0.99)  # the page goes on
+    set_slider(page, "threshold", 0.99)  # the page still responds
     page.click("#stop")
     page.wait_for_selector("#progress >> text=/Stopped after \\d+ of 100 steps./")
     page.wait_for_selector("#tune", state="visible")

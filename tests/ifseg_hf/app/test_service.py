@@ -273,7 +273,7 @@ def test_downloads_that_are_not_there_are_one_sentence(service, visit, request_f
             service.download(visit, kind, how)
     service.segment(visit, request_for())
     Path(image_file).unlink()
-    with pytest.raises(PageError, match="upload it once more"):
+    with pytest.raises(PageError, match="upload it again"):
         service.download(visit, "overlay", how)
     visit.model = Path("/nowhere/tuned-0123")
     with pytest.raises(PageError, match="not in the cache any more"):
