@@ -276,5 +276,5 @@ def test_downloads_that_are_not_there_are_one_sentence(service, visit, request_f
     with pytest.raises(PageError, match="upload it again"):
         service.download(visit, "overlay", how)
     visit.model = Path("/nowhere/tuned-0123")
-    with pytest.raises(PageError, match="not in the cache any more"):
+    with pytest.raises(PageError, match="deleted from the cache"):
         service.download(visit, "model", how)
