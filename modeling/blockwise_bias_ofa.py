@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_ofa import OFAConfig
-from .positions_ofa import BiasBlock, resized_grid_factors
+from .positions_ofa import BiasBlock, GridBias
 
 # Largest bias that is computed whole, in elements: heads * queries * keys. A larger one is computed in blocks.
 LARGEST_BIAS = 2**25
@@ -23,30 +23,6 @@ def is_large(config: OFAConfig, query_positions: torch.Tensor, key_positions: to
     if torch.compiler.is_compiling() or config._attn_implementation == "eager":
         return False
     return query_positions.shape[1] * query_positions.shape[2] * key_positions.shape[2] > LARGEST_BIAS
-
-
-@dataclass
-class GridBias:
-    """
-    Relative biases between the patches of a grid, resized like [`resized_grid_relative_bias`], line by line.
-
-    Args:
-        lines: (D, height, height), columns: (heads, width, D, width): the bias of query (y, x) and key (y', x') is the
-            sum over d of lines[d, y, y'] * columns[head, x, d, x'].
-    """
-
-    lines: torch.Tensor
-    columns: torch.Tensor
-
-    @classmethod
-    def from_table(cls, table: torch.Tensor, side: int, height: int, width: int) -> "GridBias":
-        """Arguments as for [`resized_grid_relative_bias`]."""
-        lines, columns = resized_grid_factors(table, side, height, width)
-        return cls(lines, columns.transpose(1, 2).contiguous())
-
-    def line(self, y: int, key_lines: int, heads: slice) -> torch.Tensor:
-        """Biases of the queries in line y and the keys in the first lines, (heads, width, key_lines * width)."""
-        return (self.lines[:, y, :key_lines].T @ self.columns[heads]).flatten(2)
 
 
 @dataclass
@@ -81,10 +57,8 @@ class BlockwiseBias:
         """A copy on a device. accelerate calls this where the layers of a model are on several devices."""
 
         def move(value):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor | GridBias):
                 return value.to(device, **kwargs)
-            if isinstance(value, GridBias):
-                return GridBias(move(value.lines), move(value.columns))
             return [(rows, columns, move(x)) for rows, columns, x in value] if isinstance(value, list) else value
 
         return BlockwiseBias(**{x.name: move(getattr(self, x.name)) for x in fields(self)})

@@ -25,22 +25,21 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_ofa import OFAAttention
 from .bias_cache_ofa import BiasCache
-from .blockwise_bias_ofa import BlockwiseBias, GridBias, is_large
+from .blockwise_bias_ofa import BlockwiseBias, is_large
 from .configuration_ofa import AUTO_MAP, PUBLISHED_COPIES, OFAConfig
 from .image_batches import group_by_image_size
 from .layers_ofa import OFADecoderLayer, OFAEncoderLayer
 from .loading import Float32PreTrainedModel
 from .outputs_ofa import CACHE, OFAEncoderOutput
 from .positions_ofa import (
+    GridBias,
     OFAPatchPositions,
     OFATable,
     add_blocks,
     cat_sequences,
-    grid_relative_bias,
     masked_bias,
     project_positions,
     resize_grid,
-    resized_grid_relative_bias,
     start_token_blocks,
     text_relative_bias,
 )
@@ -141,12 +140,10 @@ class _OFAStack(OFAPreTrainedModel):
             )
         return resize_grid(grid[:base, :base].permute(2, 0, 1), height, width).flatten(1).T
 
-    def image_relative_bias(self, layer: int, height: int, width: int, interpolate: bool) -> torch.Tensor:
-        """Relative biases between patches, (heads, height * width, height * width)."""
+    def image_relative_bias(self, layer: int, height: int, width: int, interpolate: bool) -> GridBias:
+        """Relative biases between patches."""
         table = self.image_rel_pos_table_list[layer]()[:-3]
-        if interpolate:
-            return resized_grid_relative_bias(table, self.config.grid_size, height, width)
-        return grid_relative_bias(table, height, width)
+        return GridBias.from_table(table, height, width, self.config.grid_size if interpolate else None)
 
 
 class OFAEncoder(_OFAStack):
@@ -207,9 +204,8 @@ class OFAEncoder(_OFAStack):
             return [(text, text, text_relative_bias(self.token_rel_pos_table_list[layer](), 0, text_length))]
 
         def blockwise_bias(layer: int) -> BlockwiseBias:
-            table = self.image_rel_pos_table_list[layer]()[:-3]
             height, width = grid
-            relative = GridBias.from_table(table, self.config.grid_size, height, width)
+            relative = self.image_relative_bias(layer, height, width, interpolate)
             return BlockwiseBias(q, k, height, width, grid=relative, blocks=text_blocks(layer), allowed=allowed)
 
         if grid is not None and interpolate and is_large(self.config, q, k):
@@ -346,7 +342,7 @@ class OFADecoder(_OFAStack):
             if layer == "cross":
                 return BlockwiseBias(cross_q, cross_k, height, width, start=1, allowed=cross_allowed)
             table = patch_positions.tables[layer]
-            relative = GridBias.from_table(table[:-3], patch_positions.side, height, width)
+            relative = GridBias.from_table(table[:-3], height, width, patch_positions.side)
             blocks = start_token_blocks(table[-3:])
             return BlockwiseBias(self_q, self_k, height, width, grid=relative, start=1, blocks=blocks, causal=True)
 

@@ -5,6 +5,7 @@ and a relative one per layer.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,66 +31,86 @@ def resize_grid(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return planes.view(*grid.shape[:-2], height, width)
 
 
-def grid_relative_bias(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Biases between the patches of a grid, (heads, height * width, height * width), from a relative table.
+@dataclass
+class GridBias:
+    """
+    Relative biases between the patches of a grid, in a compact form that yields those of one line of queries at a time.
 
     Args:
-        table: ((2g - 1)^2, heads); the row of query (y, x) and key (y', x') is
-            (y - y' + g - 1) * (2g - 1) + (x - x' + g - 1), for grids of at most g x g.
+        columns: (heads, width, D, width), the bias of a query in column x and a key in column x' whose lines differ by
+            d - (D - 1) / 2 = y' - y.
+        lines: `None`, or (D, height, height) if lines are resized: the bias of query (y, x) and key (y', x') is the sum
+            over d of lines[d, y, y'] * columns[head, x, d, x']. D is then independent of the height.
     """
-    side = math.isqrt(len(table))
-    centre = side // 2
-    window = table.view(side, side, -1).permute(2, 0, 1)
-    window = window[:, centre - height + 1 : centre + height, centre - width + 1 : centre + width]
-    return _grid_bias_of_lines(window.unfold(2, width, 1).transpose(1, 2).flip(2, 3))
 
+    columns: torch.Tensor
+    lines: torch.Tensor | None = None
 
-def _grid_bias_of_lines(lines: torch.Tensor) -> torch.Tensor:
-    """Biases between the patches of a grid, (heads, height * width, height * width), from those between its lines.
+    @classmethod
+    def from_table(cls, table: torch.Tensor, height: int, width: int, side: int | None = None) -> "GridBias":
+        """
+        Args:
+            table: ((2g - 1)^2, heads); the row of query (y, x) and key (y', x') is
+                (y - y' + g - 1) * (2g - 1) + (x - x' + g - 1), for grids of at most g x g.
+            side: resize the biases of the side x side grid bilinearly to height x width, over keys and over queries.
+                The result is float32, or float64 if the table is.
+        """
+        diagonals = math.isqrt(len(table))
+        window = table.view(diagonals, diagonals, -1).permute(2, 0, 1).flip(1)
+        if side is None or (height, width) == (side, side):
+            rows, columns = (slice(diagonals // 2 - n + 1, diagonals // 2 + n) for n in (height, width))
+            columns = window[:, rows, columns].unfold(2, width, 1).flip(3)
+            return cls(columns.transpose(1, 2).contiguous())
+        crop = slice(diagonals // 2 - side + 1, diagonals // 2 + side)
+        window = window[:, crop, crop].to(torch.promote_types(table.dtype, torch.float32))
+        columns = _resized_differences(window, side, width).transpose(1, 2).contiguous()
+        if height == side:  # as for every image that is wider than high: only columns are resized
+            return cls(columns)
+        one_hot = torch.eye(2 * side - 1, dtype=window.dtype, device=window.device).flip(1)
+        return cls(columns, _resized_differences(one_hot, side, height))
 
-    lines: (heads, x, y' - y, x') in ascending order of y' - y: the biases of the queries of one line are a slice.
-    """
-    height, width = (lines.shape[2] + 1) // 2, lines.shape[3]
-    bias = torch.stack([lines[:, :, height - 1 - y : 2 * height - 1 - y] for y in range(height)], dim=1)
-    return bias.view(-1, height * width, height * width)
+    @property
+    def height(self) -> int:
+        return (self.columns.shape[2] + 1) // 2 if self.lines is None else self.lines.shape[1]
 
+    @property
+    def width(self) -> int:
+        return self.columns.shape[3]
 
-def resized_grid_relative_bias(table: torch.Tensor, side: int, height: int, width: int) -> torch.Tensor:
-    """Biases of the side x side grid resized bilinearly to height x width, over keys and over queries.
+    def line(self, y: int, key_lines: int | None = None, heads: slice = slice(None)) -> torch.Tensor:
+        """Biases of the queries in line y and the keys in the first lines, (heads, width, key_lines * width)."""
+        key_lines = self.height if key_lines is None else key_lines
+        if self.lines is None:
+            first = self.height - 1 - y
+            return self.columns[heads, :, first : first + key_lines].flatten(2)
+        return (self.lines[:, y, :key_lines].T @ self.columns[heads]).flatten(2)
 
-    Returns (heads, height * width, height * width); `table` is as for [`grid_relative_bias`].
-    """
-    if (height, width) == (side, side):
-        return grid_relative_bias(table, side, side)
-    window = table if table.dtype == torch.float64 else table.float()
-    diagonals = math.isqrt(len(window))
-    window = window.view(diagonals, diagonals, -1).permute(2, 0, 1)
-    crop = slice(diagonals // 2 - side + 1, diagonals // 2 + side)
-    if height == side:  # as for every image that is wider than high: only columns are resized
-        columns = _resized_differences(window[:, crop, crop], side, width)
-        return _grid_bias_of_lines(columns.transpose(1, 2).flip(2)).to(table.dtype)
-    one_hot = torch.eye(2 * side - 1, dtype=window.dtype, device=window.device)
-    # Bilinear resizing is separable. Rows first, to the small (heads, x - x', y, y'); then one product maps the
-    # 2 * side - 1 distances x - x' to pairs of columns.
-    rows = _resized_differences(window[:, crop, crop].transpose(1, 2), side, height)
-    columns = _resized_differences(one_hot, side, width)
-    bias = rows.permute(0, 2, 3, 1) @ columns.flatten(1)
-    bias = bias.unflatten(3, (width, width)).transpose(2, 3)
-    return bias.reshape(-1, height * width, height * width).to(table.dtype)
+    def whole(self) -> torch.Tensor:
+        """Biases of all patches, (heads, height * width, height * width)."""
+        height, width = self.height, self.width
+        if self.lines is None:
+            return torch.stack([self.line(y) for y in range(height)], dim=1).flatten(1, 2)
+        # one product maps the few differences of lines to all pairs of them
+        bias = self.columns.transpose(2, 3).flatten(1, 2) @ self.lines.flatten(1)
+        bias = bias.view(-1, width, width, height, height).permute(0, 3, 1, 4, 2)
+        return bias.reshape(-1, height * width, height * width)
 
+    def gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of `columns`, from that of [`whole`] with the same shape."""
+        result = torch.zeros_like(self.columns)
+        for y in range(self.height):
+            line = grad[:, y * self.width : (y + 1) * self.width].unflatten(2, (self.height, self.width))
+            if self.lines is None:
+                first = self.height - 1 - y
+                result[:, :, first : first + self.height] += line
+            else:
+                result += self.lines[:, y] @ line.to(result.dtype)
+        return result
 
-def resized_grid_factors(table: torch.Tensor, side: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of [`resized_grid_relative_bias`]: lines (D, height, height) and columns (heads, D, width, width).
-
-    The bias of query (y, x) and key (y', x') is the sum of lines[d, y, y'] * columns[:, d, x, x'] over the
-    D = 2 * side - 1 distances d. Both are float32, or float64 if the table is.
-    """
-    window = table if table.dtype == torch.float64 else table.float()
-    diagonals = math.isqrt(len(window))
-    crop = slice(diagonals // 2 - side + 1, diagonals // 2 + side)
-    window = window.view(diagonals, diagonals, -1).permute(2, 0, 1)[:, crop, crop]
-    one_hot = torch.eye(2 * side - 1, dtype=window.dtype, device=window.device)
-    return _resized_differences(one_hot, side, height), _resized_differences(window, side, width)
+    def to(self, *args, **kwargs) -> "GridBias":
+        """A copy on a device or with a dtype, as of a tensor."""
+        lines = None if self.lines is None else self.lines.to(*args, **kwargs)
+        return GridBias(self.columns.to(*args, **kwargs), lines)
 
 
 def _resized_differences(values: torch.Tensor, side: int, size: int) -> torch.Tensor:
@@ -123,37 +144,67 @@ def text_relative_bias(table: torch.Tensor, query_start: int, key_length: int) -
 
 
 class _AddBlocks(torch.autograd.Function):
-    """[`add_blocks`] whose gradients are views; autograd would copy the whole gradient for each addition in place."""
+    """[`add_blocks`] with compact gradients; autograd would copy the whole gradient for each addition in place.
+
+    places: rows and columns of each block, and `lines` of a [`GridBias`], whose `columns` are the block.
+    """
 
     @staticmethod
-    def forward(bias: torch.Tensor, places: list[tuple[slice, slice]], *blocks: torch.Tensor) -> torch.Tensor:
+    def forward(
+        bias: torch.Tensor, places: list[tuple[slice, slice, torch.Tensor | None]], *blocks: torch.Tensor
+    ) -> torch.Tensor:
         bias = bias.clone()
-        for place, block in zip(places, blocks, strict=True):
-            bias[(..., *place)] += block
+        for (rows, columns, lines), block in zip(places, blocks, strict=True):
+            part = bias[:, :, rows, columns]
+            if block.ndim == 3:
+                part += block
+                continue
+            grid = GridBias(block, lines)
+            for y in range(grid.height):  # a line stays in the processor's cache
+                part[:, :, y * grid.width : (y + 1) * grid.width] += grid.line(y)
         return bias
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, ctx.places, *blocks = inputs
+        ctx.save_for_backward(*(block for block in blocks if block.ndim == 4))
         ctx.shapes = [block.shape for block in blocks]
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         shared = grad[0] if len(grad) == 1 else grad.sum(0)
-        parts = zip(ctx.places, ctx.shapes, strict=True)
-        return grad, None, *(shared[(slice(None), *place)].sum_to_size(shape) for place, shape in parts)
+        columns_of_grids = iter(ctx.saved_tensors)
+        gradients = []
+        for (rows, columns, lines), shape in zip(ctx.places, ctx.shapes, strict=True):
+            part = shared[:, rows, columns]
+            if len(shape) == 3:
+                gradients.append(part.sum_to_size(shape))
+            else:
+                gradients.append(GridBias(next(columns_of_grids), lines).gradient(part))
+        return grad, None, *gradients
 
 
 # A part of a bias: its rows (queries), its columns (keys), and the values to add, (heads, rows, columns) or of size 1.
 BiasBlock = tuple[slice, slice, torch.Tensor]
 
 
-def add_blocks(bias: torch.Tensor, blocks: list[BiasBlock]) -> torch.Tensor:
-    """The sum of `bias` (1 or batch, heads, queries, keys) and blocks that do not overlap."""
-    places = [(rows, columns) for rows, columns, _ in blocks]
+def add_blocks(bias: torch.Tensor, blocks: Sequence[tuple[slice, slice, torch.Tensor | GridBias]]) -> torch.Tensor:
+    """The sum of `bias` (1 or batch, heads, queries, keys) and blocks that do not overlap.
+
+    On a CPU a [`GridBias`] is added line by line, without its whole bias in memory.
+    """
+    places, values = [], []
+    compiling = torch.compiler.is_compiling()
+    for rows, columns, block in blocks:
+        block = block.to(bias.device)
+        if isinstance(block, GridBias) and (compiling or bias.device.type != "cpu"):
+            block = block.whole()
+        grid = isinstance(block, GridBias)
+        places.append((rows, columns, block.lines if grid else None))
+        values.append(block.columns if grid else block)
     # torch.compile derives the gradients, and cannot trace a function of a variable number of tensors
-    add = _AddBlocks.forward if torch.compiler.is_compiling() else _AddBlocks.apply
-    return add(bias, places, *(block.to(bias.device) for _, _, block in blocks))
+    add = _AddBlocks.forward if compiling else _AddBlocks.apply
+    return add(bias, places, *values)
 
 
 def start_token_blocks(rows: torch.Tensor) -> list[BiasBlock]:
@@ -209,25 +260,23 @@ class OFAPatchPositions:
     tables: list[torch.Tensor]
     side: int
 
-    def relative_bias(self, layer: int) -> list[BiasBlock]:
+    def relative_bias(self, layer: int) -> list[tuple[slice, slice, torch.Tensor | GridBias]]:
         """Relative biases of a layer, blocks of (heads, height * width + 1, height * width + 1)."""
         table, patches = self.tables[layer], slice(1, None)
-        bias = resized_grid_relative_bias(table[:-3], self.side, *self.grid)
+        bias = GridBias.from_table(table[:-3], *self.grid, self.side)
         return [(patches, patches, bias), *start_token_blocks(table[-3:])]
 
 
 __all__ = [
     "BiasBlock",
+    "GridBias",
     "OFAPatchPositions",
     "OFATable",
     "add_blocks",
     "cat_sequences",
-    "grid_relative_bias",
     "masked_bias",
     "project_positions",
     "resize_grid",
-    "resized_grid_factors",
-    "resized_grid_relative_bias",
     "start_token_blocks",
     "text_relative_bias",
 ]

@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 from checkpoints import small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from ifseg_hf.modeling.positions_ofa import grid_relative_bias, resize_grid, resized_grid_relative_bias
+from ifseg_hf.modeling.positions_ofa import GridBias, add_blocks, resize_grid
 
 IMAGE = torch.randn(1, 3, 48, 80, generator=torch.Generator().manual_seed(0))
 WORD_MAP = torch.arange(16).view(1, 4, 4) % 3
@@ -34,10 +36,10 @@ def kept(model: nn.Module) -> list[torch.Tensor]:
 def test_resized_biases_are_two_bilinear_resizings(side, spare, height, width):
     generator = torch.Generator().manual_seed(0)
     table = torch.randn((2 * (side + spare) - 1) ** 2, 2, dtype=torch.float64, generator=generator)
-    expected = grid_relative_bias(table, side, side)
+    expected = GridBias.from_table(table, side, side).whole()
     expected = resize_grid(expected.unflatten(2, (side, side)), height, width).flatten(2).transpose(1, 2)
     expected = resize_grid(expected.unflatten(2, (side, side)), height, width).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(resized_grid_relative_bias(table, side, height, width), expected)
+    torch.testing.assert_close(GridBias.from_table(table, height, width, side).whole(), expected)
 
 
 @pytest.mark.parametrize("positions", ["segmentation", "image"])
@@ -46,8 +48,7 @@ def test_a_second_image_computes_no_bias(positions, monkeypatch):
     first = segment(model)
     before = kept(model)
     assert len(before) == 2 + 2 + 1  # two encoder layers, two decoder layers, cross-attention
-    monkeypatch.setattr("ifseg_hf.modeling.modeling_ofa.resized_grid_relative_bias", None)
-    monkeypatch.setattr("ifseg_hf.modeling.positions_ofa.resized_grid_relative_bias", None)
+    monkeypatch.setattr(GridBias, "from_table", None)
     assert torch.equal(segment(model), first)
     assert all(a is b for a, b in zip(kept(model), before, strict=True))
 
@@ -143,3 +144,22 @@ def test_a_batch_shares_biases_and_copies_have_none():
         assert not kept(other)
         assert torch.equal(segment(other), segment(model))
     assert not any("bias_cache" in name for name in model.state_dict())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 2))
+def test_biases_added_line_by_line_are_the_whole_ones(side, height, width, batch):
+    """A grid of the table's size, one whose columns alone are resized (height == side), and others; with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn((2 * side - 1) ** 2, 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    size = height * width + 2
+    bias, weights = torch.randn(2, batch, 2, size, size, dtype=torch.float64, generator=generator)
+    bias.requires_grad_()
+    patches = slice(1, 1 + height * width)
+    results = []
+    for whole in (False, True):
+        grid = GridBias.from_table(table, height, width, side)
+        total = add_blocks(bias, [(patches, patches, grid.whole() if whole else grid)])
+        results.append((total, *torch.autograd.grad((total * weights).sum(), [table, bias])))
+    for line_by_line, expected in zip(*results, strict=True):
+        torch.testing.assert_close(line_by_line, expected)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ifseg_hf.modeling import blockwise_bias_ofa
-from ifseg_hf.modeling.blockwise_bias_ofa import BlockwiseBias, GridBias
-from ifseg_hf.modeling.positions_ofa import resized_grid_relative_bias
+from ifseg_hf.modeling.blockwise_bias_ofa import BlockwiseBias
+from ifseg_hf.modeling.positions_ofa import GridBias
 
 PROMPTS = {
     "own words": {},
@@ -47,8 +47,8 @@ def in_blocks(monkeypatch):
 def test_lines_of_a_grid_are_the_resized_biases(side, spare, height, width, causal):
     generator = torch.Generator().manual_seed(0)
     table = torch.randn((2 * (side + spare) - 1) ** 2, 3, dtype=torch.float64, generator=generator)
-    expected = resized_grid_relative_bias(table, side, height, width)
-    grid = GridBias.from_table(table, side, height, width)
+    grid = GridBias.from_table(table, height, width, side)
+    expected = grid.whole()
     for y in range(height):
         lines = y + 1 if causal else height
         bias = grid.line(y, lines, slice(1, 3))
@@ -118,7 +118,7 @@ def test_dropout_and_autocast_run_in_blocks(in_blocks):
 
 
 def test_a_bias_moves_between_devices():
-    grid = GridBias(torch.ones(3, 2, 2), torch.ones(2, 2, 3, 2))
+    grid = GridBias(torch.ones(2, 2, 3, 2), torch.ones(3, 2, 2))
     positions = torch.ones(1, 2, 4, 8)
     bias = BlockwiseBias(positions, positions, 2, 2, grid, blocks=[(slice(0, 1), slice(0, 1), positions)])
     moved = bias.to("meta")

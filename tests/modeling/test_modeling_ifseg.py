@@ -19,7 +19,7 @@ from ifseg_hf.modeling import (
     attention_ofa,
 )
 from ifseg_hf.modeling.loss_ifseg import LabelCheck, segmentation_loss
-from ifseg_hf.modeling.positions_ofa import add_blocks, grid_relative_bias, resize_grid
+from ifseg_hf.modeling.positions_ofa import GridBias, add_blocks, resize_grid
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_paper_positions_are_the_encoders(model):
     torch.testing.assert_close(positions[0, :6], expected)  # <s>, then row by row of an 8 x 8 table
     table = paper.backbone.model.decoder.image_rel_pos_table_list[1].weight
     bias = add_blocks(torch.zeros(1, table.shape[1], 17, 17), paper.backbone.patch_positions(4, 4).relative_bias(1))[0]
-    torch.testing.assert_close(bias[:, 1:, 1:], grid_relative_bias(table[:-3], 4, 4))
+    torch.testing.assert_close(bias[:, 1:, 1:], GridBias.from_table(table[:-3], 4, 4).whole())
     torch.testing.assert_close(bias[:, 0, 0], table[-1])
     torch.testing.assert_close(bias[:, 0, 5], table[-3])
     torch.testing.assert_close(bias[:, 5, 0], table[-2])

@@ -13,7 +13,7 @@ from ifseg_hf.modeling.attention_ofa import BlockwiseAttention
 from ifseg_hf.modeling.image_batches import image_sizes
 from ifseg_hf.modeling.layers_ofa import drop_path
 from ifseg_hf.modeling.modeling_ofa import CACHE
-from ifseg_hf.modeling.positions_ofa import add_blocks, grid_relative_bias, text_relative_bias
+from ifseg_hf.modeling.positions_ofa import GridBias, add_blocks, text_relative_bias
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,10 @@ def generator_model():
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 3))
-def test_grid_relative_bias(height, width, spare):
+def test_relative_bias_of_a_grid(height, width, spare):
     side = max(height, width) + spare
     table = torch.randn((2 * side - 1) ** 2, 2)
-    bias = grid_relative_bias(table, height, width)
+    bias = GridBias.from_table(table, height, width).whole()
     for i in range(height * width):
         for j in range(height * width):
             dy, dx = i // width - j // width, i % width - j % width
