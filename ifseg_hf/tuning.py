@@ -20,7 +20,6 @@ from ifseg_hf.processing.pipeline_ifseg import IFSegImageSegmentationPipeline
 from ifseg_hf.processing.processing_ifseg import IFSegProcessor
 from ifseg_hf.remote_code import import_backbone
 from ifseg_hf.training.config import INCOMPLETE, TrainingConfig, check_settings, checkpoints
-from ifseg_hf.training.loop import train
 from ifseg_hf.training.recipes import training_config
 
 __all__ = ["choose_background", "is_tuned_for", "report_background", "segment", "tune", "tuned_model"]
@@ -66,8 +65,11 @@ def tune(
         report_background(categories)
     own = {"model": str(model), "categories": categories, "background": chosen}
     config = training_config({"output_dir": "", **check_settings(settings), **own})
-    folder = Path(train(config).output_dir) if config.output_dir else tuned_model(config)
-    return _pipeline(folder, config.trust_remote_code)
+    if not config.output_dir:
+        return _pipeline(tuned_model(config), config.trust_remote_code)
+    from ifseg_hf.training import loop  # imports datasets, which takes seconds
+
+    return _pipeline(Path(loop.train(config).output_dir), config.trust_remote_code)
 
 
 def segment(
@@ -228,7 +230,9 @@ def _tune_into(entry: Path, config: TrainingConfig) -> None:
 
 
 def _train(config: TrainingConfig) -> None:
-    """Trains with messages on stderr, the first of which says that this happens once. Raises as [`train`] does."""
+    """Trains with messages on stderr, the first of which says that this happens once. Raises as `train`."""
+    from ifseg_hf.training import loop  # imports datasets, which takes seconds
+
     config.check()
     names = list(config.categories or ())
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -238,7 +242,7 @@ def _train(config: TrainingConfig) -> None:
         flush=True,
     )
     with redirect_stdout(sys.stderr):
-        train(config, report=False)
+        loop.train(config, report=False)
 
 
 def _pipeline(folder: Path, trust_remote_code: bool = False) -> IFSegImageSegmentationPipeline:

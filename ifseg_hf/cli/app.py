@@ -1,5 +1,6 @@
 """How the commands are run: errors of one line, and the same command as `ifseg NAME` and as a script."""
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ class _OneLineErrors:
         **extra: Any,
     ) -> int:
         escape_unprintable()
+        # Imports create a million objects that stay; garbage collection would look through them again and again.
+        gc.set_threshold(10_000)
         try:
             # The result of a command is its exit status.
             status = super().main(args, prog_name, standalone_mode=False, **extra) or 0  # type: ignore[misc]

@@ -15,7 +15,7 @@ from tiny_model import save_tiny_model, save_untuned_backbone
 from transformers import pipeline
 
 import ifseg_hf
-from ifseg_hf import NANO, IFSegConfig, IFSegForSemanticSegmentation, OFAConfig, adapters, tuning
+from ifseg_hf import NANO, IFSegConfig, IFSegForSemanticSegmentation, OFAConfig, adapters
 from ifseg_hf.adapters import add_lora, base_of_adapter, find_adapter, load_adapter, lora_targets, save_adapter
 from ifseg_hf.cache import cache_entries
 from ifseg_hf.evaluation.segmenter import load_segmenter
@@ -23,6 +23,7 @@ from ifseg_hf.loading import load_segmentation_model
 from ifseg_hf.modeling import adapters_ifseg
 from ifseg_hf.modeling.adapters_ifseg import WORDS_FILE, base_digest
 from ifseg_hf.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_WORDS, EMBEDDED
+from ifseg_hf.training import loop
 from ifseg_hf.training.config import LORA_RANK, SETTINGS_FILE, TrainingConfig
 from ifseg_hf.training.loop import SettingError, TrainingRun, TrainingStopped, train
 from ifseg_hf.training.recipes import training_config
@@ -248,8 +249,8 @@ def test_transformers_saves_and_loads_the_words_with_an_adapter(made, model, tmp
 
 
 def test_tuned_adapters_are_kept_in_the_cache_by_rank(model, image, monkeypatch):
-    runs, trained = [], tuning.train
-    monkeypatch.setattr(tuning, "train", lambda config, **kwargs: runs.append(config) or trained(config, **kwargs))
+    runs, trained = [], loop.train
+    monkeypatch.setattr(loop, "train", lambda config, **kwargs: runs.append(config) or trained(config, **kwargs))
     image = Image.fromarray(image)
     found = ifseg_hf.segment(image, STREET, model=model, lora=True)
     assert ifseg_hf.tune(STREET, model=model, lora=True)(image) == found

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tiny_model import save_tiny_model, save_untuned_backbone
 
 import ifseg_hf
-from ifseg_hf import tuning
 from ifseg_hf.cache import cache_entries, cache_folder, clear_cache
+from ifseg_hf.training import loop
 from ifseg_hf.training.config import CHECKPOINT_FILE
 from ifseg_hf.training.loop import TrainingRun
 from ifseg_hf.tuning import choose_background, is_tuned_for
@@ -46,8 +46,8 @@ def image():
 @pytest.fixture
 def runs(monkeypatch):
     """The configurations of all runs of training."""
-    configs, train = [], tuning.train
-    monkeypatch.setattr(tuning, "train", lambda config, **kwargs: configs.append(config) or train(config, **kwargs))
+    configs, train = [], loop.train
+    monkeypatch.setattr(loop, "train", lambda config, **kwargs: configs.append(config) or train(config, **kwargs))
     return configs
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import fields
@@ -62,21 +61,11 @@ def program(*arguments, **kwargs):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_takes_less_than_half_a_second(command):
-    """Of a processor's time in one of three tries, since other processes slow each other down."""
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        done = program(command, "--help")
-        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(f"Usage: ifseg {command} ")
-        if seconds < 0.5:
-            return
-    pytest.fail(f"{seconds:.2f} s")
-
-
-def test_help_imports_neither_torch_nor_transformers():
-    done = program("tune", "--help", python=["-X", "importtime"])
+def test_help_imports_neither_torch_nor_transformers(command):
+    """Which would take seconds; without them the help takes less than half a second."""
+    done = program(command, "--help", python=["-X", "importtime"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Usage: ifseg {command} ")
     imported = {line.split()[-1] for line in done.stderr.splitlines()}
     assert "typer" in imported
     assert not imported & {"torch", "transformers", "numpy", "PIL", "accelerate", "huggingface_hub"}
