@@ -9,7 +9,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, interpolate, normalize
+from torch.nn.functional import embedding_bag, interpolate, max_pool2d, normalize
 
 from .dense_crf_ifseg import dense_crf
 
@@ -160,6 +160,24 @@ def check_threshold(threshold: float | None) -> None:
         raise ValueError(f"threshold={threshold!r}: give a probability, from 0 to 1.")
 
 
+def _candidates(scores: Tensor) -> Tensor:
+    """
+    Returns the indices of the categories, in order, that can have the largest score somewhere after resizing.
+
+    A resized score lies between the smallest and the largest of four adjacent patches. A category is left out if its
+    largest is everywhere below the smallest of another category. Of hundreds of categories few remain.
+
+    Args:
+        scores (`Tensor` of shape `(categories, h, w)`): finite.
+    """
+    window = [min(2, length) for length in scores.shape[1:]]
+    largest = max_pool2d(scores, window, stride=1)
+    reached = (-max_pool2d(-scores, window, stride=1)).amax(0)
+    rounding = 1e-5 * (1 + reached.abs())
+    below = largest < reached - rounding  # false for NaN
+    return (~below).flatten(1).any(1).nonzero()[:, 0]
+
+
 def resized_argmax(
     scores: Tensor, size: tuple[int, int], threshold: float | None = None, probabilities: Tensor | None = None
 ) -> Tensor:
@@ -178,18 +196,23 @@ def resized_argmax(
         `Tensor` of shape `size`, int64; of equal scores the first category wins.
     """
     check_threshold(threshold)
-    categories, h, w = scores.shape
+    h, w = scores.shape[1:]
     to_rows, to_columns = _linear_weights(h, size[0], scores), _linear_weights(w, size[1], scores)
     # An absent category has the smallest possible logit: without clamping, sums would be infinite and products NaN.
-    lines = scores.permute(1, 2, 0).flatten(1).clamp(min=torch.finfo(scores.dtype).min / 4)
-    likely = None if threshold is None or probabilities is None else probabilities.permute(1, 2, 0).flatten(1)
+    scores = scores.clamp(min=torch.finfo(scores.dtype).min / 4)
+    candidates = _candidates(scores)
+    categories = len(candidates)
+    lines = scores[candidates].permute(1, 2, 0).flatten(1)
+    likely = None
+    if threshold is not None and probabilities is not None:
+        likely = probabilities[candidates].permute(1, 2, 0).flatten(1)
     labels = scores.new_empty(size, dtype=torch.int64)
     count = max(1, _BLOCK // (size[1] * categories))
     with torch.autocast(scores.device.type, enabled=False):
         for rows, block in zip(to_rows.split(count), labels.split(count), strict=True):
             resized = to_columns @ (rows @ lines).view(-1, w, categories)
             best = resized.max(-1)
-            block.copy_(best.indices)
+            block.copy_(candidates[best.indices])
             if threshold is not None:
                 values = best.values
                 if likely is not None:

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -361,6 +361,29 @@ def goals_table(rows: dict[str, dict[str, float]]) -> None:
             print(f"| {case.name}: {what} | {ratio:.2f} | {goal} |")
 
 
+@contextlib.contextmanager
+def busy_process() -> Iterator[None]:
+    """Another process that keeps one core busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def busy_table(options: argparse.Namespace) -> None:
+    """Prints how many times as long an image and a step take while another process has one core."""
+    for name in (SMALL, "step, batch 2, 171 words, tiny"):
+        seconds = []
+        for beside in (contextlib.nullcontext(), busy_process()):
+            with beside:
+                row = measure_in_process(name, "float32", options.repeats, options.threads)
+            seconds.append(row["wall"] * row["unit"])
+        ratio = seconds[1] / seconds[0]
+        print(f"| {name}: beside a busy process / alone, wall-clock | {ratio:.2f} | at most 3 |", flush=True)
+
+
 def check() -> None:
     """Prints the cost of a small case beside the stored one, and whether it is more than twice as high."""
     cost = measure_in_process(SMALL, "float32", 3, 1)["cpu"]
@@ -387,6 +410,8 @@ def cpu_table(options: argparse.Namespace) -> None:
             cells += [f"{row['memory']:.0f}", "" if case.memory is None else str(case.memory)]
             print(f"| {' | '.join([case.name, dtype, *cells])} |", flush=True)
     goals_table(rows)
+    if {case.name for case in options.cases} == {case.name for case in CASES}:
+        busy_table(options)
     print(f"\nmm: {1000 * statistics.median(units):.0f} ms")
     for what, code, goal in (
         ("import ifseg_hf, after transformers", IMPORT, 0.3),

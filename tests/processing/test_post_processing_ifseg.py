@@ -153,6 +153,20 @@ def test_of_equal_scores_the_first_category_wins():
     assert not resized_argmax(scores, (100, 131)).any()
 
 
+def test_only_categories_that_can_win_are_resized():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(500, 16, 20, generator=generator) + 9 * (torch.arange(500) % 100 == 0)[:, None, None]
+    candidates = post_processing._candidates(scores)
+    assert 1 < len(candidates) < 50
+    expected = interpolate(scores[None], size=(160, 200), mode="bilinear")[0].argmax(0)
+    assert torch.equal(resized_argmax(scores, (160, 200)), expected)
+    assert set(expected.unique().tolist()) <= set(candidates.tolist())
+
+
+def test_scores_that_are_not_numbers_have_a_label():
+    assert resized_argmax(torch.full((3, 2, 2), torch.nan), (4, 4)).unique().tolist() == [0]
+
+
 def test_a_patch_is_its_own_neighbour():
     blank = torch.ones(50, 8)
     assert torch.equal(nearest_patches(blank, 1)[:, 0], torch.arange(50))
