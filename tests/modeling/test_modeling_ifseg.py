@@ -512,3 +512,22 @@ def test_decoder_input_of_a_patch_excludes_itself_and_later_patches():
     start = model.get_input_embeddings().weight[model.config.backbone_config.decoder_start_token_id]
     assert torch.equal(seen["inputs"][0, 0], start)
     assert torch.equal(seen["inputs"][0, 1:], output.encoder_last_hidden_state[0, :15])
+
+
+def test_images_of_a_batch_run_one_by_one_in_inference_on_a_cpu(model, monkeypatch):
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(3).repeat_interleave(64 * 64).view(3, 64, 64) - 1
+    labels[labels < 0] = -100
+    batches, encode = [], model.backbone.encode
+    monkeypatch.setattr(
+        model.backbone, "encode", lambda *args, **kwargs: batches.append(len(args[2])) or encode(*args, **kwargs)
+    )
+    trained = model(pixel_values=images, labels=labels)
+    assert batches == [3]
+    with torch.no_grad():
+        outputs = model(pixel_values=images, labels=labels)
+        alone = [model(pixel_values=image[None]).logits for image in images]
+    assert batches[1:4] == [1, 1, 1]
+    assert torch.equal(outputs.logits, torch.cat(alone))
+    torch.testing.assert_close(outputs.logits, trained.logits)
+    torch.testing.assert_close(outputs.loss, trained.loss)
