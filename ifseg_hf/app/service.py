@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from ifseg_hf.adapters import split_adapter
 from ifseg_hf.app.downloads import new_folder, write_mask, write_model, write_overlay
 from ifseg_hf.app.images import PageError, UploadedImage, read_upload
 from ifseg_hf.app.pictures import viewer_data
@@ -82,7 +83,8 @@ class Service:
     """The page's model and its visitors' tunings.
 
     Args:
-        model: folder or Hub id of the page's model; a published OFA is converted first.
+        model: folder or Hub id of the page's model; a published OFA is converted first. Of an adapter, its base model
+            is what visitors tune.
         trust_remote_code: run the code saved with a model of another backbone.
         public: list only the vocabularies that a visitor tuned, not all in the cache.
 
@@ -91,15 +93,16 @@ class Service:
     """
 
     def __init__(self, model: str, trust_remote_code: bool = False, public: bool = False):
-        self.name, self.trust_remote_code, self.public = model, trust_remote_code, public
+        self.trust_remote_code, self.public = trust_remote_code, public
         self.start = resolve_checkpoint(model)
+        self.name = str(split_adapter(model)[0])  # what visitors tune
         self.models = Models(PartialState().device, trust_remote_code)
         segmenter, _ = self.models.get(self.start)
         self.smoothing = segmenter.smoothing
         config = segmenter.model.config
         background = len(config.background or ())
         self.words = [config.id2label[i] for i in range(len(config.category_ids) - background)] if self.is_tuned else []
-        self.steps = training_config({"output_dir": "", "model": model, "categories": ["cat", "dog"]}).steps
+        self.steps = training_config({"output_dir": "", "model": self.name, "categories": ["cat", "dog"]}).steps
         self._downloads = tempfile.TemporaryDirectory(prefix="ifseg-")  # deleted at the end of the process
         self.runs = TuningRuns(slots=max(1, (os.cpu_count() or 1) // 4))
 
