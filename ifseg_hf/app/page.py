@@ -234,7 +234,6 @@ class _Page:
             if state.tuned is None:
                 yield [picture, *buttons, *nothing]
                 continue
-            visit.model = state.tuned.folder
             if entered.path:
                 yield [picture, *buttons, *self.on_segment(visit, *asked)]
             else:
