@@ -246,7 +246,7 @@ class Service:
         if "error" in result:
             return TuningState(progress, result["error"], running=False, error=True)
         if "folder" not in result:
-            again = " Tuning on the same words continues from there." if progress.step else ""
+            again = " The same words and steps continue from there." if progress.step else ""
             sentence = f"Stopped after {progress.step} of {progress.steps} steps.{again}"
             return TuningState(progress, sentence, running=False)
         folder = Path(result["folder"])

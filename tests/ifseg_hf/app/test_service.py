@@ -230,7 +230,7 @@ def test_a_stopped_tuning_continues_later(service, visit, request_for):
             service.runs.stop("a")
     step = state.progress.step
     assert 2 <= step < 400
-    assert state.sentence == f"Stopped after {step} of 400 steps. Tuning on the same words continues from there."
+    assert state.sentence == f"Stopped after {step} of 400 steps. The same words and steps continue from there."
     (entry,) = cache_entries()
     assert not entry.complete
     assert visit.tuned == []
