@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -20,7 +21,14 @@ from transformers.pytorch_utils import Conv1D
 from ifseg_hf.loading import quiet_loading
 from ifseg_hf.modeling.adapters_ifseg import PEFT_MISSING
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation
-from ifseg_hf.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_WORDS, EMBEDDED, resolve_model
+from ifseg_hf.pretrained import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ADAPTER_WORDS,
+    EMBEDDED,
+    base_of_adapter,
+    resolve_model,
+)
 
 ADAPTER_FILES = (ADAPTER_WORDS, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
@@ -30,9 +38,13 @@ __all__ = [
     "find_adapter",
     "load_adapter",
     "lora_targets",
+    "merge_adapter",
     "new_modules",
+    "refuse_adapter",
     "require_adapter",
     "save_adapter",
+    "split_adapter",
+    "words_of_adapter",
 ]
 
 
@@ -105,18 +117,6 @@ def save_adapter(
     model.save_words(folder)
 
 
-def base_of_adapter(folder: str | Path) -> str:
-    """The name, folder or Hub id of the model that the adapter in a folder was tuned on. Raises `ValueError`."""
-    file = Path(folder) / ADAPTER_CONFIG
-    try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None
-    if not isinstance(base, str) or not base:
-        raise ValueError(f'"{folder}" is no adapter: its {ADAPTER_CONFIG} cannot be read, or names no base model.')
-    return base
-
-
 def find_adapter(name: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path | None:
     """
     Returns the local folder of an adapter with words; one of the Hub is downloaded, unless its files are in the cache.
@@ -148,6 +148,57 @@ def require_adapter(name: str | Path) -> Path:
             f'"{name}" is no adapter with words: give the folder of an adapter of `ifseg tune --lora`, or its Hub id.'
         )
     return folder
+
+
+def split_adapter(name: str | Path) -> tuple[str | Path, Path | None]:
+    """Returns the base model of an adapter and the adapter's folder; for any other model its name and `None`."""
+    folder = None if str(name) == EMBEDDED else find_adapter(name)
+    return (name, None) if folder is None else (base_of_adapter(folder), folder)
+
+
+def refuse_adapter(name: str | Path) -> None:
+    """Raises `ValueError` if a model to tune is an adapter."""
+    base, folder = split_adapter(name)
+    if folder is not None:
+        raise ValueError(
+            f'"{name}" is an adapter, which cannot be tuned further: tune the model that it was tuned on, "{base}".'
+        )
+
+
+def words_of_adapter(folder: Path) -> dict[str, Any]:
+    """The words of an adapter, as attributes of [`IFSegConfig`] by name. Raises `ValueError` if they are damaged."""
+    try:
+        words = json.loads((folder / ADAPTER_WORDS).read_text(encoding="utf-8"))["words"]
+    except (OSError, ValueError, KeyError, TypeError):
+        words = None
+    if not isinstance(words, dict):
+        raise ValueError(f'The words of the adapter "{folder}" ({ADAPTER_WORDS}) cannot be read.')
+    return words
+
+
+def merge_adapter(model: IFSegForSemanticSegmentation) -> None:
+    """Adds the active adapter to the weights of the model, whose layers are then as before [`add_lora`].
+
+    The model keeps the words of the adapter, and can be saved or exported as one that was tuned as a whole.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # an optional dependency
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            plain = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            plain = module.modules_to_save[module.active_adapters[0]]
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+    # What transformers keeps of an adapter: a mark, and the renaming of weights, which it would undo when it saves.
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    model.__dict__.pop("_weight_conversions", None)
+    model.adapter_words.clear()
 
 
 def load_adapter(model: IFSegForSemanticSegmentation, folder: Path, name: str = "default") -> None:

@@ -13,14 +13,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ifseg_hf.training.config import INCOMPLETE, SETTINGS_FILE, TrainingConfig
 
-__all__ = ["CacheEntry", "cache_entries", "cache_folder", "clear_cache", "entry_folder", "locked"]
+__all__ = ["CacheEntry", "cache_entries", "cache_folder", "clear_cache", "entry_folder", "locked", "shrink_cache"]
 
 CONVERTED = "converted"  # folder of converted models in the cache
 MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".py")
@@ -136,3 +136,25 @@ def clear_cache(names: Iterable[str] = ()) -> list[CacheEntry]:
         with _locked(entry.lock, "writes this model: waiting for it"):
             shutil.rmtree(entry.folder, ignore_errors=True)
     return chosen
+
+
+def shrink_cache(limit: int, keep: Container[Path] = ()) -> list[CacheEntry]:
+    """Deletes tuned models, the one used longest ago first, until the rest has at most `limit` bytes; returns them.
+
+    Args:
+        keep: folders of models that are not deleted. Neither is one that a process writes now.
+    """
+    from huggingface_hub.utils import WeakFileLock  # takes long to import, and few need it
+
+    entries = [entry for entry in cache_entries() if entry.folder.parent.name != CONVERTED]
+    size, deleted = sum(entry.size for entry in entries), []
+    for entry in reversed(entries):
+        if size <= limit:
+            break
+        if entry.folder in keep:
+            continue
+        with suppress(TimeoutError), WeakFileLock(entry.lock, timeout=0.1):
+            shutil.rmtree(entry.folder, ignore_errors=True)
+            size -= entry.size
+            deleted.append(entry)
+    return deleted

@@ -1,5 +1,6 @@
 """Locations of models: the embedded checkpoint, folders and Hub ids. Imports the standard library only."""
 
+import json
 import re
 from pathlib import Path
 
@@ -47,6 +48,18 @@ def resolve_model(name: str | Path, converted: bool = True) -> str | Path:
         f'There is no model folder "{name}". Give the folder of a saved model (`ifseg convert` converts OFA '
         f"checkpoints), a Hub id (owner/name), or {EMBEDDED} for the embedded model."
     )
+
+
+def base_of_adapter(folder: str | Path) -> str:
+    """The name, folder or Hub id of the model that the adapter in a folder was tuned on. Raises `ValueError`."""
+    file = Path(folder) / ADAPTER_CONFIG
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f'"{folder}" is no adapter: its {ADAPTER_CONFIG} cannot be read, or names no base model.')
+    return base
 
 
 def checkpoint_folder(name: str | Path) -> Path:

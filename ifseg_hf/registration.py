@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -28,6 +29,8 @@ from ifseg_hf.modeling import (
     OFAModel,
 )
 from ifseg_hf.processing import IFSegImageProcessor, IFSegImageSegmentationPipeline, IFSegProcessor, OFATokenizer
+
+AUTO_ARGUMENTS = ("pretrained_model_name_or_path", "trust_remote_code", "code_revision")  # of the Auto classes alone
 
 
 def register() -> None:
@@ -59,10 +62,21 @@ def register() -> None:
 
 
 def _accept_adapters() -> None:
-    """Lets `pipeline()` load the adapters of this package, whose words and embedded base model only it knows."""
-    if not isinstance(pipelines.pipeline, FunctionWrapper):
-        wrap_function_wrapper(pipelines, "pipeline", _pipeline)
-        transformers.pipeline = pipelines.pipeline  # kept there once it was read
+    """Lets transformers load the adapters of this package, whose words and embedded base model only it knows."""
+    IFSegForSemanticSegmentation.find_base = staticmethod(_find_base)
+    if isinstance(pipelines.pipeline, FunctionWrapper):
+        return
+    wrap_function_wrapper(pipelines, "pipeline", _pipeline)
+    transformers.pipeline = pipelines.pipeline  # kept there once it was read
+    for auto_class in (AutoModel, AutoModelForSemanticSegmentation):
+        wrap_function_wrapper(auto_class, "from_pretrained", _auto_model)
+
+
+def _find_base(name: str) -> str | Path:
+    """What `from_pretrained` loads for the base model of an adapter; a published OFA is converted first."""
+    from ifseg_hf.hub.published import resolve_checkpoint  # imports much that other models do not need
+
+    return resolve_checkpoint(name)
 
 
 def _pipeline(wrapped: Callable, instance: None, args: tuple, kwargs: dict) -> Any:
@@ -72,6 +86,35 @@ def _pipeline(wrapped: Callable, instance: None, args: tuple, kwargs: dict) -> A
     arguments = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     arguments |= arguments.pop("kwargs", {})
     return wrapped(**load_adapter_arguments(arguments))
+
+
+def _auto_model(wrapped: Callable, auto_class: type, args: tuple, kwargs: dict) -> Any:
+    """`from_pretrained` of an Auto class, with the base model and the words of an adapter.
+
+    The Hub is asked about an adapter only where transformers cannot load the model. Raises `ValueError` for an adapter
+    where `auto_class` is of models without a segmentation head.
+    """
+    name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    try:
+        if not (isinstance(name, (str, Path)) and Path(name).is_dir() and _is_adapter(name, kwargs)):
+            return wrapped(*args, **kwargs)
+    except (OSError, ValueError):
+        if not isinstance(name, str) or Path(name).is_dir() or not _is_adapter(name, kwargs):
+            raise
+    if auto_class is not AutoModelForSemanticSegmentation:
+        raise ValueError(
+            f'"{name}" is an adapter for segmentation: load it with AutoModelForSemanticSegmentation or '
+            'pipeline("image-segmentation").'
+        )
+    given = {key: value for key, value in kwargs.items() if key not in AUTO_ARGUMENTS}
+    return IFSegForSemanticSegmentation.from_pretrained(name, *args[1:], **given)
+
+
+def _is_adapter(name: str | Path, arguments: dict[str, Any]) -> bool:
+    """Whether a folder or Hub id is an adapter with words."""
+    from ifseg_hf.adapters import find_adapter  # imports much that other models do not need
+
+    return find_adapter(name, arguments.get("revision"), arguments.get("token")) is not None
 
 
 __all__ = ["register"]

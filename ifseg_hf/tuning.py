@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ifseg_hf.adapters import refuse_adapter, split_adapter, words_of_adapter
 from ifseg_hf.cache import cache_folder, entry_folder, locked
 from ifseg_hf.data.vocabularies import read_background, read_categories
 from ifseg_hf.evaluation.segmenter import load_segmenter
@@ -59,6 +60,7 @@ def tune(
         `ValueError`: a word, the model or a setting is wrong; `TrainingError`: tuning cannot continue.
     """
     _convert_published(model)
+    refuse_adapter(model)
     categories = read_categories(words)
     chosen = choose_background(categories, background)
     if background is None and chosen is not None:
@@ -74,7 +76,7 @@ def tune(
 
 def segment(
     image: Any,
-    words: Words,
+    words: Words | None = None,
     model: str | Path = EMBEDDED,
     *,
     threshold: float | None = None,
@@ -93,8 +95,9 @@ def segment(
 
     Args:
         image: path, URL, PIL image or array, or a list of these.
-        words, model, background, settings: as for [`tune`].
-            A model tuned on these words keeps its background.
+        words: as for [`tune`]. Default: those that the model was tuned on.
+        model: as for [`tune`], or the folder or Hub id of an adapter, which is used for any words without tuning.
+        background, settings: as for [`tune`]. A model tuned on these words keeps its background.
         threshold: a probability from 0 to 1; pixels whose word has a lower one are in no mask. Default: every pixel is
             in a mask.
 
@@ -106,10 +109,17 @@ def segment(
         As [`tune`], and `ValueError` for an image that cannot be read.
     """
     _convert_published(model)
-    categories, trust = read_categories(words), bool(settings.get("trust_remote_code"))
+    trust, untouched = bool(settings.get("trust_remote_code")), settings.keys() <= {"trust_remote_code"}
+    _, adapter = split_adapter(model)
+    if words is None:
+        pipe = _pipeline(adapter or checkpoint_folder(model), trust)
+        if pipe.model.config.category_ids is None:
+            raise ValueError(f'"{model}" was not tuned on any words: name some, as in words="cat, grass".')
+        return pipe(image, threshold=threshold)
+    categories = read_categories(words)
     chosen = choose_background(categories, background, model, trust)
-    if settings.keys() <= {"trust_remote_code"} and is_tuned_for(model, categories, trust, chosen):
-        pipe = _pipeline(checkpoint_folder(model), trust)
+    if untouched and (adapter is not None or is_tuned_for(model, categories, trust, chosen)):
+        pipe = _pipeline(adapter or checkpoint_folder(model), trust)
     else:
         pipe = tune(categories, model, background=background, **settings)
     return pipe(image, categories=categories, background=chosen, threshold=threshold)
@@ -146,7 +156,10 @@ def choose_background(
 
 def _background_of(model: str | Path) -> list[str] | None:
     """The background words in the configuration of a model; `None` without any."""
+    _, adapter = split_adapter(model)
     try:
+        if adapter is not None:
+            return words_of_adapter(adapter).get("background")
         config = json.loads((checkpoint_folder(model) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # what reads the model says what is wrong with it
@@ -168,23 +181,25 @@ def is_tuned_for(
     """Whether a model carries just these words, in any order.
 
     Args:
-        model: folder or Hub id. categories: as [`read_categories`] returns them.
+        model: folder or Hub id of a model or an adapter. categories: as [`read_categories`] returns them.
         trust: run the code saved with the model, for a backbone that this package does not have.
         background: as [`choose_background`] returns it.
 
     Raises `ValueError` for a model that cannot be read, and for words that its tokenizer does not know.
     """
-    folder = checkpoint_folder(model)
+    base, adapter = split_adapter(model)
+    folder = checkpoint_folder(base)
     try:
         import_backbone(folder, trust)
         config, processor = IFSegConfig.from_pretrained(folder), IFSegProcessor.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f'"{model}" is no IFSeg model: {" ".join(str(error).split())}'[:500]) from error
     encoded = processor.encode_categories(categories, background=background)  # also checks them
-    if config.category_ids is None:
+    own = config.to_dict() if adapter is None else words_of_adapter(adapter)
+    if own.get("category_ids") is None:
         return False
     parts = ("category_ids", "word_ids", "background")
-    return all(sorted(encoded.get(part) or []) == sorted(getattr(config, part) or []) for part in parts)
+    return all(sorted(encoded.get(part) or []) == sorted(own.get(part) or []) for part in parts)
 
 
 def tuned_model(config: TrainingConfig) -> Path:

@@ -10,13 +10,13 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.utils import cached_file, is_peft_available, logging
+from transformers.utils import cached_file, find_adapter_config_file, is_peft_available, logging
 
 from .loading import Float32PreTrainedModel
 
@@ -33,6 +33,7 @@ WORDS = (  # attributes of the configuration that `set_words` sets
 )
 PEFT_MISSING = 'An adapter needs peft, which is not installed: pip install "ifseg-hf[peft]" (or pip install peft).'
 DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+CONFIG_FILE = "config.json"
 SAMPLES = 64  # values of each parameter in the digest of a base model
 
 
@@ -42,7 +43,34 @@ class AdaptablePreTrainedModel(Float32PreTrainedModel):
 
     The adapters share the weights of the model; each adds its own small ones. Switching between them changes the
     configuration, so that a model must not be used by several threads at once.
+
+    Attributes:
+        find_base: returns what `from_pretrained` loads for the base model that an adapter names. `ifseg_hf` sets a
+            function that knows the embedded model and converts published checkpoints.
     """
+
+    find_base: Callable[[str], str | os.PathLike] = staticmethod(str)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads a model; of an adapter's folder or Hub id, its base model with the adapter and its words.
+
+        Raises `ValueError` as [`load_adapter`] does, and `ImportError` for an adapter without peft.
+        """
+        source = pretrained_model_name_or_path
+        base = None if kwargs.get("adapter_kwargs") else _base_of_adapter(source, kwargs)
+        if base is None:
+            return super().from_pretrained(source, *args, **kwargs)
+        if not is_peft_available():
+            raise ImportError(PEFT_MISSING)
+        download = {name: kwargs[name] for name in DOWNLOAD if name in kwargs}
+        name = kwargs.pop("adapter_name", None)
+        own = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+        loaded = super().from_pretrained(cls.find_base(base), *args, **own)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.load_adapter(str(source), name, **download)
+        model.eval()
+        return loaded
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         """
@@ -209,6 +237,23 @@ def base_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _base_of_adapter(source: str | os.PathLike | None, download: dict) -> str | None:
+    """The model that an adapter with words names, of a folder or Hub id; `None` for a model. Raises `ValueError`."""
+    if source is None or os.path.isfile(os.path.join(source, download.get("subfolder") or "", CONFIG_FILE)):
+        return None
+    options = {name: download[name] for name in DOWNLOAD if download.get(name) is not None}
+    try:
+        file = find_adapter_config_file(str(source), **options)
+    except (OSError, ValueError):
+        return None  # which transformers reports
+    if file is None or _read_words(str(source), download) is None:
+        return None
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f'The adapter "{source}" names no base model in its {Path(file).name}.') from None
 
 
 def _read_words(source: str, download: dict) -> dict | None:

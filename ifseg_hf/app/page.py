@@ -45,7 +45,7 @@ def theme_settings() -> dict[str, Any]:
 
 def build_page(service: Service) -> gr.Blocks:
     """Returns the page of a service; `launch(**theme_settings())` serves it."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, _CACHE_SECONDS)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, _CACHE_SECONDS)) as page:
         _Page(service).build(page)
     return page
 
@@ -106,7 +106,7 @@ class _Page:
             choices=[_NO_VOCABULARY],
             value="",
             label="Tuned vocabularies",
-            info="Words that a model was tuned on before",
+            info="words that a model was tuned on before",
             elem_id="vocabulary",
             filterable=False,
         )
@@ -170,7 +170,7 @@ class _Page:
         for event in (self.segment.click, self.words.submit):
             event(self.on_segment, asked, shown, show_progress="minimal", show_progress_on=self.viewer, **quiet)
         self.image.change(self.on_image, asked, shown, show_progress="minimal", show_progress_on=self.viewer, **quiet)
-        self.vocabulary.input(
+        self.vocabulary.select(  # `input` also comes when the list loses the focus, without a choice
             self.on_vocabulary, [self.visit, self.vocabulary], [self.words, self.rest], show_progress="hidden", **quiet
         ).then(self.on_image, asked, shown, show_progress="minimal", show_progress_on=self.viewer, **quiet)
         for slider in how:
@@ -234,7 +234,6 @@ class _Page:
             if state.tuned is None:
                 yield [picture, *buttons, *nothing]
                 continue
-            visit.model = state.tuned.folder
             if entered.path:
                 yield [picture, *buttons, *self.on_segment(visit, *asked)]
             else:

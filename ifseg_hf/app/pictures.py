@@ -19,6 +19,7 @@ from ifseg_hf.visualization.overlays import overlay, save_mask, shares
 __all__ = ["loss_curve", "message", "progress_bar", "viewer_data"]
 
 _PROBE_SIDE = 512  # largest side of the map of words and probabilities
+_LETTERS = 36  # font sizes in the longer side of the overlay, which the page shows smaller than it is
 _LISTED = 24  # words in the legend
 
 
@@ -35,7 +36,7 @@ def viewer_data(segmentation: Segmentation, how: PostProcessing) -> dict[str, An
     - **summary**: the legend as a sentence.
     """
     labels, best, likely = segmentation.label_map(how)
-    names = segmentation.names
+    names, size = segmentation.names, round(max(segmentation.image.size) / _LETTERS)
     colors = word_colors(names)
     found = shares(labels, names)
     legend = [
@@ -46,7 +47,9 @@ def viewer_data(segmentation: Segmentation, how: PostProcessing) -> dict[str, An
     parts = [f"{item['name']} {item['share']}" for item in legend]
     parts += [f"{percent(without)} without a word"] if without else []
     return {
-        "overlay": data_url(overlay(segmentation.image, labels, names, legend=False), "WEBP", quality=85),
+        "overlay": data_url(
+            overlay(segmentation.image, labels, names, legend=False, font_size=size), "WEBP", quality=85
+        ),
         "mask": data_url(mask_picture(labels, names), "PNG"),
         "probe": data_url(_probe(labels, best, likely), "PNG"),
         "names": names,
@@ -151,6 +154,6 @@ def loss_curve(losses: Sequence[float], steps: int) -> str:
         f'<text x="{left - 6}" y="14" text-anchor="end">{high:.2f}</text>'
         f'<text x="{left - 6}" y="{base}" text-anchor="end">{low:.2f}</text>'
         f'<text x="{left}" y="{height - 6}">1</text>'
-        f'<text x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">loss by step</text>'
+        f'<text x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">loss by step (bold: mean)</text>'
         f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{steps}</text></svg>'
     )

@@ -35,7 +35,8 @@ def launch(
         port: default: GRADIO_SERVER_PORT, or the first free one from 7860.
         open_browser: open the page in a browser.
         trust_remote_code: run the code saved with a model of another backbone.
-        public: for a page that strangers can open: a visitor sees only the vocabularies that they tuned.
+        public: for a page that strangers can open: a visitor sees only the vocabularies that they tuned, and the cache
+            of tuned models is limited; see [`Service`].
         on_start: function of the address, called once the page is served.
 
     Raises:

@@ -2,14 +2,18 @@
 
 import os
 import tempfile
+import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from ifseg_hf.adapters import split_adapter
 from ifseg_hf.app.downloads import new_folder, write_mask, write_model, write_overlay
 from ifseg_hf.app.images import PageError, UploadedImage, read_upload
 from ifseg_hf.app.pictures import viewer_data
@@ -17,17 +21,20 @@ from ifseg_hf.app.segmentation import Models, PostProcessing, Segmentation, segm
 from ifseg_hf.app.tuning_run import Progress, Tuning, TuningRuns
 from ifseg_hf.app.vocabularies import Vocabulary, choose_model, read_vocabulary, tuned_vocabularies
 from ifseg_hf.app.words import background_of, prompt_note, read_words
+from ifseg_hf.cache import shrink_cache
 from ifseg_hf.hub.published import resolve_checkpoint
 from ifseg_hf.training.recipes import training_config
 
 __all__ = ["Request", "Service", "TuningState", "View", "Visit"]
 
+PUBLIC_CACHE = 5_000_000_000
+"""Bytes of tuned models that a public page keeps."""
 _POLL = 0.25  # seconds between two looks at the progress of a tuning
 
 
-@dataclass
+@dataclass(eq=False)
 class Visit:
-    """The state of one visitor of the page.
+    """The state of one visitor of the page, equal to itself alone.
 
     Attributes:
         segmentation: of the image that is shown, if there is one.
@@ -82,26 +89,35 @@ class Service:
     """The page's model and its visitors' tunings.
 
     Args:
-        model: folder or Hub id of the page's model; a published OFA is converted first.
+        model: folder or Hub id of the page's model; a published OFA is converted first. Of an adapter, its base model
+            is what visitors tune.
         trust_remote_code: run the code saved with a model of another backbone.
-        public: list only the vocabularies that a visitor tuned, not all in the cache.
+        public: list only the vocabularies that a visitor tuned, not all in the cache, and delete tuned models that no
+            visitor uses, those used longest ago first, once there are more than `cache_limit` bytes of them.
 
     Raises:
         `ValueError` or `FileNotFoundError`: the model cannot be loaded.
     """
 
-    def __init__(self, model: str, trust_remote_code: bool = False, public: bool = False):
-        self.name, self.trust_remote_code, self.public = model, trust_remote_code, public
+    def __init__(
+        self, model: str, trust_remote_code: bool = False, public: bool = False, cache_limit: int = PUBLIC_CACHE
+    ):
+        self.trust_remote_code, self.public = trust_remote_code, public
         self.start = resolve_checkpoint(model)
+        self.name = str(split_adapter(model)[0])  # what visitors tune
         self.models = Models(PartialState().device, trust_remote_code)
         segmenter, _ = self.models.get(self.start)
         self.smoothing = segmenter.smoothing
         config = segmenter.model.config
         background = len(config.background or ())
         self.words = [config.id2label[i] for i in range(len(config.category_ids) - background)] if self.is_tuned else []
-        self.steps = training_config({"output_dir": "", "model": model, "categories": ["cat", "dog"]}).steps
+        self.steps = training_config({"output_dir": "", "model": self.name, "categories": ["cat", "dog"]}).steps
         self._downloads = tempfile.TemporaryDirectory(prefix="ifseg-")  # deleted at the end of the process
+        self.cache_limit = cache_limit if public else None
+        self._visits: weakref.WeakSet[Visit] = weakref.WeakSet()
+        self._choosing = threading.Lock()  # held while a model in the cache is chosen, or others are deleted
         self.runs = TuningRuns(slots=max(1, (os.cpu_count() or 1) // 4))
+        self._shrink_cache()
 
     @property
     def is_tuned(self) -> bool:
@@ -149,14 +165,15 @@ class Service:
     def _segment(self, visit: Visit, request: Request, upload: UploadedImage) -> View:
         words = read_words(request.words)
         background = background_of(words, request.rest_is_background)
-        chosen = self.vocabulary(visit, request.vocabulary)
-        choice = choose_model(self.start, self.name, words, background, chosen, self.trust_remote_code)
+        with self._choosing:
+            chosen = self.vocabulary(visit, request.vocabulary)
+            choice = choose_model(self.start, self.name, words, background, chosen, self.trust_remote_code)
+            self._use(visit, Path(choice.folder) if choice.folder != self.start else None)
         own = None if choice.own_words else words
         rest = None if choice.own_words else background
         visit.segmentation = segment_image(
             self.models, choice.folder, upload.image, request.path, own, rest, choice.tuned
         )
-        visit.model = Path(choice.folder) if choice.folder != self.start else None
         segmenter, _ = self.models.get(choice.folder)
         notes = [upload.note]
         if len(words) > 20:
@@ -164,6 +181,21 @@ class Service:
         if not choice.tuned:
             notes.append("This is a preview: the model was not tuned on these words.")
         return View(viewer_data(visit.segmentation, request.how), tuple(filter(None, notes)))
+
+    def _use(self, visit: Visit, model: Path | None) -> None:
+        """Notes that a visitor uses a tuned model in the cache."""
+        visit.model = model
+        self._visits.add(visit)
+        if model is not None:
+            with suppress(OSError):  # in a cache of another user
+                os.utime(model)
+
+    def _shrink_cache(self) -> None:
+        """Deletes tuned models above the limit, but none that a visitor uses or tunes."""
+        if self.cache_limit is not None:
+            with self._choosing:
+                used = {visit.model for visit in self._visits if visit.model is not None}
+                shrink_cache(self.cache_limit, used | self.runs.folders())
 
     def post_process(self, visit: Visit, how: PostProcessing) -> dict[str, Any] | None:
         """Returns the viewer's data with other post-processing, from the kept outputs: no model is run."""
@@ -190,6 +222,7 @@ class Service:
         finally:
             tuning.stop()  # no effect after its end
             self.runs.remove(session)
+            self._shrink_cache()
 
     def _run(self, visit: Visit, tuning: Tuning) -> Iterator[TuningState]:
         while not self.runs.slots.acquire(timeout=_POLL):
@@ -213,11 +246,12 @@ class Service:
         if "error" in result:
             return TuningState(progress, result["error"], running=False, error=True)
         if "folder" not in result:
-            again = " Tuning on the same words continues from there." if progress.step else ""
+            again = " The same words and steps continue from there." if progress.step else ""
             sentence = f"Stopped after {progress.step} of {progress.steps} steps.{again}"
             return TuningState(progress, sentence, running=False)
         folder = Path(result["folder"])
         visit.tuned.append(folder)
+        self._use(visit, folder)
         sentence = f"Tuned: {progress.steps} steps."
         return TuningState(progress, sentence, running=False, tuned=read_vocabulary(folder))
 

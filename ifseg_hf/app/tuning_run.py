@@ -139,6 +139,12 @@ class TuningRuns:
         with self._lock:
             self._running.pop(session, None)
 
+    def folders(self) -> set[Path]:
+        """The folders of the cache that tunings write to."""
+        with self._lock:
+            entries = [tuning.entry for tuning in self._running.values()]
+        return {folder for entry in entries for folder in (entry, entry.with_name(entry.name + INCOMPLETE))}
+
     def stop(self, session: str) -> None:
         """Stops the tuning of a session, if it has one."""
         with self._lock:

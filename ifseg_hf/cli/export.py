@@ -12,7 +12,7 @@ __all__ = ["export"]
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="folder or Hub id of a model", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="folder or Hub id of a model or an adapter", metavar="MODEL")],
     output: Annotated[Path, typer.Argument(help="file to write", metavar="OUT.onnx")],
     height: Annotated[int, option("height of the images (default: 512)", metavar="PIXELS", callback=at_least(1))] = 512,
     width: Annotated[int, option("width of the images (default: 512)", metavar="PIXELS", callback=at_least(1))] = 512,
@@ -27,10 +27,12 @@ def export(
     ifseg export tuned model.onnx --height 512 --width 512
 
     The metadata of the file has the names of the labels, "id2label", and the words that are merged into "background",
-    "background", both in JSON. A single word gets a background unless --background is none.
+    "background", both in JSON. An adapter is merged into its base model. A single word gets a background unless
+    --background is none.
     """
     # Imports that take seconds come after the arguments, so that wrong arguments are reported at once.
     from ifseg_hf import IFSegProcessor
+    from ifseg_hf.adapters import load_adapter, merge_adapter, split_adapter
     from ifseg_hf.data.vocabularies import read_background, read_categories
     from ifseg_hf.hub.export import export_onnx
     from ifseg_hf.hub.published import resolve_checkpoint
@@ -39,8 +41,12 @@ def export(
     from ifseg_hf.tuning import choose_background, report_background
 
     try:
-        folder = resolve_checkpoint(model)
+        base, adapter = split_adapter(model)
+        folder = resolve_checkpoint(base)
         loaded = load_segmentation_model(folder)
+        if adapter is not None:
+            load_adapter(loaded, adapter)
+            merge_adapter(loaded)
         rest = read_background(background)
         names = None if categories is None else read_categories(categories)
         if names is not None:

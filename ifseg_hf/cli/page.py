@@ -27,7 +27,12 @@ def page(
     port: Annotated[int | None, option("port (default: the first free one from 7860)", callback=_port)] = None,
     open_browser: Annotated[bool, flag("open the page in a browser", "--open")] = False,
     public: Annotated[
-        bool, flag("list to each visitor only the vocabularies that they tuned, not all in the cache", "--public")
+        bool,
+        flag(
+            "list to each visitor only the vocabularies that they tuned, not all in the cache, and keep at most 5 GB "
+            "of tuned models, those used last",
+            "--public",
+        ),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> int:

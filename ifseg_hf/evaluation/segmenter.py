@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ifseg_hf.adapters import base_of_adapter, find_adapter, load_adapter, require_adapter
+from ifseg_hf.adapters import load_adapter, require_adapter, split_adapter
 from ifseg_hf.evaluation.cosine import COSINE, CosineSegmenter
 from ifseg_hf.loading import load_segmentation_model
 from ifseg_hf.pretrained import resolve_model
@@ -85,8 +85,8 @@ def load_segmenter(
         if baseline not in BASELINES:
             raise ValueError(f'There is no baseline "{baseline}": choose from {", ".join((COSINE, *BASELINES))}.')
         return load_baseline(baseline, model, device)
-    folder = find_adapter(model) if adapter is None else require_adapter(adapter)
-    path = resolve_model(model if folder is None or adapter is not None else base_of_adapter(folder))
+    base, folder = split_adapter(model) if adapter is None else (model, require_adapter(adapter))
+    path = resolve_model(base)
     try:
         import_backbone(path, trust_remote_code)
         processor = IFSegProcessor.from_pretrained(path)

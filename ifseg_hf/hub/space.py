@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCardData
 
 from ifseg_hf.hub.publish import HubError, check_access
-from ifseg_hf.pretrained import EMBEDDED, resolve_model
+from ifseg_hf.pretrained import ADAPTER_CONFIG, EMBEDDED, resolve_model
 
 __all__ = ["SDK_VERSION", "push_space", "space_files"]
 
@@ -56,11 +56,12 @@ def push_space(
     """
     _check_model(model)
     repo_id = check_access(repo_id, token)
-    files = space_files(repo_id.partition("/")[2], model)
     api = HfApi(token=token, library_name="ifseg_hf")
     try:
         if model != EMBEDDED and not api.repo_exists(model):
             raise HubError(f'The Hub has no model "{model}": publish it first, with `ifseg push FOLDER {model}`.')
+        adapter = model != EMBEDDED and api.file_exists(model, ADAPTER_CONFIG)
+        files = space_files(repo_id.partition("/")[2], model, adapter)
         api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
         there = api.list_repo_files(repo_id, repo_type="space")
         stale = [name for name in there if name.startswith("ifseg_hf/") and name not in files]  # of another version
@@ -77,15 +78,15 @@ def push_space(
         raise HubError(f"The upload of the Space {repo_id} failed: {' '.join(str(error).split())[:600]}") from error
 
 
-def space_files(name: str, model: str = EMBEDDED) -> dict[str, bytes | Path]:
+def space_files(name: str, model: str = EMBEDDED, adapter: bool = False) -> dict[str, bytes | Path]:
     """Returns the files of a Space by their paths in it, as contents or as files of this package.
 
     Args:
-        name: of the Space. model: as for [`push_space`].
+        name: of the Space. model: as for [`push_space`]. adapter: whether the model is an adapter, which needs peft.
     """
     files: dict[str, bytes | Path] = {
         "README.md": _readme(name, model).encode(),
-        "requirements.txt": ("\n".join(_requirements()) + "\n").encode(),
+        "requirements.txt": ("\n".join(_requirements(adapter)) + "\n").encode(),
         "app.py": _APP.format(model=model).encode(),
     }
     for licence in ("LICENSE", "NOTICE"):
@@ -121,9 +122,11 @@ def _readme(name: str, model: str) -> str:
     return f"---\n{data.to_yaml().strip()}\n---\n{body}"
 
 
-def _requirements() -> list[str]:
-    """The package's dependencies without its extras; Gradio is installed by the Space itself."""
-    return [line for line in distribution("ifseg-hf").requires or [] if ";" not in line]  # extras have markers
+def _requirements(adapter: bool) -> list[str]:
+    """The package's dependencies, with peft for an adapter; Gradio is installed by the Space itself."""
+    lines = distribution("ifseg-hf").requires or []
+    extra = [line.partition(";")[0].strip() for line in lines if adapter and 'extra == "peft"' in line]
+    return [line for line in lines if ";" not in line] + extra  # extras have markers
 
 
 def _check_model(model: str) -> None:

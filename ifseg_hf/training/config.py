@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ifseg_hf.data.image_files import ON_ERROR
-from ifseg_hf.pretrained import EMBEDDED, resolve_model
+from ifseg_hf.pretrained import ADAPTER_CONFIG, EMBEDDED, base_of_adapter, resolve_model
 from ifseg_hf.training.checkpoint_files import CHECKPOINT_FILE, checkpoints, read_checkpoint
 from ifseg_hf.training.settings import ON_IMAGES, STAGES, brief, convert, setting
 
@@ -374,6 +374,11 @@ class TrainingConfig:
             raise ValueError(str(error)) from None
         if not folder.is_dir():
             return None
+        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+            raise ValueError(
+                f'"{self.model}" is an adapter, which cannot be tuned further: tune the model that it was tuned on, '
+                f'"{base_of_adapter(folder)}".'
+            )
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except OSError:

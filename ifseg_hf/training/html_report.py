@@ -109,11 +109,11 @@ def _charts(log: list[dict], titles: dict[str, str]) -> list[dict[str, Any]]:
     charts = []
     steps, losses = values("loss")
     if steps:
-        mean = running_mean(np.array([losses]), max(1, len(losses) // 20))[0].tolist()
+        window = max(1, len(losses) // 20)
+        mean = running_mean(np.array([losses]), window)[0].tolist()
         lines = {"each step": (steps, losses), "running mean": (steps, mean)}
-        charts.append(
-            {"title": "Loss, and its running mean", "svg": line_chart(lines, pale=["each step"]), "legend": []}
-        )
+        title = "Loss, and its running mean" if window > 1 else "Loss"
+        charts.append({"title": title, "svg": line_chart(lines, pale=["each step"]), "legend": []})
     rates = values("learning_rate")
     if rates[0]:
         charts.append({"title": "Learning rate", "svg": line_chart({"learning rate": rates}), "legend": []})

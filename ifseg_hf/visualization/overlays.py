@@ -75,6 +75,7 @@ def overlay(
     legend: bool = True,
     font: str | PathLike | None = None,
     labels: bool = True,
+    font_size: int | None = None,
 ) -> Image.Image:
     """Returns the image with each category in its colour, names on large regions, and a legend beside or below it.
 
@@ -87,6 +88,7 @@ def overlay(
         legend: whether to add a legend. Without it the result has the image's size.
         font: file of a font for labels and legend; see [`choose_font`].
         labels: whether to write each name onto the largest of its regions that has room for it.
+        font_size: of the labels, in pixels. Default: proportional to the image.
 
     Raises:
         `ValueError`: the sizes of image and mask differ, or the font cannot be read.
@@ -113,7 +115,7 @@ def overlay(
     present = shares(categories, names) if labels or legend else {}
     if labels:
         shown = _shortened(list(present))
-        typeface, drawable = choose_font(shown.values(), _font_size(image), font)
+        typeface, drawable = choose_font(shown.values(), font_size or _font_size(image), font)
         draw_labels(result, categories, {names.index(name): drawable[text] for name, text in shown.items()}, typeface)
     if not legend:
         return result

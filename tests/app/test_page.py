@@ -208,6 +208,14 @@ def test_tuning_ten_steps(open_page, image_file, tmp_path):
     wait_for_mask(other)
     assert other.locator("#words textarea, #words input").first.input_value() == WORDS
     assert not other.locator("#note .message").is_visible()
+    type_words(other, "wall, sea")  # a list that is closed without a choice changes no words
+    other.click("#vocabulary input")
+    other.wait_for_selector("[role=option]")
+    other.keyboard.press("Escape")
+    other.click("#segment")
+    other.wait_for_selector("#note >> text=preview")
+    assert set(legend(other)) <= {"wall", "sea"}
+    assert other.locator("#words textarea, #words input").first.input_value() == "wall, sea"
 
 
 def test_tuning_is_stopped(open_page, image_file, page_server):

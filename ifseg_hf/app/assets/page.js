@@ -6,7 +6,9 @@
     }
   };
   const fail = (event) => {
-    if (event.target.matches?.("#image img")) event.target.alt = "This file cannot be shown.";
+    if (!event.target.matches?.("#image img")) return;
+    event.target.alt = "This file cannot be shown.";
+    event.target.classList.add("unreadable");
   };
   document.addEventListener("error", fail, true);
   new MutationObserver(describe).observe(document.body, { childList: true, subtree: true });

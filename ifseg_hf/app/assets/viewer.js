@@ -47,6 +47,13 @@ function hide(picture) {
   for (const part of picture.querySelectorAll(".tip, .marker")) part.style.display = "none";
 }
 
+function swatchOf(color) {
+  const swatch = document.createElement("span");
+  swatch.className = "swatch";
+  swatch.style.backgroundColor = color;
+  return swatch;
+}
+
 function draw() {
   const value = props.value;
   root.classList.toggle("empty", !value);
@@ -57,31 +64,33 @@ function draw() {
   for (const kind of ["overlay", "mask"]) {
     const image = root.querySelector(`.${kind} img`);
     // Shares of the picture are shares of the image, whose sides keep their ratio in every window.
-    image.onload = () =>
-      image.parentElement.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
+    image.onload = () => {
+      const ratio = image.naturalWidth / image.naturalHeight;
+      image.parentElement.style.setProperty("--ratio", ratio);
+      root.querySelector(".pictures").classList.toggle("wide", ratio > 1.8); // one below the other
+    };
     image.src = value[kind];
     image.alt = `${kind === "mask" ? "Mask" : "Overlay of image and mask"}: ${value.summary}.`;
   }
   const items = value.legend.map(({ name, color, share }) => {
     const item = document.createElement("li");
-    const swatch = document.createElement("span");
-    swatch.className = "swatch";
-    swatch.style.backgroundColor = color;
     const words = document.createElement("span");
     words.textContent = name;
     const shares = document.createElement("span");
     shares.className = "share";
     shares.textContent = share;
-    item.append(swatch, words, shares);
+    item.append(swatchOf(color), words, shares);
     return item;
   });
   const rest = [];
   if (value.more) rest.push(`and ${value.more} more words`);
-  if (value.without) rest.push(`${value.without} without a word`);
+  const without = value.without && `${value.without} without a word`;
+  if (without) rest.push(without);
   for (const text of rest) {
     const item = document.createElement("li");
     item.className = "rest";
-    item.textContent = text;
+    if (text === without) item.append(swatchOf("#000"));
+    item.append(text);
     items.push(item);
   }
   root.querySelector(".legend").replaceChildren(...items);

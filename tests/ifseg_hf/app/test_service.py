@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from ifseg_hf.app.segmentation import PostProcessing
 from ifseg_hf.app.service import Service, Visit
 from ifseg_hf.app.tuning_run import Tuning, TuningRuns
 from ifseg_hf.app.vocabularies import tuned_vocabularies
-from ifseg_hf.cache import cache_entries
+from ifseg_hf.cache import cache_entries, locked, shrink_cache
 
 PREVIEW = "This is a preview: the model was not tuned on these words."
 
@@ -131,6 +132,65 @@ def test_a_public_page_lists_own_vocabularies_only(small_nano, visit, request_fo
     assert service.vocabularies(visit) == [("sky, grass", str(vocabulary.folder))]
 
 
+def copies(vocabulary, count):
+    """Copies of a tuned model in the cache, each used later than the one before."""
+    folders = []
+    for index in range(count):
+        folders.append(vocabulary.folder.with_name(f"copy-{index}"))
+        shutil.copytree(vocabulary.folder, folders[-1])
+        os.utime(folders[-1], (1000 + index, 1000 + index))
+    return folders
+
+
+def test_a_public_page_deletes_unused_models_above_the_limit(small_nano, visit, request_for):
+    service = Service(small_nano, public=True)
+    vocabulary = tune_now(service, ["sky", "grass"])
+    (size,) = [entry.size for entry in cache_entries()]
+    oldest, *others = copies(vocabulary, 4)
+    visit.tuned.append(oldest)
+    service.cache_limit = 3 * size
+    assert service.segment(visit, request_for(vocabulary=str(oldest))).sentences == ()
+    assert visit.model == oldest
+    os.utime(oldest, (1000, 1000))  # used longest ago, but in use
+    assert list(service.tune(Visit(), "a", request_for("sky, road"), 2))[-1].tuned is not None
+    left = {entry.folder for entry in cache_entries()}
+    assert not {*others} & left
+    assert {oldest, vocabulary.folder} <= left
+    assert service.download(visit, "model", PostProcessing(4, 3)).is_file()
+    visit.model = None
+    Service(small_nano, public=True, cache_limit=size)
+    assert oldest not in {entry.folder for entry in cache_entries()}
+
+
+def test_a_private_page_deletes_no_models(small_nano):
+    vocabulary = tune_now(Service(small_nano), ["sky", "grass"])
+    copies(vocabulary, 2)
+    Service(small_nano, cache_limit=1)
+    assert len(cache_entries()) == 3
+
+
+def test_models_being_written_are_not_deleted(small_nano):
+    vocabulary = tune_now(Service(small_nano), ["sky", "grass"])
+    first, second = copies(vocabulary, 2)
+    (size, *_) = [entry.size for entry in cache_entries()]
+    with locked(first):
+        assert [entry.folder for entry in shrink_cache(2 * size)] == [second]
+    assert [entry.folder for entry in shrink_cache(0, {vocabulary.folder})] == [first]
+    assert [entry.folder for entry in shrink_cache(0)] == [vocabulary.folder]
+
+
+def test_an_adapter_opens_with_its_words(service, tmp_path, visit, request_for):
+    pytest.importorskip("peft", reason="peft is not installed")
+    ifseg_hf.tune(["sky", "road"], model=service.name, lora=True, steps=2, output_dir=str(tmp_path / "street"))
+    page = Service(str(tmp_path / "street"))
+    assert (page.words, page.name) == (["sky", "road"], service.name)
+    assert page.segment(visit, request_for("road, sky")).sentences == ()
+    assert page.segment(visit, request_for("sky, grass")).sentences == (PREVIEW,)
+    last = list(page.tune(visit, "a", request_for("sky, grass"), 2))[-1]
+    assert last.tuned.words == ("sky", "grass")
+    assert page.segment(visit, request_for("sky, grass")).sentences == ()
+
+
 def test_a_tuned_model_opens_with_its_words(service, tmp_path, visit, request_for):
     ifseg_hf.tune(["sky"], model=service.name, steps=2, output_dir=str(tmp_path / "tuned"))
     tuned = Service(str(tmp_path / "tuned"))
@@ -170,7 +230,7 @@ def test_a_stopped_tuning_continues_later(service, visit, request_for):
             service.runs.stop("a")
     step = state.progress.step
     assert 2 <= step < 400
-    assert state.sentence == f"Stopped after {step} of 400 steps. Tuning on the same words continues from there."
+    assert state.sentence == f"Stopped after {step} of 400 steps. The same words and steps continue from there."
     (entry,) = cache_entries()
     assert not entry.complete
     assert visit.tuned == []

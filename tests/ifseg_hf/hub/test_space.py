@@ -9,7 +9,7 @@ from hub_server import HubServer
 
 from ifseg_hf.hub.publish import HubError
 from ifseg_hf.hub.space import SDK_VERSION, push_space, space_files
-from ifseg_hf.pretrained import NANO
+from ifseg_hf.pretrained import ADAPTER_CONFIG, NANO
 
 
 @pytest.fixture
@@ -69,6 +69,12 @@ def test_a_model_and_a_space_that_opens_with_it(hub, tmp_path):
     done = push(hub, tmp_path, "--space", "demo", "--model", "alice/my-words")
     assert done.returncode == 0, done.stderr
     assert set(hub.files("alice/demo")) == {*files, "mine.py"}  # the files of an earlier version are deleted
+    assert b"peft" not in files["requirements.txt"]
+
+    hub.repositories["alice/my-words"].commit("main", {ADAPTER_CONFIG: blob(b"{}", size=2)}, "become an adapter")
+    done = push(hub, tmp_path, "--space", "demo", "--model", "alice/my-words")
+    assert done.returncode == 0, done.stderr
+    assert b"peft>=" in hub.files("alice/demo")["requirements.txt"]
 
 
 @pytest.mark.parametrize(
