@@ -15,13 +15,8 @@ from PIL import Image
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
-from ifseg_hf.data.segmentation import (
-    BENCHMARKS,
-    SampleError,
-    SegmentationDataset,
-    folder_splits,
-    load_segmentation_dataset,
-)
+from ifseg_hf.data.image_files import SampleError
+from ifseg_hf.data.segmentation import BENCHMARKS, SegmentationDataset, folder_splits, load_segmentation_dataset
 from ifseg_hf.data.vocabularies import read_categories
 from ifseg_hf.data.word_maps import WordMapSampler
 from ifseg_hf.processing.image_processing_ifseg import IGNORE_INDEX, resize_bilinear, resize_nearest

@@ -23,6 +23,10 @@ _OTHER_MASKS = ("_color", "_instanceIds", "_instanceTrainIds")
 _CITYSCAPES = ("_gtFine", "_gtCoarse")
 
 
+class SampleError(ValueError):
+    """An image or a mask that cannot be used. The message is one line and names the file."""
+
+
 def list_images(folder: str | os.PathLike, endings: Sequence[str] = IMAGE_ENDINGS) -> dict[str, str]:
     """
     Returns the paths of the images in a folder and its sub-folders, by their names, in the order of the names.
@@ -107,6 +111,7 @@ __all__ = [
     "ON_ERROR",
     "SPLIT_FILES",
     "OnErrorChoice",
+    "SampleError",
     "check_on_error",
     "list_images",
     "read_names",

@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, UnidentifiedImageError
 
-from ifseg_hf.data.image_files import MASK_ENDINGS, SPLIT_FILES, list_images, read_names
+from ifseg_hf.data.image_files import MASK_ENDINGS, SPLIT_FILES, SampleError, list_images, read_names
 from ifseg_hf.data.masks import (
     LARGEST_VALUE,
     UNKNOWN,
@@ -63,10 +63,6 @@ _COCO_STUFF_ONLY = ("door", "desk", "mirror")
 
 BENCHMARKS = ("coco-stuff", "coco-stuff-unseen", "coco-stuff-seen", "coco-stuff-coarse", "ade20k")
 """Names of the datasets that [`load_segmentation_dataset`] loads from the folder `data_dir`."""
-
-
-class SampleError(ValueError):
-    """An image or a mask that cannot be used. The message is one line and names the file."""
 
 
 @dataclass
@@ -467,4 +463,4 @@ def _open(sample: Mapping, column: str) -> Image.Image:
         raise SampleError(f"Can't read {name}: {' '.join(str(error).split())}") from error
 
 
-__all__ = ["BENCHMARKS", "SampleError", "SegmentationDataset", "load_segmentation_dataset", "paired_samples"]
+__all__ = ["BENCHMARKS", "SegmentationDataset", "load_segmentation_dataset", "paired_samples"]

@@ -18,8 +18,8 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ifseg_hf.data.image_files import check_on_error
-from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
+from ifseg_hf.data.image_files import SampleError, check_on_error
+from ifseg_hf.data.segmentation import SegmentationDataset
 from ifseg_hf.evaluation.cosine import COSINE
 from ifseg_hf.evaluation.counts import Counts
 from ifseg_hf.evaluation.examples import ExtremeImages, extremes

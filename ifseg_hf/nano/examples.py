@@ -11,8 +11,8 @@ from datasets import load_dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ifseg_hf.data.image_files import check_on_error
-from ifseg_hf.data.segmentation import SampleError, SegmentationDataset, load_segmentation_dataset
+from ifseg_hf.data.image_files import SampleError, check_on_error
+from ifseg_hf.data.segmentation import SegmentationDataset, load_segmentation_dataset
 from ifseg_hf.nano.features import View, middle
 from ifseg_hf.nano.vocabulary import Vocabulary
 from ifseg_hf.processing.image_reading_ifseg import to_array

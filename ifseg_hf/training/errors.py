@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from ifseg_hf.data.segmentation import SampleError
+from ifseg_hf.data.image_files import SampleError
 
 __all__ = ["SettingError", "TrainingError", "TrainingStopped", "on_every_process", "sample_errors", "writing_errors"]
 

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from ifseg_hf.data.segmentation import SampleError
+from ifseg_hf.data.image_files import SampleError
 from ifseg_hf.training.batches import batch_loss, crop_dataset, mixed_dataset, sample_batches, word_map_dataset
 from ifseg_hf.training.checkpointing import (
     describe_last,

@@ -17,8 +17,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ifseg_hf.data.crops import NO_LABEL, find_labels
-from ifseg_hf.data.image_files import check_on_error, list_images
-from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
+from ifseg_hf.data.image_files import SampleError, check_on_error, list_images
+from ifseg_hf.data.segmentation import SegmentationDataset
 from ifseg_hf.data.unnamed_masks import UnnamedMasks
 from ifseg_hf.evaluation.segmenter import load_segmenter
 from ifseg_hf.modeling.modeling_ifseg import IFSegForSemanticSegmentation

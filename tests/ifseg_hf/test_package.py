@@ -54,7 +54,8 @@ def test_import_loads_neither_torch_nor_transformers(tmp_path):
 def test_classes_need_no_module_beyond_transformers():
     code = (
         "import sys; from transformers import AutoModel, AutoProcessor, AutoImageProcessor, pipeline; "
-        "before = set(sys.modules); import ifseg_hf, ifseg_hf.modeling, ifseg_hf.processing, ifseg_hf.tuning; "
+        "before = set(sys.modules); import ifseg_hf, ifseg_hf.modeling, ifseg_hf.processing; "
+        "import ifseg_hf.tuning, ifseg_hf.training.errors; "
         "added = {name.split('.')[0] for name in set(sys.modules) - before}; "
         "print(added - {'ifseg_hf', 'transformers', 'wrapt'}, end='')"
     )

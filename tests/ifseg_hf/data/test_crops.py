@@ -17,7 +17,8 @@ from ifseg_hf.data.crops import (
     largest_share,
     load_training_dataset,
 )
-from ifseg_hf.data.segmentation import SampleError, SegmentationDataset
+from ifseg_hf.data.image_files import SampleError
+from ifseg_hf.data.segmentation import SegmentationDataset
 from ifseg_hf.data.word_maps import WordMapSampler, word_map_stream
 
 pytest.importorskip("kornia")

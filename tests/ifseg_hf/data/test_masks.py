@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ifseg_hf.data.image_files import SampleError
 from ifseg_hf.data.masks import mask_labels, read_mask_metadata
-from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
+from ifseg_hf.data.segmentation import load_segmentation_dataset
 
 PALETTE = {"128,64,128": "road", "#4682B4": "sky", "(0, 0, 0)": None, "107 142 35": "tree", "70,130,181": "sky"}
 ROAD, SKY, NONE, TREE, OTHER_SKY = [128, 64, 128], [70, 130, 180], [0, 0, 0], [107, 142, 35], [70, 130, 181]

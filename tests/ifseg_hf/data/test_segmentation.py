@@ -13,7 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 from ifseg_hf.data import segmentation
-from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
+from ifseg_hf.data.image_files import SampleError
+from ifseg_hf.data.segmentation import load_segmentation_dataset
 from ifseg_hf.data.vocabularies import read_categories
 
 CAMVID = Path(__file__).parents[4] / "shared" / "data" / "camvid"

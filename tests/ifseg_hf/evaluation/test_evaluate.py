@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny_model
 from torch.nn.functional import cosine_similarity
 
-from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
+from ifseg_hf.data.image_files import SampleError
+from ifseg_hf.data.segmentation import load_segmentation_dataset
 from ifseg_hf.evaluation import evaluate as evaluation
 from ifseg_hf.evaluation.cosine import TEMPERATURE
 from ifseg_hf.evaluation.evaluate import _comparison, _Sample, evaluate_segmenter, load_segmenter

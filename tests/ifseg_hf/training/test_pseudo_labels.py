@@ -12,7 +12,8 @@ from image_folders import NAMES, save_masked_images, save_tiny_segmenter
 from PIL import Image
 
 from ifseg_hf.data.crops import load_training_dataset
-from ifseg_hf.data.segmentation import SampleError, load_segmentation_dataset
+from ifseg_hf.data.image_files import SampleError
+from ifseg_hf.data.segmentation import load_segmentation_dataset
 from ifseg_hf.data.unnamed_masks import load_unnamed_masks
 from ifseg_hf.evaluation.segmenter import load_segmenter
 from ifseg_hf.processing.post_processing_ifseg import resize_scores
