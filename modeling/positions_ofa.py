@@ -21,13 +21,37 @@ class OFATable(nn.Embedding):
         return self.weight if input is None else super().forward(input)
 
 
+def is_symbolic(height: int | torch.SymInt, width: int | torch.SymInt) -> bool:
+    """Whether the size of a grid is known only when an exported model runs."""
+    return isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
+
+
 def resize_grid(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Bilinear resizing (align_corners false) of the last two dimensions of `grid` (..., h, w)."""
-    if grid.shape[-2:] == (height, width):
+    if not is_symbolic(height, width) and grid.shape[-2:] == (height, width):
         return grid
     planes = grid.reshape(-1, 1, *grid.shape[-2:])
     planes = nn.functional.interpolate(planes, size=(height, width), mode="bilinear", align_corners=False)
     return planes.view(*grid.shape[:-2], height, width)
+
+
+def positions_of_any_grid(grid: torch.Tensor, base: int, height: torch.SymInt, width: torch.SymInt) -> torch.Tensor:
+    """
+    Positions of a grid whose size [`is_symbolic`], (height * width, d_model), as [`_OFAStack.image_positions`] does.
+
+    Both cases are computed: a grid with at most as many patches as base x base has its own positions, a larger one
+    those of base x base, resized.
+
+    Args:
+        grid: the positions that the model has, (side, side, d_model).
+    """
+    side = grid.shape[0]
+    resized = resize_grid(grid[:base, :base].permute(2, 0, 1), height, width).flatten(1).T
+    rows, columns = (torch.arange(size, device=grid.device).clamp(max=side - 1) for size in (height, width))
+    own = grid[rows][:, columns].flatten(0, 1)
+    patches, *sides = (torch.scalar_tensor(count, device=grid.device) for count in (height * width, height, width))
+    fits = (patches <= base**2) & (sides[0] <= side) & (sides[1] <= side)
+    return torch.where(fits, own, resized)
 
 
 def grid_relative_bias(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -59,13 +83,14 @@ def resized_grid_relative_bias(table: torch.Tensor, side: int, height: int, widt
 
     Returns (heads, height * width, height * width); `table` is as for [`grid_relative_bias`].
     """
-    if (height, width) == (side, side):
+    any_size = is_symbolic(height, width)
+    if not any_size and (height, width) == (side, side):
         return grid_relative_bias(table, side, side)
     window = table if table.dtype == torch.float64 else table.float()
     diagonals = math.isqrt(len(window))
     window = window.view(diagonals, diagonals, -1).permute(2, 0, 1)
     crop = slice(diagonals // 2 - side + 1, diagonals // 2 + side)
-    if height == side:  # as for every image that is wider than high: only columns are resized
+    if not any_size and height == side:  # as for every image that is wider than high: only columns are resized
         columns = _resized_differences(window[:, crop, crop], side, width)
         return _grid_bias_of_lines(columns.transpose(1, 2).flip(2)).to(table.dtype)
     one_hot = torch.eye(2 * side - 1, dtype=window.dtype, device=window.device)
@@ -150,10 +175,21 @@ BiasBlock = tuple[slice, slice, torch.Tensor]
 
 def add_blocks(bias: torch.Tensor, blocks: list[BiasBlock]) -> torch.Tensor:
     """The sum of `bias` (1 or batch, heads, queries, keys) and blocks that do not overlap."""
-    places = [(rows, columns) for rows, columns, _ in blocks]
-    # torch.compile derives the gradients, and cannot trace a function of a variable number of tensors
-    add = _AddBlocks.forward if torch.compiler.is_compiling() else _AddBlocks.apply
-    return add(bias, places, *(block.to(bias.device) for _, _, block in blocks))
+    blocks = [(rows, columns, block.to(bias.device)) for rows, columns, block in blocks]
+    if torch.compiler.is_compiling():  # ONNX transposes for additions in place, torch.compile cannot trace _AddBlocks
+        return sum((_pad_block(block, *bias.shape[2:]) for block in blocks), start=bias)
+    return _AddBlocks.apply(bias, [block[:2] for block in blocks], *(block for _, _, block in blocks))
+
+
+def _pad_block(block: BiasBlock, queries: int, keys: int) -> torch.Tensor:
+    """The values of a block, (heads, queries, keys), with zeros around them."""
+    sides, sizes = [], []
+    for part, size in ((block[1], keys), (block[0], queries)):  # slice.indices would make constants of dynamic sizes
+        start, stop = part.start or 0, size if part.stop is None else part.stop
+        start = start + size if start < 0 else start
+        sides += [start, size - stop]
+        sizes.append(stop - start)
+    return nn.functional.pad(block[2].expand(-1, *reversed(sizes)), sides)
 
 
 def start_token_blocks(rows: torch.Tensor) -> list[BiasBlock]:
@@ -223,7 +259,9 @@ __all__ = [
     "add_blocks",
     "cat_sequences",
     "grid_relative_bias",
+    "is_symbolic",
     "masked_bias",
+    "positions_of_any_grid",
     "project_positions",
     "resize_grid",
     "resized_grid_factors",
