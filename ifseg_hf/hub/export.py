@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,8 @@ def exportable(model: IFSegForSemanticSegmentation) -> Iterator[ImageToLogits]:
     for convolution in convolutions:
         convolution.__class__ = OnnxSameConv2d
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter about its own code
             yield ImageToLogits(model).eval()
     finally:
         for convolution in convolutions:
