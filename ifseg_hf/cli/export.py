@@ -31,9 +31,9 @@ def export(
     ifseg export tuned model.onnx
     ifseg export tuned model.onnx --height 512 --width 512
 
-    A file for images of one size is faster to write and to run. The metadata of the file has the names of the labels,
-    "id2label", and the words that are merged into "background", "background", both in JSON. A single word gets a
-    background unless --background is none.
+    A file for images of one size is faster to write and to run; other models than OFA need --height and --width. The
+    metadata of the file has the names of the labels, "id2label", and the words that are merged into "background",
+    "background", both in JSON. A single word gets a background unless --background is none.
     """
     # Imports that take seconds come after the arguments, so that wrong arguments are reported at once.
     from ifseg_hf import IFSegProcessor

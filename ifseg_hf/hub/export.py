@@ -12,6 +12,7 @@ import torch
 from torch.export import Dim
 
 from ifseg_hf.modeling import IFSegForSemanticSegmentation
+from ifseg_hf.modeling.backbone_ofa import OFABackbone
 from ifseg_hf.modeling.trunk_ofa import OFASameConv2d
 
 
@@ -75,10 +76,12 @@ def export_onnx(
     `<path>.data`.
 
     Args:
-        height, width: the size in pixels, for a file for images of one size, which is faster to write and to run.
+        height, width: the size in pixels, for a file for images of one size, which is faster to write and to run. Other
+            backbones than OFA need it.
 
     Raises:
-        `ValueError`: the model has no categories, height or width is less than 1, or only one of them is given.
+        `ValueError`: the model has no categories, height or width is less than 1, or only one of them is given, or none
+            for another backbone than OFA.
         `ImportError`: onnxscript is not installed (`pip install "ifseg-hf[onnx]"`).
     """
     if model.config.category_ids is None:
@@ -87,6 +90,11 @@ def export_onnx(
     if (height is None) != (width is None):
         raise ValueError(
             f"height={height}, width={width}: give both, for images of one size, or neither, for any size."
+        )
+    if height is None and not isinstance(model.backbone, OFABackbone):
+        raise ValueError(
+            f"height=None, width=None: give both. A model with the backbone {model.backbone.config.model_type} can be "
+            "exported for images of one size only."
         )
     if any(side is not None and side < 1 for side in sides):
         raise ValueError(f"height={height}, width={width}: both must be at least 1.")
