@@ -37,7 +37,9 @@ from .positions_ofa import (
     OFATable,
     add_blocks,
     cat_sequences,
+    is_symbolic,
     masked_bias,
+    positions_of_any_grid,
     project_positions,
     resize_grid,
     start_token_blocks,
@@ -131,6 +133,8 @@ class _OFAStack(OFAPreTrainedModel):
         config = self.config
         side, base = config.image_bucket_size, config.grid_size
         grid = self.embed_image_positions()[1:].view(side, side, -1)
+        if interpolate and is_symbolic(height, width):
+            return positions_of_any_grid(grid, base, height, width)
         if max(height, width) <= side and (height * width <= base**2 or not interpolate):
             return grid[:height, :width].flatten(0, 1)
         if not interpolate:

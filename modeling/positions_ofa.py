@@ -22,13 +22,37 @@ class OFATable(nn.Embedding):
         return self.weight if input is None else super().forward(input)
 
 
+def is_symbolic(height: int | torch.SymInt, width: int | torch.SymInt) -> bool:
+    """Whether the size of a grid is known only when an exported model runs."""
+    return isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
+
+
 def resize_grid(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Bilinear resizing (align_corners false) of the last two dimensions of `grid` (..., h, w)."""
-    if grid.shape[-2:] == (height, width):
+    if not is_symbolic(height, width) and grid.shape[-2:] == (height, width):
         return grid
     planes = grid.reshape(-1, 1, *grid.shape[-2:])
     planes = nn.functional.interpolate(planes, size=(height, width), mode="bilinear", align_corners=False)
     return planes.view(*grid.shape[:-2], height, width)
+
+
+def positions_of_any_grid(grid: torch.Tensor, base: int, height: torch.SymInt, width: torch.SymInt) -> torch.Tensor:
+    """
+    Positions of a grid whose size [`is_symbolic`], (height * width, d_model), as [`_OFAStack.image_positions`] does.
+
+    Both cases are computed: a grid with at most as many patches as base x base has its own positions, a larger one
+    those of base x base, resized.
+
+    Args:
+        grid: the positions that the model has, (side, side, d_model).
+    """
+    side = grid.shape[0]
+    resized = resize_grid(grid[:base, :base].permute(2, 0, 1), height, width).flatten(1).T
+    rows, columns = (torch.arange(size, device=grid.device).clamp(max=side - 1) for size in (height, width))
+    own = grid[rows][:, columns].flatten(0, 1)
+    patches, *sides = (torch.scalar_tensor(count, device=grid.device) for count in (height * width, height, width))
+    fits = (patches <= base**2) & (sides[0] <= side) & (sides[1] <= side)
+    return torch.where(fits, own, resized)
 
 
 @dataclass
@@ -57,14 +81,15 @@ class GridBias:
         """
         diagonals = math.isqrt(len(table))
         window = table.view(diagonals, diagonals, -1).permute(2, 0, 1).flip(1)
-        if side is None or (height, width) == (side, side):
+        any_size = is_symbolic(height, width)
+        if side is None or (not any_size and (height, width) == (side, side)):
             rows, columns = (slice(diagonals // 2 - n + 1, diagonals // 2 + n) for n in (height, width))
             columns = window[:, rows, columns].unfold(2, width, 1).flip(3)
             return cls(columns.transpose(1, 2).contiguous())
         crop = slice(diagonals // 2 - side + 1, diagonals // 2 + side)
         window = window[:, crop, crop].to(torch.promote_types(table.dtype, torch.float32))
         columns = _resized_differences(window, side, width).transpose(1, 2).contiguous()
-        if height == side:  # as for every image that is wider than high: only columns are resized
+        if not any_size and height == side:  # as for every image that is wider than high: only columns are resized
             return cls(columns)
         one_hot = torch.eye(2 * side - 1, dtype=window.dtype, device=window.device).flip(1)
         return cls(columns, _resized_differences(one_hot, side, height))
@@ -92,7 +117,7 @@ class GridBias:
             return torch.stack([self.line(y) for y in range(height)], dim=1).flatten(1, 2)
         # one product maps the few differences of lines to all pairs of them
         bias = self.columns.transpose(2, 3).flatten(1, 2) @ self.lines.flatten(1)
-        bias = bias.view(-1, width, width, height, height).permute(0, 3, 1, 4, 2)
+        bias = bias.view(len(self.columns), width, width, height, height).permute(0, 3, 1, 4, 2)
         return bias.reshape(-1, height * width, height * width)
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
@@ -193,18 +218,30 @@ def add_blocks(bias: torch.Tensor, blocks: Sequence[tuple[slice, slice, torch.Te
 
     On a CPU a [`GridBias`] is added line by line, without its whole bias in memory.
     """
-    places, values = [], []
     compiling = torch.compiler.is_compiling()
+    places, values = [], []
     for rows, columns, block in blocks:
         block = block.to(bias.device)
         if isinstance(block, GridBias) and (compiling or bias.device.type != "cpu"):
-            block = block.whole()
+            block = block.whole().to(bias.dtype)
         grid = isinstance(block, GridBias)
         places.append((rows, columns, block.lines if grid else None))
         values.append(block.columns if grid else block)
-    # torch.compile derives the gradients, and cannot trace a function of a variable number of tensors
-    add = _AddBlocks.forward if compiling else _AddBlocks.apply
-    return add(bias, places, *values)
+    if compiling:  # ONNX transposes for additions in place, torch.compile cannot trace _AddBlocks
+        padded = [_pad_block(block, *place[:2], bias.shape) for place, block in zip(places, values, strict=True)]
+        return sum(padded, start=bias)
+    return _AddBlocks.apply(bias, places, *values)
+
+
+def _pad_block(block: torch.Tensor, rows: slice, columns: slice, shape: torch.Size) -> torch.Tensor:
+    """The values of a block, (heads, queries, keys) for a bias of this shape, with zeros around them."""
+    sides, sizes = [], []
+    for part, size in ((columns, shape[3]), (rows, shape[2])):  # slice.indices would make constants of dynamic sizes
+        start, stop = part.start or 0, size if part.stop is None else part.stop
+        start = start + size if start < 0 else start
+        sides += [start, size - stop]
+        sizes.append(stop - start)
+    return nn.functional.pad(block.expand(-1, *reversed(sizes)), sides)
 
 
 def start_token_blocks(rows: torch.Tensor) -> list[BiasBlock]:
@@ -274,7 +311,9 @@ __all__ = [
     "OFATable",
     "add_blocks",
     "cat_sequences",
+    "is_symbolic",
     "masked_bias",
+    "positions_of_any_grid",
     "project_positions",
     "resize_grid",
     "start_token_blocks",

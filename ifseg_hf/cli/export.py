@@ -14,19 +14,25 @@ __all__ = ["export"]
 def export(
     model: Annotated[str, typer.Argument(help="folder or Hub id of a model or an adapter", metavar="MODEL")],
     output: Annotated[Path, typer.Argument(help="file to write", metavar="OUT.onnx")],
-    height: Annotated[int, option("height of the images (default: 512)", metavar="PIXELS", callback=at_least(1))] = 512,
-    width: Annotated[int, option("width of the images (default: 512)", metavar="PIXELS", callback=at_least(1))] = 512,
+    height: Annotated[
+        int | None, option("height of all images (default: any)", metavar="PIXELS", callback=at_least(1))
+    ] = None,
+    width: Annotated[
+        int | None, option("width of all images (default: any)", metavar="PIXELS", callback=at_least(1))
+    ] = None,
     categories: Annotated[
         str | None, option("comma-separated words, or a file of words (default: the model's categories)")
     ] = None,
     background: Background = None,
 ) -> int:
-    """Exports a model to ONNX for images of one size.
+    """Exports a model to ONNX, for batches of images of any size.
 
     \b
+    ifseg export tuned model.onnx
     ifseg export tuned model.onnx --height 512 --width 512
 
-    The metadata of the file has the names of the labels, "id2label", and the words that are merged into "background",
+    A file for images of one size is faster to write and to run; other models than OFA need --height and --width. The
+    metadata of the file has the names of the labels, "id2label", and the words that are merged into "background",
     "background", both in JSON. An adapter is merged into its base model. A single word gets a background unless
     --background is none.
     """
@@ -62,5 +68,6 @@ def export(
         export_onnx(loaded, output, height, width)
     except (ImportError, OSError, ValueError) as error:
         raise CommandError(error) from error
-    print(f"{output}: images of {height} x {width} -> {', '.join(loaded.config.id2label.values())}")
+    size = "any size" if height is None else f"{height} x {width}"
+    print(f"{output}: images of {size} -> {', '.join(loaded.config.id2label.values())}")
     return 0

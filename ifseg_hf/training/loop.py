@@ -92,7 +92,7 @@ def train(config: TrainingConfig, report: bool = True) -> TrainingResult:
 
     Args:
         config: the settings.
-        report: print the result.
+        report: print settings and result; without it, only progress, resuming and interruptions.
 
     Raises:
         `ValueError`: a wrong setting; almost all are noticed before the weights are loaded.
@@ -100,7 +100,7 @@ def train(config: TrainingConfig, report: bool = True) -> TrainingResult:
         `TrainingStopped`: on Ctrl-C or SIGTERM, after the current step and a checkpoint. The same signal again, more
             than two seconds later, interrupts immediately.
     """
-    run = TrainingRun(config)
+    run = TrainingRun(config, report)
     stopped = None
     try:
         run.setup()
@@ -125,6 +125,7 @@ class TrainingRun:
 
     Attributes:
         config: the settings.
+        report: print them.
         accelerator: `accelerate.Accelerator`.
         data, eval_data: datasets of images with masks, or None.
         resume_from: the checkpoint that the run continues from, or None.
@@ -135,13 +136,14 @@ class TrainingRun:
         processor, model, optimizer, schedule: from `setup` to `close`.
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, report: bool = True):
         config.check()
         self.config = config
+        self.report = report
         self.resume_from = self.checkpoint = config.find_checkpoint()
         self.data = load_data(config)
         self.eval_data = load_eval_data(config, self.data)
-        self.accelerator = make_accelerator(config)
+        self.accelerator = make_accelerator(config, report)
         self.output = Path(config.output_dir)
         self.resumes_here = self.resume_from is not None and self.resume_from.resolve().parent == self.output.resolve()
         self.step = self.resumed_at = 0
@@ -160,12 +162,13 @@ class TrainingRun:
         self._load_model()
         self._start_output()
         self._prepare()
-        categories = len(self.model_config.id2label)
-        self.accelerator.print(
-            f"Tuning {self.config.model} on {categories} categories, {self.config.stage}: {self.config.steps} steps "
-            f"of {self.config.batch_size} samples, {self.accelerator.num_processes} x {self.accelerator.device.type}, "
-            f"mixed precision: {self.accelerator.mixed_precision}."
-        )
+        if self.report:
+            categories = len(self.model_config.id2label)
+            self.accelerator.print(
+                f"Tuning {self.config.model} on {categories} categories, {self.config.stage}: {self.config.steps} "
+                f"steps of {self.config.batch_size} samples, {self.accelerator.num_processes} x "
+                f"{self.accelerator.device.type}, mixed precision: {self.accelerator.mixed_precision}."
+            )
         if self.resume_from:
             load_checkpoint(self.accelerator, self.config, self.resume_from)
             self.accelerator.print(f"Resuming after step {self.step}, from {self.resume_from}.")

@@ -46,8 +46,11 @@ def cpu_gains_from_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not avx512_alone
 
 
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator of a run, with its precision, gradient accumulation and trackers. Raises `SettingError`."""
+def make_accelerator(config: TrainingConfig, report: bool = True) -> Accelerator:
+    """The accelerator of a run, with its precision, gradient accumulation and trackers. Raises `SettingError`.
+
+    With `report`, prints when another precision than the settings' is used.
+    """
     mixed_precision = config.mixed_precision
     requested = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     on_cpu = config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -71,7 +74,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise SettingError(" ".join(str(error).split())) from error
     if len(accelerator.log_with) < len(trackers):
         raise SettingError(f"report_to={config.report_to}: the package of a tracker is not installed.")
-    if slower:
+    if slower and report:
         accelerator.print("In float32: this CPU is slower in bfloat16.")
     return accelerator
 

@@ -61,6 +61,7 @@ def test_words_are_tuned_once_and_then_read_from_the_cache(model, image, runs, c
     assert captured.out == ""
     assert f"cat, wet grass, sky. This happens once: the result is kept in {cache}." in captured.err
     assert "6/6" in captured.err
+    assert captured.err.count("Tuning") == 1  # one line for one person, without the settings
     assert "missing" not in captured.err.lower()
     assert "Writing model shards" not in captured.err
     found = pipe(image)

@@ -10,6 +10,7 @@ from torch.nn.functional import layer_norm, normalize
 from transformers import CLIPModel, CLIPTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ifseg_hf.hub.conversion_clipcap import convert_clipcap_checkpoint
+from ifseg_hf.hub.export import export_onnx
 from ifseg_hf.modeling import ClipCapConfig, IFSegConfig, IFSegForSemanticSegmentation
 from ifseg_hf.modeling.subwords_clip import CLIPSubwords
 from ifseg_hf.modeling.templates_clip import PROMPT_TEMPLATES
@@ -249,6 +250,14 @@ def test_dropout_of_the_configuration_is_that_of_gpt2(converted):
     assert rates == {0.25}
     assert not model.train().backbone.clip.text_model.training
     assert model.backbone.gpt.training
+
+
+def test_onnx_file_for_images_of_any_size_is_refused(converted, tmp_path):
+    model, _ = load(converted["mlp", "clip"])
+    with pytest.raises(
+        ValueError, match=r"give both. A model with the backbone .*clipcap can be exported for images of"
+    ):
+        export_onnx(model, tmp_path / "model.onnx")
 
 
 def test_layers_outputs_have_a_row_for_each_image(converted):
