@@ -28,17 +28,21 @@ def image_sizes(pixel_mask: torch.Tensor) -> list[tuple[int, int]]:
     return list(zip(inside.any(2).sum(1).tolist(), inside.any(1).sum(1).tolist(), strict=True))
 
 
-def group_by_image_size(forward):
+def group_by_image_size(forward, one_by_one: bool = False):
     """
     Decorator that extends a forward pass for images of one size to padded batches of several sizes.
 
     Images of equal size run together, cropped to their size, so that padding changes no result. The outputs are padded
-    with zeros at the right and bottom. A batch without `pixel_mask`, or of one size, is a single pass; but in inference
-    on a CPU images run one by one, which is 5 to 9 % faster and takes less memory. The inputs in `PER_IMAGE_INPUTS` are
-    split by image; the others are passed on unchanged.
+    with zeros at the right and bottom. A batch without `pixel_mask`, or of one size, is a single pass. The inputs in
+    `PER_IMAGE_INPUTS` are split by image; the others are passed on unchanged.
 
-    Raises `ValueError` for a `pixel_mask` of another shape than `pixel_values`, and for labels of another number of
-    images.
+    Args:
+        forward: a method of a model, with arguments named as in `PER_IMAGE_INPUTS`. It returns a `ModelOutput`.
+        one_by_one: in inference on a CPU run images one by one, which is 0 to 9 % faster and takes less memory. All
+            outputs then have one row for each image.
+
+    The forward pass raises `ValueError` for a `pixel_mask` of another shape than `pixel_values`, and for labels of
+    another number of images.
     """
     names = tuple(inspect.signature(forward).parameters)[1:]
 
@@ -47,8 +51,8 @@ def group_by_image_size(forward):
         kwargs.update(zip(names, args, strict=False))
         pixel_mask = kwargs.pop("pixel_mask", None)
         pixel_values = kwargs.get("pixel_values")
-        one_by_one = pixel_values is not None and _run_one_by_one(pixel_values)
-        if pixel_values is None or (pixel_mask is None and not one_by_one):
+        single = one_by_one and pixel_values is not None and _run_one_by_one(pixel_values)
+        if pixel_values is None or (pixel_mask is None and not single):
             return forward(self, **kwargs)
         expected = (len(pixel_values), *pixel_values.shape[2:])
         if pixel_mask is not None and pixel_mask.shape != expected:
@@ -58,8 +62,8 @@ def group_by_image_size(forward):
             )
         if kwargs.get("labels") is not None:
             kwargs["labels"] = check_labels(kwargs["labels"], len(pixel_values))
-        sizes = [expected[1:]] * len(pixel_values) if pixel_mask is None else image_sizes(pixel_mask)
-        if one_by_one:
+        sizes = [None] * len(pixel_values) if pixel_mask is None else image_sizes(pixel_mask)
+        if single:
             groups = [(size, [i]) for i, size in enumerate(sizes)]
         elif len(set(sizes)) == 1:
             return forward(self, **_select(kwargs, slice(None), sizes[0]))
@@ -90,14 +94,16 @@ def _run_one_by_one(pixel_values: torch.Tensor) -> bool:
     return inference and pixel_values.device.type == "cpu" and len(pixel_values) > 1
 
 
-def _select(inputs: dict, rows, size: tuple[int, int]) -> dict:
-    """The inputs of the images `rows` of a batch, cropped to `size` (height, width)."""
-    height, width = size
+def _select(inputs: dict, rows, size: tuple[int, int] | None) -> dict:
+    """The inputs of the images `rows` of a batch; images and labels are cropped to `size` (height, width)."""
     selected = dict(inputs)
     for name in PER_IMAGE_INPUTS:
         value = inputs.get(name)
         if value is not None and len(value) > 1:
             selected[name] = value[rows]
+    if size is None:
+        return selected
+    height, width = size
     selected["pixel_values"] = selected["pixel_values"][:, :, :height, :width]
     if selected.get("labels") is not None:
         selected["labels"] = selected["labels"][:, :height, :width]

@@ -4,6 +4,7 @@ import copy
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import CONFIG_MAPPING, AutoBackbone, PreTrainedConfig
@@ -177,7 +178,7 @@ class IFSegForSemanticSegmentation(AdaptablePreTrainedModel):
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
-    @group_by_image_size
+    @partial(group_by_image_size, one_by_one=True)
     @can_return_tuple
     def forward(
         self,

@@ -9,7 +9,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, interpolate, max_pool2d, normalize
+from torch.nn.functional import embedding_bag, interpolate, normalize
 
 from .dense_crf_ifseg import dense_crf
 
@@ -170,9 +170,13 @@ def _candidates(scores: Tensor) -> Tensor:
     Args:
         scores (`Tensor` of shape `(categories, h, w)`): finite.
     """
-    window = [min(2, length) for length in scores.shape[1:]]
-    largest = max_pool2d(scores, window, stride=1)
-    reached = (-max_pool2d(-scores, window, stride=1)).amax(0)
+    largest, smallest = scores, scores
+    for axis in (1, 2):
+        count = scores.shape[axis] - 1
+        if count:
+            largest = torch.maximum(largest.narrow(axis, 0, count), largest.narrow(axis, 1, count))
+            smallest = torch.minimum(smallest.narrow(axis, 0, count), smallest.narrow(axis, 1, count))
+    reached = smallest.amax(0)
     rounding = 1e-5 * (1 + reached.abs())
     below = largest < reached - rounding  # false for NaN
     return (~below).flatten(1).any(1).nonzero()[:, 0]
