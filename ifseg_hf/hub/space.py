@@ -5,7 +5,7 @@ Imports neither torch nor transformers, as [`ifseg_hf.hub.publish`].
 
 import importlib.util
 import re
-from importlib.metadata import distribution
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCardData
@@ -90,9 +90,10 @@ def space_files(name: str, model: str = EMBEDDED, adapter: bool = False) -> dict
         "app.py": _APP.format(model=model).encode(),
     }
     for licence in ("LICENSE", "NOTICE"):
-        text = distribution("ifseg-hf").read_text(f"licenses/{licence}")
-        if text:
-            files[licence] = text.encode()
+        for installed in distributions(name="ifseg-hf"):  # also a wheel's metadata in a checkout, without licences
+            text = installed.read_text(f"licenses/{licence}")
+            if text:
+                files[licence] = text.encode()
     for package, folder in _PACKAGES.items():
         spec = importlib.util.find_spec(package)
         assert spec is not None  # this package has them
