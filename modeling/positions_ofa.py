@@ -121,7 +121,7 @@ class GridBias:
         return bias.reshape(-1, height * width, height * width)
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient of `columns`, from that of [`whole`] with the same shape."""
+        """The gradient of `columns`, from the gradient of [`whole`]."""
         result = torch.zeros_like(self.columns)
         for y in range(self.height):
             line = grad[:, y * self.width : (y + 1) * self.width].unflatten(2, (self.height, self.width))

@@ -66,7 +66,7 @@ def export(
         if background is None and rest == "default":
             report_background(names, "--background none")
         output.parent.mkdir(parents=True, exist_ok=True)
-        print(f"Writing {output} takes one to two minutes ...", file=sys.stderr, flush=True)
+        print(f"Writing {output}, which may take minutes ...", file=sys.stderr, flush=True)
         export_onnx(loaded, output, height, width)
     except (ImportError, OSError, ValueError) as error:
         raise CommandError(error) from error
