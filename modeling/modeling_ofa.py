@@ -28,7 +28,7 @@ from .bias_cache_ofa import BiasCache
 from .blockwise_bias_ofa import BlockwiseBias, is_large
 from .configuration_ofa import AUTO_MAP, PUBLISHED_COPIES, OFAConfig
 from .image_batches import group_by_image_size
-from .layers_ofa import OFADecoderLayer, OFAEncoderLayer
+from .layers_ofa import OFADecoderLayer, OFAEncoderLayer, dropout
 from .loading import Float32PreTrainedModel
 from .outputs_ofa import CACHE, OFAEncoderOutput
 from .positions_ofa import (
@@ -170,7 +170,7 @@ class OFAEncoder(_OFAStack):
 
     def _embed(self, tokens: torch.Tensor, token_type: int, norm: nn.LayerNorm) -> torch.Tensor:
         tokens = norm(tokens + self.type_embedding()[token_type].to(tokens.device))
-        return nn.functional.dropout(tokens, p=self.config.dropout, training=self.training)
+        return dropout(tokens, self.config.dropout, self.training)
 
     def _embed_text(self, embeds: torch.Tensor, attention_mask: torch.Tensor | None):
         """Text tokens (1 or batch, T, d_model), zero where they are padding, and their mask, bool (1 or batch, T)."""
@@ -416,7 +416,7 @@ class OFADecoder(_OFAStack):
             positions, start, encoder_position_embeddings, attention_mask, encoder_attention_mask, patch_positions
         )
         hidden_states = self.layernorm_embedding(inputs_embeds)
-        hidden_states = nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
+        hidden_states = dropout(hidden_states, self.config.dropout, self.training)
         cross_bias = None if encoder_hidden_states is None else layer_bias("cross")
         for i, layer in enumerate(self.layers):
             hidden_states = layer(
