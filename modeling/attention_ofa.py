@@ -1,5 +1,7 @@
 """Attention of OFA: kernels for logits with an additive bias, and the multi-head attention module."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from transformers import AttentionInterface
@@ -31,18 +33,20 @@ def eager_attention_forward(
 
 # Number of queries in a block of causal self-attention; a block has the keys up to its last query.
 CAUSAL_BLOCK = 256
-# Size of a block of [`BlockwiseAttention`]: heads, one product per thread, and logits, as many as fit into the caches.
-HEADS_IN_BLOCK = 4
-LOGITS_IN_BLOCK = 2**19
+# Size of a block of [`BlockwiseAttention`]: logits, as many as fit into the caches, and images times heads.
+LOGITS_IN_BLOCK = 2**20
+PRODUCTS_IN_BLOCK = 8
+# Up to this many attention weights are kept for the backward pass. More would take much memory, and are computed again.
+KEPT_WEIGHTS = 2**25
 
 
 class BlockwiseAttention(torch.autograd.Function):
     """
     Softmax attention with a trained bias on a CPU, computed for a block of heads and queries at a time.
 
-    A block stays in the cache for all operations on it, and the backward pass computes the block again. torch's fused
-    kernel for CPUs has no gradient for a bias; without a fused kernel, every step of the softmax reads all logits from
-    main memory. Under autocast the computation is in float32: bfloat16 is slower without AMX, and not measured with it.
+    A block stays in the cache for all operations on it. torch's fused kernel for CPUs has no gradient for a bias;
+    without a fused kernel, every step of the softmax reads all logits from main memory. Under autocast the computation
+    is in float32: bfloat16 is slower without AMX, and not measured with it.
 
     Args:
         query, key, value: (batch, heads, length, head_dim); bias: (1 or batch, heads, queries, keys).
@@ -52,27 +56,40 @@ class BlockwiseAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def blocks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, causal: bool):
-        """Yields for each block the indices of its queries, its keys and values, and its bias."""
-        (batch, heads, queries, _), keys = query.shape, key.shape[2]
-        size = max(1, LOGITS_IN_BLOCK // (HEADS_IN_BLOCK * keys))
-        for first in range(0, heads, HEADS_IN_BLOCK):
-            some = slice(first, first + HEADS_IN_BLOCK)
-            for start in range(0, queries, size):
-                rows, columns = slice(start, start + size), slice(start + size if causal else keys)
-                for image in range(batch):  # innermost, so that a bias that the images share stays in the cache
-                    shared = 0 if len(bias) == 1 else image
-                    yield (image, some, rows), (image, some, columns), (shared, some, rows, columns)
+    def heads(query: torch.Tensor) -> Iterator[slice]:
+        """The heads of each block, of all images."""
+        size = max(1, PRODUCTS_IN_BLOCK // query.shape[0])
+        return (slice(first, first + size) for first in range(0, query.shape[1], size))
+
+    @staticmethod
+    def rows(query: torch.Tensor, key: torch.Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
+        """The queries of each block and their keys, of query and key (products, length, head_dim)."""
+        size = max(1, LOGITS_IN_BLOCK // (len(key) * key.shape[1]))
+        for start in range(0, query.shape[1], size):
+            yield slice(start, start + size), slice(start + size if causal else key.shape[1])
+
+    @staticmethod
+    def weights(query: torch.Tensor, transposed_key: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Attention weights of a block, (products, queries, keys)."""
+        logits = torch.bmm(query, transposed_key)
+        logits.unflatten(0, (-1, bias.shape[1])).add_(bias)
+        return logits.softmax(-1)
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, query, key, value, bias, scaling: float, causal: bool) -> torch.Tensor:
         query = query * scaling
-        output = torch.empty_like(query)
-        for rows, columns, b in BlockwiseAttention.blocks(query, key, bias, causal):
-            weights = torch.baddbmm(bias[b], query[rows], key[columns].mT).softmax(-1)
-            output[rows] = torch.bmm(weights, value[columns])
-        ctx.save_for_backward(query, key, value, bias)
+        output, kept = torch.empty_like(query), []
+        keep = any(ctx.needs_input_grad) and len(query) * bias[0].numel() <= KEPT_WEIGHTS
+        for heads in BlockwiseAttention.heads(query):
+            q, k, v = (x[:, heads].flatten(0, 1) for x in (query, key, value))
+            k = k.mT.contiguous()  # products with few columns of transposed keys are faster
+            for rows, columns in BlockwiseAttention.rows(q, v, causal):
+                weights = BlockwiseAttention.weights(q[:, rows], k[:, :, columns], bias[:, heads, rows, columns])
+                output[:, heads, rows] = torch.bmm(weights, v[:, columns]).unflatten(0, (len(query), -1))
+                if keep:
+                    kept.append(weights)
+        ctx.save_for_backward(query, key, value, bias, *kept)
         ctx.scaling, ctx.causal = scaling, causal
         return output
 
@@ -80,26 +97,47 @@ class BlockwiseAttention(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: torch.Tensor):
-        query, key, value, bias = ctx.saved_tensors
-        grad_query, grad_bias = torch.empty_like(query), torch.zeros_like(bias)
-        grad_key, grad_value = key.new_zeros(2, *key.shape)  # contiguous: baddbmm_ would else add head by head
-        for rows, columns, b in BlockwiseAttention.blocks(query, key, bias, ctx.causal):
-            q, k, grad = query[rows], key[columns], grad_output[rows]
-            weights = torch.baddbmm(bias[b], q, k.mT).softmax(-1)
-            grad_value[columns].baddbmm_(weights.mT, grad)
-            grad_weights = torch.bmm(grad, value[columns].mT)
-            grad_logits = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_bias[b].add_(grad_logits)
-            grad_query[rows] = torch.bmm(grad_logits, k)
-            grad_key[columns].baddbmm_(grad_logits.mT, q)
-        return grad_query.mul_(ctx.scaling), grad_key, grad_value, grad_bias, None, None
+        query, key, value, bias, *kept = ctx.saved_tensors
+        kept_blocks = iter(kept)  # not freed one by one, which would return their memory to the system each time
+        grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+        grad_bias = torch.empty_like(bias)
+        softmax_backward = torch.ops.aten._softmax_backward_data.out  # in place: another block would not fit the cache
+        for heads in BlockwiseAttention.heads(query):
+            q, k, v, grad = (x[:, heads].flatten(0, 1) for x in (query, key, value, grad_output))
+            transposed_k, transposed_v = k.mT.contiguous(), v.mT.contiguous()
+            grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            for rows, columns in BlockwiseAttention.rows(q, k, ctx.causal):
+                if kept:
+                    weights = next(kept_blocks)
+                else:
+                    block = q[:, rows], transposed_k[:, :, columns], bias[:, heads, rows, columns]
+                    weights = BlockwiseAttention.weights(*block)
+                grad_v[:, columns].baddbmm_(weights.mT, grad[:, rows])
+                grad_weights = torch.bmm(grad[:, rows], transposed_v[:, :, columns])
+                grad_logits = softmax_backward(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
+                grad_q[:, rows] = torch.bmm(grad_logits, k[:, columns])
+                grad_k[:, columns].baddbmm_(grad_logits.mT, q[:, rows])
+                _sum_to(grad_bias[:, heads, rows, columns], grad_logits)
+                grad_bias[:, heads, rows, columns.stop :] = 0
+            images = len(query), -1
+            grad_query[:, heads] = grad_q.mul_(ctx.scaling).unflatten(0, images)
+            grad_key[:, heads], grad_value[:, heads] = grad_k.unflatten(0, images), grad_v.unflatten(0, images)
+        return grad_query, grad_key, grad_value, grad_bias, None, None
+
+
+def _sum_to(result: torch.Tensor, products: torch.Tensor) -> None:
+    """Writes a block (products, queries, keys) to (1 or batch, heads, queries, keys), the sum over images if 1."""
+    first, *others = products.unflatten(0, (len(result), -1, result.shape[1])).unbind(1)
+    result.copy_(first)
+    for other in others:
+        result += other
 
 
 def _trains_large_bias_on_cpu(query: torch.Tensor, bias: torch.Tensor) -> bool:
     """Whether to use [`BlockwiseAttention`]: not for logits that fit into one block, which stay in the cache anyway."""
     trained = torch.is_grad_enabled() and bias.requires_grad and not torch.compiler.is_compiling()
     exact = query.dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
-    large = bias.shape[2] * bias.shape[3] * HEADS_IN_BLOCK > LOGITS_IN_BLOCK
+    large = bias[0].numel() > LOGITS_IN_BLOCK // 2
     return trained and query.device.type == "cpu" and exact and large
 
 

@@ -357,9 +357,9 @@ def test_attention_implementations_agree(model, size):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_attention_in_blocks_trains_alike(checkpointing, monkeypatch):
     """Steps on grids that are large for the cache take another way through attention, to the same gradients."""
-    gradients, calls, blocks = [], [], attention_ofa.BlockwiseAttention.blocks
+    gradients, calls, rows = [], [], attention_ofa.BlockwiseAttention.rows
     monkeypatch.setattr(
-        attention_ofa.BlockwiseAttention, "blocks", staticmethod(lambda *inputs: calls.append(1) or blocks(*inputs))
+        attention_ofa.BlockwiseAttention, "rows", staticmethod(lambda *inputs: calls.append(1) or rows(*inputs))
     )
     for cached in (2**18, 60):
         monkeypatch.setattr(attention_ofa, "LOGITS_IN_BLOCK", cached)
@@ -378,11 +378,11 @@ def test_attention_in_blocks_trains_alike(checkpointing, monkeypatch):
 def test_attention_in_blocks_under_autocast(monkeypatch):
     """It computes in float32, with what bfloat16 leaves of its inputs."""
     monkeypatch.setattr(attention_ofa, "LOGITS_IN_BLOCK", 60)
-    calls, blocks = [], attention_ofa.BlockwiseAttention.blocks
+    calls, rows = [], attention_ofa.BlockwiseAttention.rows
     monkeypatch.setattr(
         attention_ofa.BlockwiseAttention,
-        "blocks",
-        staticmethod(lambda query, *inputs: calls.append(query.dtype) or blocks(query, *inputs)),
+        "rows",
+        staticmethod(lambda query, *inputs: calls.append(query.dtype) or rows(query, *inputs)),
     )
     gradients = []
     for enabled in (False, True):

@@ -66,8 +66,12 @@ def test_the_longest_distance_is_in_the_table_however_logarithms_round(monkeypat
     st.integers(1, 7),
     st.booleans(),
     st.integers(1, 120),
+    st.integers(1, 8),
+    st.booleans(),
 )
-def test_blockwise_attention_is_the_plain_formula(batch, heads, shared, queries, keys, causal, limit):
+def test_blockwise_attention_is_the_plain_formula(
+    batch, heads, shared, queries, keys, causal, limit, products, recompute
+):
     """Values and gradients, in blocks of any size, with a bias for all images or one for each."""
     keys = queries if causal else keys
     generator = torch.Generator().manual_seed(batch + 10 * queries + 100 * keys)
@@ -89,6 +93,9 @@ def test_blockwise_attention_is_the_plain_formula(batch, heads, shared, queries,
     expected = gradients((0.3 * query @ key.transpose(2, 3) + masked()).softmax(3) @ value)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_ofa, "LOGITS_IN_BLOCK", limit)
+        patch.setattr(attention_ofa, "PRODUCTS_IN_BLOCK", products)
+        if recompute:
+            patch.setattr(attention_ofa, "KEPT_WEIGHTS", 0)
         actual = gradients(BlockwiseAttention.apply(query, key, value, masked(), 0.3, causal))
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
