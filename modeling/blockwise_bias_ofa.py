@@ -1,5 +1,6 @@
 """Attention biases of large patch grids, computed for one block of queries at a time."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
@@ -12,6 +13,8 @@ from .positions_ofa import BiasBlock, GridBias
 
 # Largest bias that is computed whole, in elements: heads * queries * keys. A larger one is computed in blocks.
 LARGEST_BIAS = 2**25
+# Heads whose logits of a line of a large grid are computed together on a CPU: as many as stay in the cache.
+HEADS_IN_BLOCK = 4
 
 
 def is_large(config: OFAConfig, query_positions: torch.Tensor, key_positions: torch.Tensor) -> bool:
@@ -84,56 +87,61 @@ class BlockwiseBias:
         # The absolute bias is a part of the product of queries and keys, with more columns.
         query = torch.cat([query * scaling, self.query_positions.to(query.dtype).expand(batch, -1, -1, -1)], dim=3)
         key = torch.cat([key, self.key_positions.to(key.dtype).expand(batch, -1, -1, -1)], dim=3)
-        blocks, trained = [], torch.is_grad_enabled()
-        for rows in self.rows():
-            keys = slice(rows.stop if self.causal else key.shape[2])
-            inputs = rows, query[:, :, rows], key[:, :, keys], value[:, :, keys], dropout
-            blocks.append(checkpoint(self._attend, *inputs, use_reentrant=False) if trained else self._attend(*inputs))
+        key = key.mT.contiguous()  # products with few columns of transposed keys are faster
+        inputs = query, key, value, dropout
+        if torch.is_grad_enabled():
+            blocks = [checkpoint(self._attend, *inputs, rows, use_reentrant=False) for rows in self.rows()]
+        else:
+            queries = max(len(range(query.shape[2])[rows]) for rows in self.rows())
+            buffer = query.new_empty(batch * query.shape[1] * queries * key.shape[3])
+            blocks = [self._attend(*inputs, rows, buffer) for rows in self.rows()]
         return torch.cat(blocks, dim=2).transpose(1, 2)
 
-    def _attend(self, rows: slice, query, key, value, dropout: float) -> torch.Tensor:
-        """Attention of one of the [`rows`]; on a CPU one head at a time, whose logits stay in the cache."""
-        heads, keys = query.shape[1], key.shape[2]
-        some = [slice(i, i + 1) for i in range(heads)] if query.device.type == "cpu" else [slice(heads)]
-        allowed = None if self.allowed is None else self.allowed[..., :keys].to(query.device)
-        if self.causal:
-            steps = torch.arange(keys, device=query.device)
-            causal = steps[rows, None] >= steps
-            allowed = causal if allowed is None else causal & allowed
+    def _attend(self, query, key, value, dropout: float, rows: slice, buffer: torch.Tensor | None = None):
+        """
+        Attention of one of the [`rows`]; on a CPU in blocks of heads.
+
+        Args:
+            key: (batch, heads, head_dim, keys), transposed.
+            buffer: memory for the logits, which new memory would slow down by a quarter; `None` if autograd needs them.
+        """
+        heads, keys = query.shape[1], rows.stop if self.causal else key.shape[3]
+        size = HEADS_IN_BLOCK if query.device.type == "cpu" else heads
         outputs = []
-        for h in some:
-            bias = self._relative_bias(rows, h, query.dtype, keys)
-            product = query[:, h], key[:, h].mT
-            logits = torch.matmul(*product) if bias is None else _add_product(bias, *product)
-            if allowed is not None:
-                logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-            weights = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(value.dtype)
-            outputs.append(nn.functional.dropout(weights, p=dropout, training=dropout > 0) @ value[:, h])
+        for h in (slice(i, i + size) for i in range(0, heads, size)):
+            q, k, v = query[:, h, rows], key[:, h, :, :keys], value[:, h, :keys]
+            shape = *q.shape[:3], keys
+            logits = q.new_empty(shape) if buffer is None else buffer[: math.prod(shape)].view(shape)
+            if self.grid is not None:
+                self._write_relative_bias(logits, rows, h)
+            factors = q.flatten(0, 1), k.flatten(0, 1)
+            logits.flatten(0, 1).baddbmm_(*factors, beta=0 if self.grid is None else 1)
+            least = torch.finfo(logits.dtype).min
+            if self.allowed is not None:
+                logits.masked_fill_(~self.allowed[..., :keys].to(logits.device), least)
+            if self.causal:  # of the keys up to the last query, only those of the block follow a query
+                later = torch.ones(shape[2], shape[2], dtype=torch.bool, device=logits.device).triu(1)
+                logits[..., rows].masked_fill_(later, least)
+            exact = torch.promote_types(logits.dtype, torch.float32)
+            if buffer is None or exact != logits.dtype:
+                weights = logits.softmax(dim=-1, dtype=exact).to(v.dtype)
+            else:
+                weights = torch.softmax(logits, dim=-1, out=logits)
+            outputs.append(nn.functional.dropout(weights, p=dropout, training=dropout > 0) @ v)
         return torch.cat(outputs, dim=1)
 
-    def _relative_bias(self, rows: slice, heads: slice, dtype: torch.dtype, keys: int) -> torch.Tensor | None:
-        """Relative biases of a block of queries and the first keys, (heads, queries, keys)."""
-        if self.grid is None:
-            return None
+    def _write_relative_bias(self, result: torch.Tensor, rows: slice, heads: slice) -> None:
+        """Writes the relative biases of a block of queries and the first keys to `result` (..., heads, rows, keys)."""
         line, offset = divmod(rows.start - self.start, self.width)
+        first = last = self.start
         if offset == 0 and 0 <= line < self.height:
-            bias = self.grid.line(line, line + 1 if self.causal else self.height, heads).to(dtype)
-            bias = nn.functional.pad(bias, (self.start, keys - self.start - bias.shape[2]))
-        else:
-            size = len(range(self.query_positions.shape[1])[heads]), rows.stop - rows.start, keys
-            bias = self.query_positions.new_zeros(size, dtype=dtype)
+            values = self.grid.line(line, line + 1 if self.causal else self.height, heads)
+            last += values.shape[2]
+            result[..., first:last] = values
+        result[..., :first] = 0
+        result[..., last:] = 0
         for block_rows, columns, values in self.blocks:
             first, last, _ = block_rows.indices(self.query_positions.shape[2])
             if first <= rows.start and rows.stop <= last:
                 inside = slice(rows.start - first, rows.stop - first) if values.shape[1] > 1 else slice(None)
-                bias[..., columns] += values[heads, inside].to(dtype)
-        return bias
-
-
-def _add_product(bias: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """bias (heads, queries, keys) + query (batch, heads, queries, d) @ key (batch, heads, d, keys)."""
-    batch, heads = query.shape[:2]
-    if batch == 1:
-        return bias.baddbmm_(query[0], key[0])[None]
-    bias = bias.expand(batch, -1, -1, -1).flatten(0, 1)
-    return torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1)).unflatten(0, (batch, heads))
+                result[..., columns] += values[heads, inside]

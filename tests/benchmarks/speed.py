@@ -30,7 +30,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
 from ifseg_hf import NANO
@@ -233,9 +233,11 @@ def measure(case: Case, dtype: str, repeats: int) -> dict[str, float]:
 
 def arithmetic(run: Callable) -> float:
     """The cost of the matrix products and convolutions of a run in mm."""
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not counted by torch itself
-    attention = {fused: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    mapping = {  # of operations that torch itself does not count
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        torch.ops.aten.baddbmm_: lambda result, *factors, **__: bmm_flop(*factors),
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         run()
     return counter.get_total_flops() / (2 * 2048**3)
 
