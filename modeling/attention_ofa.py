@@ -73,7 +73,7 @@ class BlockwiseAttention(torch.autograd.Function):
         """Attention weights of a block, (products, queries, keys)."""
         logits = torch.bmm(query, transposed_key)
         logits.unflatten(0, (-1, bias.shape[1])).add_(bias)
-        return logits.softmax(-1)
+        return torch.softmax(logits, -1, out=logits)
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
