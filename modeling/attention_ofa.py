@@ -105,32 +105,34 @@ class BlockwiseAttention(torch.autograd.Function):
         for heads in BlockwiseAttention.heads(query):
             q, k, v, grad = (x[:, heads].flatten(0, 1) for x in (query, key, value, grad_output))
             transposed_k, transposed_v = k.mT.contiguous(), v.mT.contiguous()
-            grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(transposed_k), torch.zeros_like(transposed_v)
             for rows, columns in BlockwiseAttention.rows(q, k, ctx.causal):
                 if kept:
                     weights = next(kept_blocks)
                 else:
                     block = q[:, rows], transposed_k[:, :, columns], bias[:, heads, rows, columns]
                     weights = BlockwiseAttention.weights(*block)
-                grad_v[:, columns].baddbmm_(weights.mT, grad[:, rows])
+                grad_v[:, :, columns].baddbmm_(grad[:, rows].mT, weights)
                 grad_weights = torch.bmm(grad[:, rows], transposed_v[:, :, columns])
                 grad_logits = softmax_backward(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
                 grad_q[:, rows] = torch.bmm(grad_logits, k[:, columns])
-                grad_k[:, columns].baddbmm_(grad_logits.mT, q[:, rows])
+                grad_k[:, :, columns].baddbmm_(q[:, rows].mT, grad_logits)
                 _sum_to(grad_bias[:, heads, rows, columns], grad_logits)
                 grad_bias[:, heads, rows, columns.stop :] = 0
             images = len(query), -1
             grad_query[:, heads] = grad_q.mul_(ctx.scaling).unflatten(0, images)
-            grad_key[:, heads], grad_value[:, heads] = grad_k.unflatten(0, images), grad_v.unflatten(0, images)
+            grad_key[:, heads], grad_value[:, heads] = grad_k.mT.unflatten(0, images), grad_v.mT.unflatten(0, images)
         return grad_query, grad_key, grad_value, grad_bias, None, None
 
 
 def _sum_to(result: torch.Tensor, products: torch.Tensor) -> None:
     """Writes a block (products, queries, keys) to (1 or batch, heads, queries, keys), the sum over images if 1."""
     first, *others = products.unflatten(0, (len(result), -1, result.shape[1])).unbind(1)
-    result.copy_(first)
+    total = first
     for other in others:
-        result += other
+        total = torch.add(total, other, out=result)
+    if not others:
+        result.copy_(first)
 
 
 def _trains_large_bias_on_cpu(query: torch.Tensor, bias: torch.Tensor) -> bool:
