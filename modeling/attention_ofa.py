@@ -139,7 +139,7 @@ def _trains_large_bias_on_cpu(query: torch.Tensor, bias: torch.Tensor) -> bool:
     """Whether to use [`BlockwiseAttention`]: not for logits that fit into one block, which stay in the cache anyway."""
     trained = torch.is_grad_enabled() and bias.requires_grad and not torch.compiler.is_compiling()
     exact = query.dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
-    large = bias[0].numel() > LOGITS_IN_BLOCK // 2
+    large = len(query) * bias[0].numel() > LOGITS_IN_BLOCK
     return trained and query.device.type == "cpu" and exact and large
 
 

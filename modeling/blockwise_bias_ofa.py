@@ -128,7 +128,7 @@ class BlockwiseBias:
             else:
                 weights = torch.softmax(logits, dim=-1, out=logits)
             outputs.append(nn.functional.dropout(weights, p=dropout, training=dropout > 0) @ v)
-        return torch.cat(outputs, dim=1)
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
 
     def _write_relative_bias(self, result: torch.Tensor, rows: slice, heads: slice) -> None:
         """Writes the relative biases of a block of queries and the first keys to `result` (..., heads, rows, keys)."""
