@@ -104,8 +104,8 @@ class BlockwiseAttention(torch.autograd.Function):
         softmax_backward = torch.ops.aten._softmax_backward_data.out  # in place: another block would not fit the cache
         for heads in BlockwiseAttention.heads(query):
             q, k, v, grad = (x[:, heads].flatten(0, 1) for x in (query, key, value, grad_output))
-            transposed_k, transposed_v = k.mT.contiguous(), v.mT.contiguous()
-            grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(transposed_k), torch.zeros_like(transposed_v)
+            transposed_k, transposed_v = k.mT if kept else k.mT.contiguous(), v.mT.contiguous()
+            grad_q, (grad_k, grad_v) = torch.empty_like(q), k.new_zeros(2, *transposed_v.shape)
             for rows, columns in BlockwiseAttention.rows(q, k, ctx.causal):
                 if kept:
                     weights = next(kept_blocks)

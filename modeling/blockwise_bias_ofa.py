@@ -103,7 +103,7 @@ class BlockwiseBias:
 
         Args:
             key: (batch, heads, head_dim, keys), transposed.
-            buffer: memory for the logits, which new memory would slow down by a quarter; `None` if autograd needs them.
+            buffer: memory for the logits, since new memory for each block is slow; `None` if autograd needs them.
         """
         heads, keys = query.shape[1], rows.stop if self.causal else key.shape[3]
         size = HEADS_IN_BLOCK if query.device.type == "cpu" else heads

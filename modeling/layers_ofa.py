@@ -12,9 +12,9 @@ from .configuration_ofa import OFAConfig
 
 
 def dropout(hidden_states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Dropout, as of `torch.nn.functional`, that draws its random numbers six times as fast on a CPU.
+    """Dropout, as of `torch.nn.functional`, which takes most of its time for random numbers on a CPU.
 
-    Each element takes 16 random bits there, so `rate` is rounded to a multiple of 2^-16.
+    Each element takes only 16 random bits there, so `rate` is rounded to a multiple of 2^-16.
     """
     dropped = round(rate * 2**16)
     if not training or dropped in (0, 2**16) or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
