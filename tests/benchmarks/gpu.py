@@ -126,7 +126,8 @@ def placement(bench: Bench) -> None:
     maps = {}
     for device_map in ("auto", "cpu"):
         model = AutoModelForSemanticSegmentation.from_pretrained(ifseg_hf.NANO, device_map=device_map)
-        segmenter = IFSegSegmenter(model, AutoProcessor.from_pretrained(ifseg_hf.NANO))
+        processor = AutoProcessor.from_pretrained(ifseg_hf.NANO)
+        segmenter = IFSegSegmenter(model, processor, untuned=True)
         segmenter.set_words(CATEGORIES)
         (maps[device_map],) = segmenter.segment([image])
         devices = {str(parameter.device) for parameter in model.parameters()}
@@ -136,7 +137,7 @@ def placement(bench: Bench) -> None:
     from PIL import Image
 
     segment = pipeline("image-segmentation", model=str(ifseg_hf.NANO), device=bench.device)
-    found = segment(Image.fromarray(image), categories=CATEGORIES)
+    found = segment(Image.fromarray(image), categories=CATEGORIES, untuned=True)
     bench.report.row("placement", case="pipeline", categories=len(found), good=0 < len(found) <= len(CATEGORIES))
 
 

@@ -29,7 +29,7 @@ def run(folder, *flags):
 
 @pytest.mark.slow
 def test_sections_run_on_a_cpu_and_are_reported(tmp_path):
-    result = run(tmp_path, "--sections", "training", "processes", "speed")
+    result = run(tmp_path, "--sections", "placement", "training", "processes", "speed")
     assert result.returncode == 0, result.stdout + result.stderr
     sections = json.loads((tmp_path / "report.json").read_text())["sections"]
     assert {section["status"] for section in sections.values()} == {"done"}
