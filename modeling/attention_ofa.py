@@ -208,6 +208,10 @@ class OFAAttention(nn.Module):
     def _heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def _scale_heads(self, output: torch.Tensor) -> torch.Tensor:
+        """Joins the scaled heads (batch, length, heads, head_dim) to (batch, length, d_model)."""
+        return (output * self.c_attn[:, None].to(output.dtype)).flatten(2)
+
     def _keys_and_values(self, hidden_states, key_value_states, past_key_values):
         """Keys and values, (batch, heads, length, head_dim), read from and added to the cache, if there is one."""
         is_cross_attention = key_value_states is not None
@@ -242,7 +246,7 @@ class OFAAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         if isinstance(attention_bias, BlockwiseBias):
             output = attention_bias.attention(query, key, value, self.scaling, dropout)
-            return self.out_proj((output * self.c_attn[:, None]).flatten(2)), None
+            return self.out_proj(self._scale_heads(output)), None
         attention = ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
             self,
@@ -255,8 +259,7 @@ class OFAAttention(nn.Module):
             causal=causal,
             **kwargs,
         )
-        output = output * self.c_attn[:, None]
-        return self.out_proj(output.flatten(2)), weights
+        return self.out_proj(self._scale_heads(output)), weights
 
 
 __all__ = ["ATTENTION_FUNCTIONS", "BlockwiseAttention", "OFAAttention", "eager_attention_forward"]

@@ -15,6 +15,8 @@ from .positions_ofa import BiasBlock, GridBias
 LARGEST_BIAS = 2**25
 # Heads whose logits of a line of a large grid are computed together on a CPU: as many as stay in the cache.
 HEADS_IN_BLOCK = 4
+# Logits that are computed together on a GPU, of several lines: enough to fill it, 256 MB in float32.
+LOGITS_IN_BLOCK = 2**26
 
 
 def is_large(config: OFAConfig, query_positions: torch.Tensor, key_positions: torch.Tensor) -> bool:
@@ -26,6 +28,18 @@ def is_large(config: OFAConfig, query_positions: torch.Tensor, key_positions: to
     if torch.compiler.is_compiling() or config._attn_implementation == "eager":
         return False
     return query_positions.shape[1] * query_positions.shape[2] * key_positions.shape[2] > LARGEST_BIAS
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether fused kernels of a GPU apply, and few large operations are faster than many that stay in a cache."""
+    return tensor.device.type == "cuda"
+
+
+def trains_on_gpu(config: OFAConfig, positions: torch.Tensor) -> bool:
+    """Whether a bias of [`project_positions`] gets a gradient on a GPU, where kernels with a whole bias are slow."""
+    if torch.compiler.is_compiling() or config._attn_implementation == "eager":
+        return False
+    return torch.is_grad_enabled() and positions.requires_grad and on_gpu(positions)
 
 
 @dataclass
@@ -66,13 +80,13 @@ class BlockwiseBias:
 
         return BlockwiseBias(**{x.name: move(getattr(self, x.name)) for x in fields(self)})
 
-    def rows(self) -> Iterator[slice]:
-        """The blocks of queries: what precedes the patches, each line of the grid, and what follows the patches."""
+    def rows(self, lines: int) -> Iterator[slice]:
+        """The blocks of queries: what precedes the patches, some lines of the grid, and what follows the patches."""
         queries, stop = self.query_positions.shape[2], self.start + self.height * self.width
         if self.start:
             yield slice(0, self.start)
-        for first in range(self.start, stop, self.width):
-            yield slice(first, first + self.width)
+        for first in range(self.start, stop, lines * self.width):
+            yield slice(first, min(first + lines * self.width, stop))
         if queries > stop:
             yield slice(stop, queries)
 
@@ -87,15 +101,34 @@ class BlockwiseBias:
         # The absolute bias is a part of the product of queries and keys, with more columns.
         query = torch.cat([query * scaling, self.query_positions.to(query.dtype).expand(batch, -1, -1, -1)], dim=3)
         key = torch.cat([key, self.key_positions.to(key.dtype).expand(batch, -1, -1, -1)], dim=3)
+        if self.is_absolute and on_gpu(query):
+            return self._attend_at_once(query, key, value, dropout)
         key = key.mT.contiguous()  # products with few columns of transposed keys are faster
         inputs = query, key, value, dropout
+        lines = 1
+        if on_gpu(query):
+            lines = max(1, LOGITS_IN_BLOCK // (batch * query.shape[1] * self.width * key.shape[3]))
+        rows_of_blocks = list(self.rows(lines))
         if torch.is_grad_enabled():
-            blocks = [checkpoint(self._attend, *inputs, rows, use_reentrant=False) for rows in self.rows()]
+            blocks = [checkpoint(self._attend, *inputs, rows, use_reentrant=False) for rows in rows_of_blocks]
         else:
-            queries = max(len(range(query.shape[2])[rows]) for rows in self.rows())
+            queries = max(len(range(query.shape[2])[rows]) for rows in rows_of_blocks)
             buffer = query.new_empty(batch * query.shape[1] * queries * key.shape[3])
-            blocks = [self._attend(*inputs, rows, buffer) for rows in self.rows()]
+            blocks = [self._attend(*inputs, rows, buffer) for rows in rows_of_blocks]
         return torch.cat(blocks, dim=2).transpose(1, 2)
+
+    @property
+    def is_absolute(self) -> bool:
+        """Whether there is nothing but the absolute bias, as in cross-attention without a mask."""
+        return self.grid is None and self.allowed is None and not self.blocks and not self.causal
+
+    @staticmethod
+    def _attend_at_once(query, key, value, dropout: float) -> torch.Tensor:
+        """Attention without any other bias than that of the additional columns, in torch's fused kernel."""
+        columns = value.shape[3]
+        value = nn.functional.pad(value, (0, query.shape[3] - columns))  # the kernels need heads of one size
+        output = nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
+        return output[..., :columns].transpose(1, 2)
 
     def _attend(self, query, key, value, dropout: float, rows: slice, buffer: torch.Tensor | None = None):
         """
@@ -106,7 +139,7 @@ class BlockwiseBias:
             buffer: memory for the logits, since new memory for each block is slow; `None` if autograd needs them.
         """
         heads, keys = query.shape[1], rows.stop if self.causal else key.shape[3]
-        size = HEADS_IN_BLOCK if query.device.type == "cpu" else heads
+        size = heads if on_gpu(query) else HEADS_IN_BLOCK
         outputs = []
         for h in (slice(i, i + size) for i in range(0, heads, size)):
             q, k, v = query[:, h, rows], key[:, h, :, :keys], value[:, h, :keys]
@@ -135,7 +168,8 @@ class BlockwiseBias:
         line, offset = divmod(rows.start - self.start, self.width)
         first = last = self.start
         if offset == 0 and 0 <= line < self.height:
-            values = self.grid.line(line, line + 1 if self.causal else self.height, heads)
+            stop = line + (rows.stop - rows.start) // self.width
+            values = self.grid.part(line, stop, stop if self.causal else self.height, heads)
             last += values.shape[2]
             result[..., first:last] = values
         result[..., :first] = 0

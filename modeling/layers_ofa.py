@@ -31,7 +31,7 @@ def drop_path(hidden_states: torch.Tensor, rate: float, training: bool) -> torch
     if rate == 0.0 or not training:
         return hidden_states
     keep = torch.rand(len(hidden_states), *[1] * (hidden_states.ndim - 1), device=hidden_states.device) >= rate
-    return hidden_states * keep / (1 - rate)
+    return hidden_states * (keep.to(hidden_states.dtype) / (1 - rate))
 
 
 class OFALayer(GradientCheckpointingLayer):

@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_ofa import OFAAttention
 from .bias_cache_ofa import BiasCache
-from .blockwise_bias_ofa import BlockwiseBias, is_large
+from .blockwise_bias_ofa import BlockwiseBias, is_large, trains_on_gpu
 from .configuration_ofa import AUTO_MAP, PUBLISHED_COPIES, OFAConfig
 from .image_batches import group_by_image_size
 from .layers_ofa import OFADecoderLayer, OFAEncoderLayer, dropout
@@ -357,6 +357,8 @@ class OFADecoder(_OFAStack):
 
         def compute_bias(layer: Any) -> torch.Tensor:
             if layer == "cross":
+                if patch_positions is not None and cross_allowed is None and trains_on_gpu(self.config, cross_q):
+                    return BlockwiseBias(cross_q, cross_k, *patch_positions.grid, start=1)
                 return masked_bias(cross_q @ cross_k.transpose(2, 3), cross_allowed)
             if not causal:
                 steps = torch.arange(stop, device=self_q.device)

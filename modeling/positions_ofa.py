@@ -110,15 +110,25 @@ class GridBias:
             return self.columns[heads, :, first : first + key_lines].flatten(2)
         return (self.lines[:, y, :key_lines].T @ self.columns[heads]).flatten(2)
 
+    def part(self, first: int, stop: int, key_lines: int, heads: slice = slice(None)) -> torch.Tensor:
+        """Biases of the queries in lines first..stop-1, (heads, (stop - first) * width, key_lines * width)."""
+        if stop - first == 1:
+            return self.line(first, key_lines, heads)
+        columns = self.columns[heads]
+        if self.lines is None:
+            start = self.height - stop  # of the window of the last line
+            bias = columns[:, :, start : self.height - first - 1 + key_lines].unfold(2, key_lines, 1).flip(2)
+            bias = bias.permute(0, 2, 1, 4, 3)  # from (heads, x, y, x', y')
+        else:
+            # one product maps the few differences of lines to all pairs of them
+            lines = self.lines[:, first:stop, :key_lines]
+            bias = columns.transpose(2, 3).flatten(1, 2) @ lines.flatten(1)
+            bias = bias.view(len(columns), self.width, self.width, *lines.shape[1:]).permute(0, 3, 1, 4, 2)
+        return bias.reshape(len(columns), -1, key_lines * self.width)
+
     def whole(self) -> torch.Tensor:
         """Biases of all patches, (heads, height * width, height * width)."""
-        height, width = self.height, self.width
-        if self.lines is None:
-            return torch.stack([self.line(y) for y in range(height)], dim=1).flatten(1, 2)
-        # one product maps the few differences of lines to all pairs of them
-        bias = self.columns.transpose(2, 3).flatten(1, 2) @ self.lines.flatten(1)
-        bias = bias.view(len(self.columns), width, width, height, height).permute(0, 3, 1, 4, 2)
-        return bias.reshape(-1, height * width, height * width)
+        return self.part(0, self.height, self.height)
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of `columns`, from the gradient of [`whole`]."""

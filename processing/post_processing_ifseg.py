@@ -78,8 +78,11 @@ def smooth_probabilities(
 
 def _repeat_mean(probabilities: Tensor, neighbors_of: Tensor, iterations: int) -> Tensor:
     """Replaces the probabilities of each patch by the mean over its neighbours (patches, neighbors), repeatedly."""
+    # With 1D indices the offsets are made once, and not again in every iteration, where a GPU waits for them.
+    patches, neighbors = neighbors_of.shape
+    indices, offsets = neighbors_of.flatten(), torch.arange(patches, device=neighbors_of.device) * neighbors
     for _ in range(iterations):
-        probabilities = embedding_bag(neighbors_of, probabilities, mode="mean")
+        probabilities = embedding_bag(indices, probabilities, offsets, mode="mean")
     return probabilities
 
 
@@ -119,11 +122,11 @@ def smoothing_sweep(outputs, settings: Sequence[tuple[int, int]]) -> Iterator[li
         raise ValueError(
             "Smoothing compares patches by outputs.image_features, which word maps lack. Pass smoothing_iterations=0."
         )
-    for index, logits in enumerate(outputs.logits.float()):
-        height, width = logits.shape[1:]
-        if mask is not None:
-            height, width = int(mask[index].any(1).sum()), int(mask[index].any(0).sum())
-            logits = logits[:, :height, :width]
+    sizes = [outputs.logits.shape[2:]] * len(outputs.logits)
+    if mask is not None:
+        sizes = list(zip(mask.any(2).sum(1).tolist(), mask.any(1).sum(1).tolist(), strict=True))
+    for index, (logits, (height, width)) in enumerate(zip(outputs.logits.float(), sizes, strict=True)):
+        logits = logits[:, :height, :width]
         scores = {(neighbors, 0): logits.contiguous() for neighbors, iterations in settings if not iterations}
         if len(scores) < len(settings):
             patches = outputs.image_features[index, :, :height, :width].flatten(1).T
@@ -148,7 +151,8 @@ def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _linear_weights(size: int, new_size: int, scores: Tensor) -> Tensor:
     """Returns the weights of linear resizing from `size` to `new_size` values, a matrix `(new_size, size)`."""
-    basis = torch.eye(size, dtype=torch.float64, device="cpu")
+    exact = torch.float32 if scores.device.type == "mps" else torch.float64
+    basis = torch.eye(size, dtype=exact, device=scores.device)
     return interpolate(basis[None], size=new_size, mode="linear", align_corners=False)[0].T.to(scores)
 
 

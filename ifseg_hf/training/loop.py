@@ -227,6 +227,7 @@ class TrainingRun:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            fused=self.accelerator.device.type == "cuda",
         )
         schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.model, optimizer, schedule)
@@ -286,12 +287,17 @@ class TrainingRun:
             yield from sample_batches(self.config, self.accelerator, samples, self.batch_size, step, end)
             step = end
 
+    @property
+    def unwrapped_model(self):
+        """The model without the wrappers of distributed training and `torch.compile`."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
     def online_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
         """This process's batches from `step` to the last, each labelled by the model of its step (IFSeg+)."""
         data = GivenLabels(self.data, Path(self.config.dataset))
         crops = crop_dataset(self.config, self.model_config, self.processor, data, kind=OnlineCrops)
         samples = mixed_dataset(self.config, self.model_config, crops)
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.unwrapped_model
         for batch in sample_batches(self.config, self.accelerator, samples, self.batch_size, step, self.config.steps):
             yield label_online(model, batch, data.names, data.config)
 
@@ -344,7 +350,7 @@ class TrainingRun:
 
         counts = self.output / f"evaluation-{self.step}{INCOMPLETE}"
         several = self.accelerator.num_processes > 1
-        segmenter = IFSegSegmenter(self.accelerator.unwrap_model(self.model), self.processor)
+        segmenter = IFSegSegmenter(self.unwrapped_model, self.processor)
         try:
             folder, on_error = counts if several else None, self.config.on_error
             evaluation = evaluate_segmenter(segmenter, self.eval_data, state_dir=folder, on_error=on_error)
@@ -376,7 +382,7 @@ class TrainingRun:
         failure = f"The pseudo-labels of step {step} could not be written"
         with on_every_process(self.accelerator), writing_errors(failure):
             incomplete.mkdir(exist_ok=True)
-            model, dataset = self.accelerator.unwrap_model(self.model), Path(self.config.dataset)
+            model, dataset = self.unwrapped_model, Path(self.config.dataset)
             try:
                 state, on_error = self.accelerator.state, self.config.on_error
                 refresh_labels(model, self.processor, self.data, dataset, incomplete, state, on_error)
@@ -411,9 +417,10 @@ class TrainingRun:
         """Writes the trained model with its words, processor and settings, or its adapter. Raises `TrainingError`."""
         self.accelerator.wait_for_everyone()
         state_dict = self.accelerator.get_state_dict(self.model)  # gathered from all processes with FSDP
+        state_dict = {name.replace("_orig_mod.", ""): weight for name, weight in state_dict.items()}  # if compiled
         if self.accelerator.is_main_process:
             if self.config.lora:
-                model = self.accelerator.unwrap_model(self.model)
+                model = self.unwrapped_model
                 save_lora(self.config, model, state_dict, self.checkpoint)
             else:
                 save_model(self.config, self.model_config, state_dict, self.processor, self.checkpoint)

@@ -157,8 +157,7 @@ def start_training(bench: Bench) -> None:
         model = save_tiny_model(bench.folder / "tiny")
     train = str(SCRIPTS / "train.py")
     threads = {"OMP_NUM_THREADS": "1" if bench.tiny else "2"}
-    # By default, accelerate puts process i on GPU i. The last variable disables this, so that both use GPU 0.
-    local = {**threads, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "ACCELERATE_BYPASS_DEVICE_MAP": "true"}
+    local = {**threads, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     cpu = bench.device.type == "cpu"
     for precision in ("no", "bf16") if cpu else ("no", "bf16", "fp16"):
         command = [train, *train_command(bench, precision, model, "--mixed-precision", precision)]
@@ -171,7 +170,8 @@ def start_training(bench: Bench) -> None:
     bench.jobs["two"] = Job(two, bench.folder / "two.log", local)
     if not cpu:
         launch[-1] = str(31000 + os.getpid() % 1000)
-        command = [*launch, train, *train_command(bench, "nccl", model, *same)]
+        worker[worker.index("gloo")] = "nccl"
+        command = [*launch, *worker, *train_command(bench, "nccl", model, *same)]
         bench.jobs["nccl"] = Job(command, bench.folder / "nccl.log", local)
 
 
@@ -207,9 +207,13 @@ def processes(bench: Bench) -> None:
 
 
 def train_worker(options: argparse.Namespace) -> int:
-    """scripts/train.py with another backend of torch.distributed than nccl, which refuses two processes on one GPU."""
+    """scripts/train.py with all processes on the first GPU, and a backend of torch.distributed to choose.
+
+    accelerate puts process i of a machine on GPU i; nccl usually refuses two processes on one GPU.
+    """
     from accelerate import PartialState
 
+    os.environ["LOCAL_RANK"] = "0"
     PartialState(cpu=options.device == "cpu", backend=options.backend)
     return load_script("train").main(options.arguments)
 

@@ -6,7 +6,7 @@ from checkpoints import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifseg_hf.modeling import blockwise_bias_ofa
+from ifseg_hf.modeling import blockwise_bias_ofa, modeling_ofa
 from ifseg_hf.modeling.blockwise_bias_ofa import BlockwiseBias
 from ifseg_hf.modeling.positions_ofa import GridBias
 
@@ -56,9 +56,27 @@ def test_lines_of_a_grid_are_the_resized_biases(side, spare, height, width, caus
         torch.testing.assert_close(bias, expected[1:, queries, : lines * width])
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 2), st.integers(1, 7), st.integers(1, 7), st.data())
+def test_several_lines_of_a_grid_are_its_lines(side, spare, height, width, data):
+    first = data.draw(st.integers(0, height - 1))
+    stop, key_lines = data.draw(st.integers(first + 1, height)), data.draw(st.integers(1, height))
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn((2 * (side + spare) - 1) ** 2, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    grid = GridBias.from_table(table, height, width, side)
+    heads = slice(1, 3)
+    part = grid.part(first, stop, key_lines, heads)
+    lines = torch.cat([grid.line(y, key_lines, heads) for y in range(first, stop)], dim=1)
+    torch.testing.assert_close(part, lines)
+    weights = torch.randn(part.shape, dtype=torch.float64, generator=generator)
+    gradients = [torch.autograd.grad((x * weights).sum(), table, retain_graph=True)[0] for x in (part, lines)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize("positions", ["segmentation", "image"])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_outputs_and_gradients_equal_those_of_the_whole_bias(positions, prompt, in_blocks):
+def test_outputs_and_gradients_equal_those_of_the_whole_bias(device, positions, prompt, in_blocks, monkeypatch):
     model = small_model(decoder_positions=positions)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 160, 112, generator=generator)
@@ -70,6 +88,9 @@ def test_outputs_and_gradients_equal_those_of_the_whole_bias(positions, prompt, 
     }
     expected = outputs_and_gradients(model, **inputs)
     made = in_blocks()
+    if device == "gpu":  # several lines in a block, as on a GPU
+        monkeypatch.setattr(blockwise_bias_ofa, "on_gpu", lambda tensor: True)
+        monkeypatch.setattr(blockwise_bias_ofa, "LOGITS_IN_BLOCK", 2**13)
     found = outputs_and_gradients(model, **inputs)
     assert len(made) >= 2 + 2 + 2  # two layers of the encoder, two of the decoder with cross-attention
     assert found.keys() == expected.keys()
@@ -90,6 +111,22 @@ def test_a_large_image_has_no_whole_bias(in_blocks, monkeypatch):
         found = model(pixel_values=image).logits
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     assert not model.backbone.model.encoder.bias_cache.entries
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_cross_attention_has_no_whole_bias_in_training_on_a_gpu(implementation, monkeypatch):
+    model = small_model()
+    model.set_attn_implementation(implementation)
+    inputs = {"word_map": torch.arange(24).reshape(1, 4, 6) % 2, "labels": torch.zeros(1, 8, 12, dtype=torch.long)}
+    expected = outputs_and_gradients(model, **inputs)
+    monkeypatch.setattr(blockwise_bias_ofa, "on_gpu", lambda tensor: True)
+    whole = []
+    masked_bias = modeling_ofa.masked_bias
+    monkeypatch.setattr(modeling_ofa, "masked_bias", lambda *args: (whole.append(args), masked_bias(*args))[1])
+    found = outputs_and_gradients(model, **inputs)
+    assert len(whole) == (3 if implementation == "eager" else 2)  # of the encoder, the decoder and cross-attention
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_eager_attention_has_the_weights_of_all_queries(in_blocks):

@@ -89,6 +89,23 @@ def assert_close_weights(one, other):
 
 
 @pytest.mark.slow
+def test_a_run_with_compiled_layers_saves_and_resumes_like_one_without(tiny_model, tmp_path):
+    """With the flags of `accelerate launch` that compile a model layer by layer."""
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", 1]
+    compiled = ["--dynamo_backend", "aot_eager", "--dynamo_use_regional_compilation"]
+    flags = ["--model", tiny_model, "--steps", 4, "--dropout", 0, "--drop-path", 0, "--checkpointing-steps", 2]
+    for name, options in (("eager", []), ("compiled", compiled)):
+        done = run(*launcher, *options, SCRIPT, *WORDS, *flags, "--output-dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    assert_close_weights(tmp_path / "eager", tmp_path / "compiled")
+    expected = load_file(tmp_path / "compiled" / "model.safetensors")
+    half = ["--resume", tmp_path / "compiled" / "checkpoint-2", "--output-dir", tmp_path / "compiled"]
+    assert run(*launcher, *compiled, SCRIPT, *WORDS, *flags, *half).returncode == 0
+    resumed = load_file(tmp_path / "compiled" / "model.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+
+@pytest.mark.slow
 def test_processes_accumulation_and_workers_lead_to_the_same_weights(tiny_model, tmp_path):
     """1 x 16 samples, and 2 processes with 8 each: the same 20 steps up to rounding.
 
