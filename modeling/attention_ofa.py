@@ -8,7 +8,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .blockwise_bias_ofa import BlockwiseBias
+from .blockwise_bias_ofa import BlockwiseBias, on_gpu
 from .configuration_ofa import OFAConfig
 
 
@@ -158,17 +158,19 @@ def biased_sdpa_attention_forward(
     transformers' `sdpa` attention for logits with an additive bias (`attention_mask`).
 
     A large bias that is trained on a CPU runs in [`BlockwiseAttention`]. With `causal`, the bias masks all keys after a
-    query, and queries run in blocks, each with the keys up to its last query.
+    query, and on a CPU queries run in blocks, each with the keys up to its last query.
     """
     if dropout == 0 and _trains_large_bias_on_cpu(query, attention_mask):
         output = BlockwiseAttention.apply(query, key, value, attention_mask, scaling, causal)
         return output.transpose(1, 2), None
     bias = attention_mask.to(query.dtype)
-    if not causal:
+    if not causal or on_gpu(query):
         return sdpa_attention_forward(module, query, key, value, bias, dropout=dropout, scaling=scaling, **kwargs)
     outputs = []
-    for start in range(0, query.shape[2], CAUSAL_BLOCK):
-        rows, seen = slice(start, start + CAUSAL_BLOCK), slice(start + CAUSAL_BLOCK)
+    # a last block of few queries would take about as long as a full one, so the block before it gets them
+    starts = range(0, max(1, query.shape[2] - CAUSAL_BLOCK // 2), CAUSAL_BLOCK)
+    for start, stop in zip(starts, [*starts[1:], query.shape[2]], strict=True):
+        rows, seen = slice(start, stop), slice(stop)
         output, _ = sdpa_attention_forward(
             module,
             query[:, :, rows],
@@ -204,6 +206,14 @@ class OFAAttention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_model)
         self.c_attn = nn.Parameter(torch.ones(heads))
+
+    @staticmethod
+    def _cast(hidden_states: torch.Tensor) -> torch.Tensor:
+        """The input of several projections in the dtype of autocast, which would cast it for each of them."""
+        device = hidden_states.device.type
+        if hidden_states.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+            return hidden_states
+        return hidden_states.to(torch.get_autocast_dtype(device))
 
     def _heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -241,6 +251,8 @@ class OFAAttention(nn.Module):
             attention_bias: (1 or batch, heads, queries, keys), added to the logits.
             causal: the bias masks all keys after a query, so those logits need not be computed.
         """
+        hidden_states = self._cast(hidden_states)
+        key_value_states = None if key_value_states is None else self._cast(key_value_states)
         query = self._heads(self.q_proj(hidden_states))
         key, value = self._keys_and_values(hidden_states, key_value_states, past_key_values)
         dropout = self.config.attention_dropout if self.training else 0.0

@@ -32,7 +32,7 @@ def is_large(config: OFAConfig, query_positions: torch.Tensor, key_positions: to
 
 def on_gpu(tensor: torch.Tensor) -> bool:
     """Whether fused kernels of a GPU apply, and few large operations are faster than many that stay in a cache."""
-    return tensor.device.type == "cuda"
+    return tensor.device.type != "cpu"
 
 
 def trains_on_gpu(config: OFAConfig, positions: torch.Tensor) -> bool:

@@ -34,6 +34,20 @@ def drop_path(hidden_states: torch.Tensor, rate: float, training: bool) -> torch
     return hidden_states * (keep.to(hidden_states.dtype) / (1 - rate))
 
 
+class OFALayerNorm(nn.LayerNorm):
+    """A layer norm in the dtype of its input under autocast too, which would cast input and output to float32.
+
+    The statistics are float32 in any case. It suits inputs and outputs of linear layers, which are of low precision.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return nn.functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
 class OFALayer(GradientCheckpointingLayer):
     """Base of encoder and decoder layers: the residual branches and the feed-forward block."""
 
@@ -44,7 +58,7 @@ class OFALayer(GradientCheckpointingLayer):
         self.activation_fn = ACT2FN[config.activation_function]
         self.fc1 = nn.Linear(config.d_model, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, config.d_model)
-        self.ffn_layer_norm = nn.LayerNorm(ffn_dim, eps=config.layer_norm_eps)
+        self.ffn_layer_norm = OFALayerNorm(ffn_dim, eps=config.layer_norm_eps)
         self.final_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
 
     def _add(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:

@@ -358,7 +358,8 @@ class OFADecoder(_OFAStack):
         def compute_bias(layer: Any) -> torch.Tensor:
             if layer == "cross":
                 if patch_positions is not None and cross_allowed is None and trains_on_gpu(self.config, cross_q):
-                    return BlockwiseBias(cross_q, cross_k, *patch_positions.grid, start=1)
+                    height, width = patch_positions.grid
+                    return BlockwiseBias(cross_q, cross_k, height, width, start=1)
                 return masked_bias(cross_q @ cross_k.transpose(2, 3), cross_allowed)
             if not causal:
                 steps = torch.arange(stop, device=self_q.device)

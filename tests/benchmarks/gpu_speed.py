@@ -186,7 +186,6 @@ def compiled_worker(bench: Bench, part: str, kind: str, words: int) -> None:
 
         return under_autocast
 
-    eager = bench.seconds(make(model))
     compile_part = compile_regions if part == "layers" else torch.compile
     run = make(compile_part(model, backend="aot_eager" if bench.tiny else "inductor"))
     start = time.perf_counter()
@@ -194,6 +193,7 @@ def compiled_worker(bench: Bench, part: str, kind: str, words: int) -> None:
     bench.synchronize()
     first = time.perf_counter() - start
     fast = bench.seconds(run)
+    eager = bench.seconds(make(model))
     rate = (1 if kind == "step" else bench.batch) / fast
     unit = "steps/s" if kind == "step" else "images/s"
     case = f"{part}, {kind}, {words} words"

@@ -3,7 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifseg_hf.modeling.layers_ofa import dropout
+from ifseg_hf.modeling.attention_ofa import OFAAttention
+from ifseg_hf.modeling.configuration_ofa import OFAConfig
+from ifseg_hf.modeling.layers_ofa import OFALayerNorm, drop_path, dropout
 
 
 @settings(max_examples=30, deadline=None)
@@ -43,3 +45,43 @@ def test_dropout_is_repeatable_and_absent_without_training():
     assert not torch.equal(first, dropout(inputs, 0.5, training=True))
     assert dropout(inputs, 0.5, training=False) is inputs
     assert dropout(inputs, 0.0, training=True) is inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_drop_path_zeroes_samples_and_rescales_the_others(dtype):
+    torch.manual_seed(0)
+    inputs = torch.ones(5000, 2, dtype=dtype)
+    outputs = drop_path(inputs, 0.3, training=True)
+    assert torch.equal(outputs[:, 0], outputs[:, 1])
+    assert outputs.unique().tolist() == [0, (torch.ones(1, dtype=dtype) / 0.7).item()]
+    assert abs(outputs.mean() - 1) < 0.03
+    assert torch.equal(drop_path(inputs, 0.3, training=False), inputs)
+
+
+def test_layer_norm_keeps_the_dtype_of_its_input_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    norm, expected = OFALayerNorm(64), torch.nn.LayerNorm(64)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    expected.load_state_dict(norm.state_dict())
+    inputs = 3 * torch.randn(10, 64, generator=generator) + 100
+    assert torch.equal(norm(inputs), expected(inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(inputs.bfloat16())
+        assert norm(inputs).dtype == torch.float32
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected(inputs.bfloat16().float()), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_attention_casts_its_inputs_once_under_autocast(cross, monkeypatch):
+    torch.manual_seed(0)
+    attention = OFAAttention(OFAConfig.preset("tiny", attn_implementation="sdpa"), 4, 0)
+    inputs = {"hidden_states": torch.randn(2, 6, 256), "attention_bias": torch.randn(1, 4, 6, 6)}
+    if cross:
+        inputs["key_value_states"] = torch.randn(2, 6, 256)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attention(**inputs)
+        monkeypatch.setattr(OFAAttention, "_cast", lambda self, x: x)
+        expected, _ = attention(**inputs)
+    assert torch.equal(found, expected)
