@@ -357,7 +357,9 @@ class OFADecoder(_OFAStack):
 
         def compute_bias(layer: Any) -> torch.Tensor:
             if layer == "cross":
-                if patch_positions is not None and cross_allowed is None and trains_on_gpu(self.config, cross_q):
+                absolute = patch_positions is not None and cross_allowed is None
+                # with use_reentrant=True, a checkpointed layer has gradients of tensors among its arguments alone
+                if absolute and trains_on_gpu(self.config, cross_q) and not self.layers[0].gradient_checkpointing:
                     height, width = patch_positions.grid
                     return BlockwiseBias(cross_q, cross_k, height, width, start=1)
                 return masked_bias(cross_q @ cross_k.transpose(2, 3), cross_allowed)

@@ -113,18 +113,22 @@ def test_a_large_image_has_no_whole_bias(in_blocks, monkeypatch):
     assert not model.backbone.model.encoder.bias_cache.entries
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_cross_attention_has_no_whole_bias_in_training_on_a_gpu(implementation, monkeypatch):
-    model = small_model()
-    model.set_attn_implementation(implementation)
+@pytest.mark.parametrize(("case", "biases"), [("fused", 2), ("eager", 3), ("checkpointed", 3)])
+def test_cross_attention_has_no_whole_bias_in_training_on_a_gpu(case, biases, monkeypatch):
+    model = small_model().train()
+    if case == "eager":
+        model.set_attn_implementation("eager")
     inputs = {"word_map": torch.arange(24).reshape(1, 4, 6) % 2, "labels": torch.zeros(1, 8, 12, dtype=torch.long)}
+    torch.manual_seed(0)
     expected = outputs_and_gradients(model, **inputs)
     monkeypatch.setattr(blockwise_bias_ofa, "on_gpu", lambda tensor: True)
-    whole = []
-    masked_bias = modeling_ofa.masked_bias
+    if case == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    whole, masked_bias = [], modeling_ofa.masked_bias
     monkeypatch.setattr(modeling_ofa, "masked_bias", lambda *args: (whole.append(args), masked_bias(*args))[1])
+    torch.manual_seed(0)
     found = outputs_and_gradients(model, **inputs)
-    assert len(whole) == (3 if implementation == "eager" else 2)  # of the encoder, the decoder and cross-attention
+    assert len(whole) == biases  # of the encoder, the decoder and, unless it is fused, cross-attention
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=name)
 
