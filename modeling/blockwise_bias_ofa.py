@@ -16,7 +16,7 @@ LARGEST_BIAS = 2**25
 # Heads whose logits of a line of a large grid are computed together on a CPU: as many as stay in the cache.
 HEADS_IN_BLOCK = 4
 # Logits that are computed together on a GPU, of several lines: enough to fill it, 256 MB in float32.
-LOGITS_IN_BLOCK = 2**26
+LOGITS_IN_GPU_BLOCK = 2**26
 
 
 def is_large(config: OFAConfig, query_positions: torch.Tensor, key_positions: torch.Tensor) -> bool:
@@ -31,7 +31,7 @@ def is_large(config: OFAConfig, query_positions: torch.Tensor, key_positions: to
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether fused kernels of a GPU apply, and few large operations are faster than many that stay in a cache."""
+    """Whether a tensor is on a GPU, where few large operations are faster than many that stay in a cache."""
     return tensor.device.type != "cpu"
 
 
@@ -107,7 +107,7 @@ class BlockwiseBias:
         inputs = query, key, value, dropout
         lines = 1
         if on_gpu(query):
-            lines = max(1, LOGITS_IN_BLOCK // (batch * query.shape[1] * self.width * key.shape[3]))
+            lines = max(1, LOGITS_IN_GPU_BLOCK // (batch * query.shape[1] * self.width * key.shape[3]))
         rows_of_blocks = list(self.rows(lines))
         if torch.is_grad_enabled():
             blocks = [checkpoint(self._attend, *inputs, rows, use_reentrant=False) for rows in rows_of_blocks]

@@ -225,7 +225,8 @@ class OFAEncoder(_OFAStack):
                 height, width = grid
                 image = slice(height * width)
                 blocks.insert(0, (image, image, self.image_relative_bias(layer, height, width, interpolate)))
-            return add_blocks(absolute[0], blocks)
+            last = layer == len(self.layers) - 1
+            return add_blocks(absolute.pop() if last else absolute[0], blocks, reuse=last)
 
         if grid is None:
             return layer_bias
@@ -370,7 +371,8 @@ class OFADecoder(_OFAStack):
                     allowed = allowed & attention_mask[:, None, None].to(allowed.device).bool()
                 causal.append(masked_bias(self_q @ self_k.transpose(2, 3), allowed))
             if patch_positions is not None:
-                return add_blocks(causal[0], patch_positions.relative_bias(layer))
+                last = layer == len(self.layers) - 1
+                return add_blocks(causal.pop() if last else causal[0], patch_positions.relative_bias(layer), reuse=last)
             relative = text_relative_bias(self.token_rel_pos_table_list[layer](), start, stop)
             return causal[0] + relative.to(self_q.device)
 

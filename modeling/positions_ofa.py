@@ -188,7 +188,10 @@ class _AddBlocks(torch.autograd.Function):
     def forward(
         bias: torch.Tensor, places: list[tuple[slice, slice, torch.Tensor | None]], *blocks: torch.Tensor
     ) -> torch.Tensor:
-        bias = bias.clone()
+        return _AddBlocks.add_in_place(bias.clone(), places, *blocks)
+
+    @staticmethod
+    def add_in_place(bias, places, *blocks) -> torch.Tensor:
         for (rows, columns, lines), block in zip(places, blocks, strict=True):
             part = bias[:, :, rows, columns]
             if block.ndim == 3:
@@ -223,10 +226,13 @@ class _AddBlocks(torch.autograd.Function):
 BiasBlock = tuple[slice, slice, torch.Tensor]
 
 
-def add_blocks(bias: torch.Tensor, blocks: Sequence[tuple[slice, slice, torch.Tensor | GridBias]]) -> torch.Tensor:
+def add_blocks(
+    bias: torch.Tensor, blocks: Sequence[tuple[slice, slice, torch.Tensor | GridBias]], reuse: bool = False
+) -> torch.Tensor:
     """The sum of `bias` (1 or batch, heads, queries, keys) and blocks that do not overlap.
 
-    On a CPU a [`GridBias`] is added line by line, without its whole bias in memory.
+    On a CPU a [`GridBias`] is added line by line, without its whole bias in memory. With `reuse`, the sum may be written
+    to `bias`, which the caller no longer needs; it is where no gradient is needed.
     """
     compiling = torch.compiler.is_compiling()
     places, values = [], []
@@ -240,6 +246,8 @@ def add_blocks(bias: torch.Tensor, blocks: Sequence[tuple[slice, slice, torch.Te
     if compiling:  # ONNX transposes for additions in place, torch.compile cannot trace _AddBlocks
         padded = [_pad_block(block, *place[:2], bias.shape) for place, block in zip(places, values, strict=True)]
         return sum(padded, start=bias)
+    if reuse and not torch.is_grad_enabled():
+        return _AddBlocks.add_in_place(bias, places, *values)
     return _AddBlocks.apply(bias, places, *values)
 
 

@@ -163,3 +163,15 @@ def test_biases_added_line_by_line_are_the_whole_ones(side, height, width, batch
         results.append((total, *torch.autograd.grad((total * weights).sum(), [table, bias])))
     for line_by_line, expected in zip(*results, strict=True):
         torch.testing.assert_close(line_by_line, expected)
+
+
+def test_a_bias_that_is_no_longer_needed_is_reused_where_no_gradient_is():
+    bias, block = torch.randn(1, 2, 5, 5), torch.randn(2, 3, 4)
+    places = [(slice(2, 5), slice(0, 4), block)]
+    expected = add_blocks(bias, places)
+    assert add_blocks(bias.clone().requires_grad_(), places, reuse=True).grad_fn is not None
+    with torch.no_grad():
+        assert add_blocks(bias, places).data_ptr() != bias.data_ptr()
+        found = add_blocks(bias, places, reuse=True)
+    assert found.data_ptr() == bias.data_ptr()
+    assert torch.equal(found, expected)

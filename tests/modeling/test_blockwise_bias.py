@@ -90,7 +90,7 @@ def test_outputs_and_gradients_equal_those_of_the_whole_bias(device, positions, 
     made = in_blocks()
     if device == "gpu":  # several lines in a block, as on a GPU
         monkeypatch.setattr(blockwise_bias_ofa, "on_gpu", lambda tensor: True)
-        monkeypatch.setattr(blockwise_bias_ofa, "LOGITS_IN_BLOCK", 2**13)
+        monkeypatch.setattr(blockwise_bias_ofa, "LOGITS_IN_GPU_BLOCK", 2**13)
     found = outputs_and_gradients(model, **inputs)
     assert len(made) >= 2 + 2 + 2  # two layers of the encoder, two of the decoder with cross-attention
     assert found.keys() == expected.keys()
