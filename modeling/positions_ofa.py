@@ -231,8 +231,8 @@ def add_blocks(
 ) -> torch.Tensor:
     """The sum of `bias` (1 or batch, heads, queries, keys) and blocks that do not overlap.
 
-    On a CPU a [`GridBias`] is added line by line, without its whole bias in memory. With `reuse`, the sum may be written
-    to `bias`, which the caller no longer needs; it is where no gradient is needed.
+    On a CPU a [`GridBias`] is added line by line, without its whole bias in memory. With `reuse`, for a `bias` that the
+    caller no longer needs, the sum is written to `bias` unless gradients are enabled.
     """
     compiling = torch.compiler.is_compiling()
     places, values = [], []
