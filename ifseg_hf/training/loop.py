@@ -227,7 +227,7 @@ class TrainingRun:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
-            fused=self.accelerator.device.type == "cuda",
+            fused=self.accelerator.device.type == "cuda" or None,  # None: the default of the device
         )
         schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.model, optimizer, schedule)

@@ -192,7 +192,7 @@ def photo(bench: Bench, model, batch: int, side: int, labels: bool = True) -> Ca
 def word_map_step(bench: Bench, model, words: int, precision: str) -> Callable:
     """A run of one training step on word maps: forward, backward, clipping, AdamW."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=bench.device.type == "cuda")
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=bench.device.type == "cuda" or None)
     word_map = torch.randint(0, words, (bench.batch, bench.side // 16, bench.side // 16), device=bench.device)
     labels = word_map.repeat_interleave(16, 1).repeat_interleave(16, 2)
 
