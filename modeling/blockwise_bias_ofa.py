@@ -19,13 +19,14 @@ HEADS_IN_BLOCK = 4
 LOGITS_IN_GPU_BLOCK = 2**26
 
 
-def is_large(config: OFAConfig, query_positions: torch.Tensor, key_positions: torch.Tensor) -> bool:
-    """Whether the bias of two [`project_positions`] should be computed in blocks.
+def _needs_whole_bias(config: OFAConfig) -> bool:
+    """Whether attention is eager, which returns the weights of all queries, or the model is compiled or exported."""
+    return torch.compiler.is_compiling() or config._attn_implementation == "eager"
 
-    Not with eager attention, which returns the weights of all queries, nor in a compiled or exported model, whose sizes
-    may be dynamic.
-    """
-    if torch.compiler.is_compiling() or config._attn_implementation == "eager":
+
+def is_large(config: OFAConfig, query_positions: torch.Tensor, key_positions: torch.Tensor) -> bool:
+    """Whether the bias of two [`project_positions`] should be computed in blocks."""
+    if _needs_whole_bias(config):  # first, since an exported model may have dynamic sizes
         return False
     return query_positions.shape[1] * query_positions.shape[2] * key_positions.shape[2] > LARGEST_BIAS
 
@@ -37,9 +38,8 @@ def on_gpu(tensor: torch.Tensor) -> bool:
 
 def trains_on_gpu(config: OFAConfig, positions: torch.Tensor) -> bool:
     """Whether a bias of [`project_positions`] gets a gradient on a GPU, where kernels with a whole bias are slow."""
-    if torch.compiler.is_compiling() or config._attn_implementation == "eager":
-        return False
-    return torch.is_grad_enabled() and positions.requires_grad and on_gpu(positions)
+    trained = torch.is_grad_enabled() and positions.requires_grad
+    return trained and on_gpu(positions) and not _needs_whole_bias(config)
 
 
 @dataclass

@@ -191,7 +191,8 @@ class _AddBlocks(torch.autograd.Function):
         return _AddBlocks.add_in_place(bias.clone(), places, *blocks)
 
     @staticmethod
-    def add_in_place(bias, places, *blocks) -> torch.Tensor:
+    def add_in_place(bias: torch.Tensor, places: list, *blocks: torch.Tensor) -> torch.Tensor:
+        """`bias` with the blocks added to it, without a gradient."""
         for (rows, columns, lines), block in zip(places, blocks, strict=True):
             part = bias[:, :, rows, columns]
             if block.ndim == 3:

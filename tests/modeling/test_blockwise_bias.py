@@ -6,7 +6,7 @@ from checkpoints import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifseg_hf.modeling import blockwise_bias_ofa, modeling_ofa
+from ifseg_hf.modeling import attention_ofa, blockwise_bias_ofa, modeling_ofa
 from ifseg_hf.modeling.blockwise_bias_ofa import BlockwiseBias
 from ifseg_hf.modeling.positions_ofa import GridBias
 
@@ -40,6 +40,11 @@ def in_blocks(monkeypatch):
         return made
 
     return enable
+
+
+def run_as_on_a_gpu(monkeypatch):
+    for module in (attention_ofa, blockwise_bias_ofa):
+        monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
 
 
 @settings(max_examples=20, deadline=None)
@@ -89,7 +94,7 @@ def test_outputs_and_gradients_equal_those_of_the_whole_bias(device, positions, 
     expected = outputs_and_gradients(model, **inputs)
     made = in_blocks()
     if device == "gpu":  # several lines in a block, as on a GPU
-        monkeypatch.setattr(blockwise_bias_ofa, "on_gpu", lambda tensor: True)
+        run_as_on_a_gpu(monkeypatch)
         monkeypatch.setattr(blockwise_bias_ofa, "LOGITS_IN_GPU_BLOCK", 2**13)
     found = outputs_and_gradients(model, **inputs)
     assert len(made) >= 2 + 2 + 2  # two layers of the encoder, two of the decoder with cross-attention
@@ -121,7 +126,7 @@ def test_cross_attention_has_no_whole_bias_in_training_on_a_gpu(case, biases, mo
     inputs = {"word_map": torch.arange(24).reshape(1, 4, 6) % 2, "labels": torch.zeros(1, 8, 12, dtype=torch.long)}
     torch.manual_seed(0)
     expected = outputs_and_gradients(model, **inputs)
-    monkeypatch.setattr(blockwise_bias_ofa, "on_gpu", lambda tensor: True)
+    run_as_on_a_gpu(monkeypatch)
     if case == "checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": True})
     whole, masked_bias = [], modeling_ofa.masked_bias
